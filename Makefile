@@ -1,0 +1,40 @@
+# Every target is complete on a fresh machine: it creates .venv and installs what it needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := test
+.PHONY: demo test quality style clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# Built for CUDA only: beside the CPU torch they fail to load, and vLLM needs them for no text model.
+NOT_ON_CPU := torchvision torchaudio torchcodec
+
+$(VENV)/.installed: pyproject.toml deploy/cpu/alias_vllm.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[$(BUILD),dev]'
+ifeq ($(BUILD),cpu)
+	$(BIN)/python -m pip uninstall --yes $(NOT_ON_CPU)
+	$(BIN)/python deploy/cpu/alias_vllm.py
+endif
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/flashmemory demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m flashmemory_vllm.cli.docs --check
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""The `flashmemory` command: one parser, and the one border that turns our errors into an exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flashmemory_vllm import __version__
+from flashmemory_vllm.cli import demo, docs, reference
+from flashmemory_vllm.errors import FlashMemoryError
+
+EXIT_USER_ERROR = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser; every command sets `run`, which takes the arguments and returns an exit code."""
+    parser = argparse.ArgumentParser(prog="flashmemory", description="Virtual memory for vLLM's KV cache.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (demo, reference, docs):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name. Default: those of this process.
+
+    Returns:
+        The command's exit code, or 2 after an error that the user can mend, told in one line.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except FlashMemoryError as error:
+        print(f"flashmemory: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

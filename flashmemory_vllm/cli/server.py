@@ -1,0 +1,166 @@
+"""A `vllm serve` process that lives as long as a `with` block, and the requests that the demo makes of it."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from flashmemory_vllm.errors import ConfigError, FlashMemoryError
+
+HOST = "127.0.0.1"
+STOP_SECONDS = 30
+REQUEST_SECONDS = 900
+LOG_TAIL_LINES = 15
+
+
+class Server:
+    """Starts on entering the block and waits for health; stops on leaving it, whatever happened inside.
+
+    Args:
+        model: folder of the model.
+        config: YAML file for `vllm serve --config`.
+        startup_seconds: how long to wait for health.
+
+    Raises:
+        ConfigError: on construction, a file is missing.
+    """
+
+    def __init__(self, model: Path, config: Path, startup_seconds: float) -> None:
+        for path in (model / "config.json", config):
+            if not path.is_file():
+                raise ConfigError(f"{path} does not exist: it is needed to start the server")
+        self._startup_seconds = startup_seconds
+        self._port = _free_port()
+        vllm = Path(sys.executable).with_name("vllm")
+        self._command = [str(vllm), "serve", str(model), "--config", str(config)]
+        self._command += ["--host", HOST, "--port", str(self._port), "--served-model-name", "reference"]
+        # Outlives every block of code here: closed with the server
+        self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Server":
+        # A session of its own, so that its engine and workers can be stopped with it
+        self._process = subprocess.Popen(
+            self._command, stdout=self._log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            self._wait_until_healthy(self._process)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def read_metrics(self) -> dict[str, float]:
+        """Value of every sample on `/metrics`, summed over labels."""
+        values: dict[str, float] = {}
+        for sample in self._samples():
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+        return values
+
+    def read_block_size(self) -> int:
+        """Tokens of a KV block."""
+        name = "vllm:cache_config_info"
+        return next(int(sample.labels["block_size"]) for sample in self._samples() if sample.name == name)
+
+    def _samples(self) -> list[Sample]:
+        families = text_string_to_metric_families(self._request("GET", "/metrics").decode())
+        return [sample for family in families for sample in family.samples]
+
+    def complete(self, prompt_ids: list[int], max_tokens: int) -> str:
+        """Ask for a greedy completion through the OpenAI-compatible API.
+
+        Args:
+            prompt_ids: token ids of the prompt.
+            max_tokens: tokens to generate at most.
+
+        Returns:
+            What the model wrote, without special tokens.
+        """
+        body = {"model": "reference", "prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0}
+        answer = json.loads(self._request("POST", "/v1/completions", json.dumps(body)))
+        text: str = answer["choices"][0]["text"]
+        return text
+
+    def _request(self, method: str, path: str, body: str | None = None) -> bytes:
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=REQUEST_SECONDS)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        if response.status != http.client.OK:
+            detail = content.decode()
+            raise FlashMemoryError(f"{method} {path} got status {response.status}: {detail}{self._tail()}")
+        return content
+
+    def _wait_until_healthy(self, process: "subprocess.Popen[str]") -> None:
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < self._startup_seconds:
+            if process.poll() is not None:
+                raise FlashMemoryError(f"the server ended with code {process.returncode}{self._tail()}")
+            _show_progress(f"starting vllm serve: {waited:.0f} s")
+            if self._is_healthy():
+                _show_progress(f"server is up after {waited:.0f} s\n")
+                return
+            time.sleep(1)
+        raise FlashMemoryError(f"the server was not up after {self._startup_seconds:.0f} s{self._tail()}")
+
+    def _is_healthy(self) -> bool:
+        try:
+            self._request("GET", "/health")
+        except (ConnectionError, TimeoutError):
+            return False
+        return True
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                # the process is the leader of its group
+                os.killpg(self._process.pid, sign)
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+            except ProcessLookupError:
+                break
+        self._process.wait()
+        self._process = None
+        self._log.close()
+
+    def _tail(self) -> str:
+        self._log.seek(0)
+        return "\n" + "".join(self._log.readlines()[-LOG_TAIL_LINES:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _show_progress(line: str) -> None:
+    """Rewrite the line on a terminal; elsewhere print only what ends a line."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{line}")
+    elif line.endswith("\n"):
+        sys.stderr.write(line)
+    sys.stderr.flush()

@@ -1,0 +1,194 @@
+"""The one schema of every option, read from vLLM's `--additional-config '{"flashmemory": {...}}'`."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from flashmemory_vllm.errors import ConfigError
+
+SECTION = "flashmemory"
+
+SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o"]
+Aggregate = Literal["max", "mean"]
+
+
+def _as_tuple(value: object) -> object:
+    """JSON and YAML know lists only."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+LayerIndices = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(_as_tuple),
+]
+
+
+class FlashMemoryConfig(BaseModel):
+    """Every option of the backend. None is required.
+
+    Attributes are documented by their `description`, from which the table in `docs/configuration.md` is made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    resident_ratio: float = Field(
+        0.135,
+        gt=0,
+        le=1,
+        description="Share of a request's KV blocks that stays on the device while it decodes.",
+    )
+    tau_steps: int = Field(
+        16,
+        ge=1,
+        description="Decode steps between two selections of a request. 16 suits untrained selectors.",
+    )
+    selector: SelectorName = Field(
+        "exact",
+        description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
+        "bounds, `mean` by mean keys, `h2o` by the attention they received. `streaming` keeps sink and "
+        "recent tokens only; `random` and `full` (everything) are the baselines.",
+    )
+    anchor_layers: LayerIndices | None = Field(
+        None, description="Layers whose queries and keys feed the selector. Unset: three, evenly spaced."
+    )
+    aggregate: Aggregate = Field(
+        "max", description="How a block's scores over query heads and anchor layers become one."
+    )
+    sink_tokens: int = Field(
+        64, ge=0, description="Tokens at the start of a request that are always resident."
+    )
+    recent_tokens: int = Field(256, ge=1, description="Newest tokens of a request that are always resident.")
+    min_sparse_tokens: int = Field(
+        2048,
+        ge=0,
+        description="Requests with fewer tokens than this keep every block and decode exactly as without us.",
+    )
+    selection_delay_steps: int = Field(
+        1,
+        ge=0,
+        description="Decode steps between capturing the queries and asking for the selection they led to, so "
+        "that scoring stalls no step. At most `tau_steps`.",
+    )
+    layer_groups: int = Field(
+        1, ge=1, description="Groups of consecutive layers that each choose a resident set of their own."
+    )
+    host_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB of host memory for KV blocks. Unset: half of what machine and cgroup still allow, "
+        "but never more than the requests can fill.",
+    )
+    device_slots: int | None = Field(
+        None,
+        ge=2,
+        description="Blocks the device holds, one of them reserved. Unset: what `--kv-cache-memory-bytes` or "
+        "`--gpu-memory-utilization` leaves room for.",
+    )
+    growth_reserve_tokens: int = Field(
+        512,
+        ge=0,
+        description="Tokens of growth for which a running request has slots reserved as others are admitted.",
+    )
+    staging_blocks: int = Field(
+        64,
+        ge=1,
+        description="Blocks in each of the two device buffers through which prefill streams host blocks.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+    pin_host_memory: bool = Field(
+        True, description="Pin the host pool's pages, without which copies do not overlap with compute."
+    )
+    check_integrity: bool = Field(
+        False, description="Check every conservation law after each step. Slow; for debugging."
+    )
+
+    @model_validator(mode="after")
+    def _check_delay(self) -> "FlashMemoryConfig":
+        if self.selection_delay_steps > self.tau_steps:
+            raise ConfigError(
+                f"{SECTION}.selection_delay_steps is {self.selection_delay_steps}: "
+                f"allowed is at most {SECTION}.tau_steps, which is {self.tau_steps}"
+            )
+        return self
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, object]) -> "FlashMemoryConfig":
+        """Read the section `flashmemory` of vLLM's additional config.
+
+        Args:
+            additional_config: vLLM's `additional_config`; other sections are left alone.
+
+        Returns:
+            The options given, defaults for the rest.
+
+        Raises:
+            ConfigError: an option is unknown or its value is not allowed; the message lists every such
+                option.
+        """
+        section = additional_config.get(SECTION, {})
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{SECTION} is {section!r}: allowed is a mapping of options")
+        try:
+            return cls.model_validate(dict(section))
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One sentence for one error of pydantic."""
+    key = str(detail["loc"][0]) if detail["loc"] else SECTION
+    if detail["type"] == "extra_forbidden":
+        known = FlashMemoryConfig.model_fields
+        closest = get_close_matches(key, known, n=1, cutoff=0)[0]
+        return (
+            f"{SECTION}.{key} is no option (given: {detail['input']!r}): closest is {SECTION}.{closest}, "
+            f"{describe_allowed(known[closest])}"
+        )
+    if key not in FlashMemoryConfig.model_fields:
+        return str(detail["ctx"]["error"])
+    where = "".join(f"[{index}]" for index in detail["loc"][1:] if isinstance(index, int))
+    allowed = describe_allowed(FlashMemoryConfig.model_fields[key])
+    return f"{SECTION}.{key}{where} is {detail['input']!r}: allowed is {allowed}"
+
+
+_BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Le, "le", "<="))
+_TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", NoneType: "unset"}
+
+
+def describe_allowed(field: FieldInfo) -> str:
+    """What values a field takes, in words: `a number > 0 and <= 1`.
+
+    Args:
+        field: a field of `FlashMemoryConfig`.
+
+    Returns:
+        Text for messages and the generated table.
+    """
+    bounds = [
+        f"{sign} {getattr(item, name)}"
+        for item in field.metadata
+        for kind, name, sign in _BOUNDS
+        if isinstance(item, kind)
+    ]
+    return " ".join([_describe_type(field.annotation), " and ".join(bounds)]).strip()
+
+
+def _describe_type(annotation: Any) -> str:  # noqa: ANN401 - a type expression has no type of its own
+    origin = get_origin(annotation)
+    if origin in {Union, UnionType}:
+        # bounds follow the text, so that the type they belong to comes last
+        members = sorted(get_args(annotation), key=lambda member: member is not NoneType)
+        return " or ".join(_describe_type(member) for member in members)
+    if origin is Annotated:
+        return _describe_type(get_args(annotation)[0])
+    if origin is Literal:
+        return "one of " + ", ".join(get_args(annotation))
+    if origin is tuple:
+        return "a list of layer indices >= 0"
+    return _TYPE_WORDS[annotation]

@@ -1,0 +1,1 @@
+"""Tasks, metrics and runners that measure what sparse residency costs in accuracy."""

@@ -1,0 +1,115 @@
+"""The contract of every selector: index keys in, one score per history block out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flashmemory_vllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class IndexGeometry:
+    """Sizes a selector allocates its index from; filled by the worker once the KV cache is laid out.
+
+    Attributes:
+        num_logical_blocks: N, ids the scheduler may hand out.
+        block_size: tokens in a block.
+        num_query_heads: query heads of this rank.
+        num_kv_heads: KV heads of this rank; divides `num_query_heads`.
+        head_dim: elements of one key.
+        softmax_scale: factor on `q . k` in the model's attention.
+        anchor_layers: attention-layer indices whose queries and keys feed the selector (A of them).
+        layer_groups: layer group of each anchor layer, same length.
+        num_groups: G, resident sets of a request.
+        dtype: dtype of the index keys, the model's own.
+        device: where the index keys live.
+    """
+
+    num_logical_blocks: int
+    block_size: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    anchor_layers: tuple[int, ...]
+    layer_groups: tuple[int, ...]
+    num_groups: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_query_heads must be a multiple of num_kv_heads ({self.num_kv_heads}); "
+                f"got {self.num_query_heads}"
+            )
+        if len(self.layer_groups) != len(self.anchor_layers):
+            raise ConfigError(
+                f"layer_groups must name one group per anchor layer; got {len(self.layer_groups)} groups "
+                f"for anchor layers {self.anchor_layers}"
+            )
+        if not set(self.layer_groups) <= set(range(self.num_groups)):
+            raise ConfigError(f"layer_groups must lie in 0..{self.num_groups - 1}; got {self.layer_groups}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoringRequest:
+    """One request whose resident set is due; filled by the worker.
+
+    Attributes:
+        req_id: vLLM's request id.
+        block_ids: int64 [n], the full history blocks in logical order, on the index device.
+        queries: [A, Hq, D], the last token's queries of each anchor layer after RoPE; None only for a
+            selector with `needs_queries` False.
+        step_index: selections this request had before.
+        resident: bool [G, n], blocks of the set in force; None when there is no set yet.
+    """
+
+    req_id: str
+    block_ids: torch.Tensor
+    queries: torch.Tensor | None
+    step_index: int
+    resident: torch.Tensor | None = None
+
+
+class Selector(ABC):
+    """Scores a request's history blocks; higher means more worth a slot.
+
+    One instance serves all requests of a worker from one thread. `add_blocks` and `score` enqueue work on the
+    current stream and never wait for the device.
+    """
+
+    name: ClassVar[str]
+    needs_queries: ClassVar[bool]
+    needs_keys: ClassVar[bool]
+
+    def __init__(self, geometry: IndexGeometry) -> None:
+        self.geometry = geometry
+
+    def bytes_per_block(self) -> int:
+        """Device bytes of index keys per logical block, all anchor layers together."""
+        return 0
+
+    def add_blocks(self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor]) -> None:  # noqa: B027 - optional
+        """Make the index keys of blocks that became full; mutates the index in place.
+
+        Args:
+            block_ids: int64 [n], logical block ids, distinct.
+            keys: one tensor [n, Hkv, block_size, D] per anchor layer, keys after RoPE, any strides.
+        """
+
+    @abstractmethod
+    def score(self, request: ScoringRequest) -> torch.Tensor:
+        """Score the history blocks of one request.
+
+        Returns:
+            float32 [G, n] on the index device, one row per layer group.
+        """
+
+    def forget(self, req_id: str) -> None:  # noqa: B027 - optional
+        """Drop what is kept for a finished or preempted request; unknown ids are fine."""

@@ -1,0 +1,49 @@
+"""Selectors by name."""
+
+from __future__ import annotations
+
+import inspect
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
+from flashmemory_vllm.indexer.bounds import BoundsSelector
+from flashmemory_vllm.indexer.exact import ExactSelector
+from flashmemory_vllm.indexer.heavy_hitter import HeavyHitterSelector
+from flashmemory_vllm.indexer.mean import MeanSelector
+from flashmemory_vllm.indexer.positional import FullSelector, RandomSelector, StreamingSelector
+
+_SELECTORS: dict[str, type[Selector]] = {
+    selector.name: selector
+    for selector in (
+        FullSelector,
+        StreamingSelector,
+        RandomSelector,
+        MeanSelector,
+        BoundsSelector,
+        ExactSelector,
+        HeavyHitterSelector,
+    )
+}
+
+SELECTOR_NAMES: tuple[str, ...] = tuple(_SELECTORS)
+
+
+def create_selector(name: str, geometry: IndexGeometry, **options: object) -> Selector:
+    """Build a selector and allocate its index.
+
+    Args:
+        name: one of `SELECTOR_NAMES`.
+        geometry: sizes.
+        options: the selector's own keyword arguments, such as `aggregate` or `seed`.
+
+    Raises:
+        ConfigError: the name or an option is unknown, or the selector refuses the geometry.
+    """
+    if name not in _SELECTORS:
+        raise ConfigError(f"selector must be one of {', '.join(SELECTOR_NAMES)}; got {name!r}")
+    selector = _SELECTORS[name]
+    known = [parameter for parameter in inspect.signature(selector).parameters if parameter != "geometry"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"selector {name!r} takes the options {known}; got {unknown}")
+    return selector(geometry, **options)

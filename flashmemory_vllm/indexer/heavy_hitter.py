@@ -1,0 +1,51 @@
+"""Selector `h2o`: blocks that gathered most attention so far (Heavy-Hitter Oracle, arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from flashmemory_vllm.indexer.aggregation import Aggregate
+from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
+from flashmemory_vllm.indexer.exact import ExactSelector
+
+
+class HeavyHitterSelector(ExactSelector):
+    """Accumulates attention mass per request; the blocks that gathered least are evicted.
+
+    An approximation of the paper, which sums the attention weights of every query: attention kernels return
+    no weights, so mass is taken from the captured queries at each selection only, over the exact keys of the
+    anchor layers. The first selection sees all blocks. After it only blocks in the resident set gain mass,
+    from a softmax over that set, as attention itself sees no other: an evicted block comes back only if
+    nothing beats the mass it had.
+
+    Args:
+        geometry: sizes; every layer group needs an anchor layer.
+        aggregate: how heads and layers are combined before mass is added up. Default: "max".
+    """
+
+    name: ClassVar[str] = "h2o"
+
+    def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max") -> None:
+        super().__init__(geometry, aggregate)
+        self._gathered: dict[str, torch.Tensor] = {}
+
+    def score(self, request: ScoringRequest) -> torch.Tensor:
+        """Mass gathered by each block, this selection included; mutates the request's state."""
+        log_mass = self._log_mass(request)
+        gathered = self._gathered.get(request.req_id)
+        if request.step_index > 0 and request.resident is not None:
+            log_mass = [
+                mass.masked_fill(~request.resident[group], -torch.inf)
+                for mass, group in zip(log_mass, self.geometry.layer_groups, strict=True)
+            ]
+        total = self._aggregate(log_mass)
+        if gathered is not None and request.step_index > 0:
+            total[:, : gathered.shape[1]] += gathered
+        self._gathered[request.req_id] = total
+        return total.clone()
+
+    def forget(self, req_id: str) -> None:
+        """Drop the mass of a finished or preempted request."""
+        self._gathered.pop(req_id, None)

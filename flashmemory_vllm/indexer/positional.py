@@ -1,0 +1,71 @@
+"""Selectors that look at positions only: the controls every other selector has to beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+
+
+class FullSelector(Selector):
+    """Selector `full`: all blocks are worth the same. Meaningful only with a resident ratio of 1."""
+
+    name: ClassVar[str] = "full"
+    needs_queries: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = False
+
+    def score(self, request: ScoringRequest) -> torch.Tensor:
+        """All zero."""
+        return torch.zeros(self.geometry.num_groups, len(request.block_ids), device=self.geometry.device)
+
+
+class StreamingSelector(Selector):
+    """Selector `streaming`: attention sinks and a window (StreamingLLM, arXiv 2309.17453).
+
+    Scores by recency. The sink blocks are always resident, whatever a selector says, so the rest of the
+    budget becomes the window.
+    """
+
+    name: ClassVar[str] = "streaming"
+    needs_queries: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = False
+
+    def score(self, request: ScoringRequest) -> torch.Tensor:
+        """The position of each block."""
+        positions = torch.arange(len(request.block_ids), dtype=torch.float32, device=self.geometry.device)
+        return positions.repeat(self.geometry.num_groups, 1)
+
+
+class RandomSelector(Selector):
+    """Selector `random`: a hash of group, position and step, so that runs repeat whatever the request ids.
+
+    Args:
+        geometry: sizes.
+        seed: another seed is another draw. Default: 0.
+    """
+
+    name: ClassVar[str] = "random"
+    needs_queries: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = False
+
+    def __init__(self, geometry: IndexGeometry, seed: int = 0) -> None:
+        super().__init__(geometry)
+        self.seed = seed
+
+    def score(self, request: ScoringRequest) -> torch.Tensor:
+        """Uniform draws in 0..1."""
+        device = self.geometry.device
+        groups = torch.arange(self.geometry.num_groups, dtype=torch.int64, device=device).unsqueeze(1)
+        positions = torch.arange(len(request.block_ids), dtype=torch.int64, device=device).unsqueeze(0)
+        hashed = _mix(_mix(_mix(groups + self.seed) + request.step_index) + positions)
+        # 24 bits are what a float32 mantissa holds.
+        return (hashed & 0xFFFFFF).float() / (1 << 24)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 64-bit finaliser; shifts are made logical by masking the sign bits they drag in."""
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * -0xAE502812AA7333
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * -0x3B314601E57A13AD
+    return x ^ ((x >> 33) & 0x7FFFFFFF)

@@ -1,0 +1,1 @@
+"""What the backend counts, how it crosses processes, and how it reaches Prometheus."""

@@ -1,0 +1,234 @@
+"""Counters that cross processes: one small memory-mapped file for each writer, read by whoever asks.
+
+vLLM has no channel from its workers to the API server for numbers of our own, so every worker and the
+scheduler own one file in a directory that belongs to the engine. A file has one writer; each value is one
+aligned 8-byte store, so a reader never sees half a number, and neither side ever waits for the other.
+
+A writer holds a lock on its file for as long as it lives. A file that nobody holds was left by a dead
+process: it is not read, and the next writer of the machine removes it. A lock says that across containers,
+where a process id does not.
+"""
+
+import atexit
+import fcntl
+import os
+import shutil
+import tempfile
+from io import FileIO
+from mmap import mmap
+from pathlib import Path
+from types import TracebackType
+
+from flashmemory_vllm.errors import ConfigError, IntegrityError
+from flashmemory_vllm.observability.counter_file import (
+    FILE_BYTES,
+    HEADER_BYTES,
+    HEADER_STAMP,
+    NUM_LOGICAL_BLOCKS_WORD,
+    NUM_SLOTS_WORD,
+    SUFFIX,
+    Capacity,
+    is_written,
+    living_files,
+)
+from flashmemory_vllm.observability.metrics import METRICS, RATIOS
+
+__all__ = [
+    "SCHEDULER",
+    "Capacity",
+    "CounterReader",
+    "CounterWriter",
+    "engine_directory",
+    "read_capacity",
+    "worker_name",
+]
+
+SCHEDULER = "scheduler"
+_WORKER_PREFIX = "worker-"
+_DIRECTORY_PREFIX = "flashmemory-"
+
+
+def worker_name(rank: int) -> str:
+    """Writer name of the worker of one rank."""
+    return f"{_WORKER_PREFIX}{rank}"
+
+
+def engine_directory(engine_id: str, engine_index: int = 0) -> Path:
+    """Directory of one engine's files, the same in each of its processes.
+
+    Args:
+        engine_id: what tells the engines of this machine apart.
+        engine_index: data-parallel index of the engine.
+
+    Returns:
+        A path in memory-backed storage where there is some. Nothing is created.
+    """
+    shared_memory = Path("/dev/shm")  # noqa: S108 - the directory below it is private to its user
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
+    fallback = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
+    root = Path(runtime_dir) if runtime_dir and Path(runtime_dir).is_dir() else fallback
+    return root / f"{_DIRECTORY_PREFIX}{engine_id}-{engine_index}"
+
+
+class CounterWriter:
+    """The one writer of one file. Not safe for use by several threads.
+
+    Make it with `create`. It closes itself when the process exits in good order; `close` does so earlier.
+    """
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path = path
+        self._file = file
+        self._map = mmap(file.fileno(), FILE_BYTES)
+        self._header = memoryview(self._map)[:HEADER_BYTES].cast("q")
+        self._values = memoryview(self._map)[HEADER_BYTES:].cast("d")
+        source = "scheduler" if path.stem == SCHEDULER else "worker"
+        self._index = {spec.name: index for index, spec in enumerate(METRICS) if spec.source == source}
+
+    @classmethod
+    def create(cls, directory: Path, name: str) -> "CounterWriter":
+        """Create the file of one writer, all values zero, and remove what dead processes left here.
+
+        Args:
+            directory: the engine's, created if it is not there.
+            name: `SCHEDULER` or a `worker_name`.
+
+        Raises:
+            ConfigError: the name is neither.
+            IntegrityError: another living process writes this file.
+        """
+        if name != SCHEDULER and not name.removeprefix(_WORKER_PREFIX).isdecimal():
+            raise ConfigError(
+                f"writer name is {name!r}: allowed is {SCHEDULER!r} or {worker_name(0)!r} and so on"
+            )
+        _remove_stale(directory.parent)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / f"{name}{SUFFIX}"
+        if path.exists() and is_written(path):
+            raise IntegrityError(
+                f"{path} is written by another living process: allowed is one writer for each file"
+            )
+        # Filled and locked under another name, so that no reader meets a half-made or unlocked file
+        partial = path.with_suffix(".partial")
+        file = FileIO(partial, "w+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(FILE_BYTES)
+        writer = cls(path, file)
+        for word, number in enumerate((*HEADER_STAMP, os.getpid())):
+            writer._header[word] = number
+        partial.rename(path)
+        atexit.register(writer.close)
+        return writer
+
+    def publish_capacity(self, capacity: Capacity) -> None:
+        """Tell the scheduler's process what this worker allocated."""
+        self._header[NUM_LOGICAL_BLOCKS_WORD] = capacity.num_logical_blocks
+        # Last: a number of slots above zero says that both numbers are there
+        self._header[NUM_SLOTS_WORD] = capacity.num_slots
+
+    def add(self, name: str, amount: float = 1) -> None:
+        """Increase a counter.
+
+        Args:
+            name: a metric of this writer's source, without the prefix.
+            amount: what to add, not negative.
+
+        Raises:
+            KeyError: the metric is unknown or belongs to another source.
+        """
+        self._values[self._index[name]] += amount
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge.
+
+        Args:
+            name: a metric of this writer's source, without the prefix.
+            value: its value now.
+
+        Raises:
+            KeyError: the metric is unknown or belongs to another source.
+        """
+        self._values[self._index[name]] = value
+
+    def close(self) -> None:
+        """Remove the file, and the engine's directory after its last file. Closing twice is allowed."""
+        if self._file.closed:
+            return
+        self.path.unlink(missing_ok=True)
+        self._header.release()
+        self._values.release()
+        self._map.close()
+        self._file.close()
+        atexit.unregister(self.close)
+        _remove_if_empty(self.path.parent)
+
+    def __enter__(self) -> "CounterWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CounterReader:
+    """Sums what the living writers of one engine have counted. Writes nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self) -> dict[str, float]:
+        """Read every metric.
+
+        Returns:
+            Value by name without the prefix: the sum over the writers, and each derived metric from those
+            sums. Empty while no worker writes, so that a dying engine is not read as one with empty counters.
+
+        Raises:
+            IntegrityError: a file was written by another version of this package.
+        """
+        files = list(living_files(self._directory))
+        if all(file.name == SCHEDULER for file in files):
+            return {}
+        totals = [sum(column) for column in zip(*(file.values for file in files), strict=True)]
+        values = {spec.name: total for spec, total in zip(METRICS, totals, strict=True)}
+        for name, (part, whole) in RATIOS.items():
+            values[name] = values[part] / values[whole] if values[whole] else 0.0
+        return values
+
+
+def read_capacity(directory: Path) -> Capacity:
+    """What every worker of an engine can serve: the smallest of each number over the workers.
+
+    Args:
+        directory: the engine's.
+
+    Raises:
+        IntegrityError: no worker has published its capacity.
+    """
+    workers = [file.capacity for file in living_files(directory) if file.name != SCHEDULER]
+    num_published = sum(capacity.num_slots > 0 for capacity in workers)
+    if not workers or num_published < len(workers):
+        raise IntegrityError(
+            f"{num_published} of {len(workers)} workers in {directory} published their capacity"
+        )
+    return Capacity(
+        num_slots=min(capacity.num_slots for capacity in workers),
+        num_logical_blocks=min(capacity.num_logical_blocks for capacity in workers),
+    )
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove the directories of engines all of whose writers are dead."""
+    for directory in root.glob(f"{_DIRECTORY_PREFIX}*"):
+        try:
+            files = list(directory.glob(f"*{SUFFIX}"))
+            if files and not any(is_written(path) for path in files):
+                shutil.rmtree(directory)
+        except (FileNotFoundError, PermissionError):  # its owner removed it just now, or it is another user's
+            continue
+
+
+def _remove_if_empty(directory: Path) -> None:
+    if not any(directory.glob(f"*{SUFFIX}")):
+        shutil.rmtree(directory, ignore_errors=True)

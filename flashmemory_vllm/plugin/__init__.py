@@ -1,0 +1,1 @@
+"""The vLLM border: the only package that imports vllm."""

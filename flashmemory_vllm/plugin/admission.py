@@ -1,0 +1,121 @@
+"""Scheduler side: the KV cache spec of our layers and the manager that admits requests by slots.
+
+vLLM's scheduler sees N logical blocks, sized from host memory. What limits how many requests may run is the
+number of device slots, so the manager counts slot budgets beside blocks and answers "does not fit" with the
+sentinel vLLM itself uses: more blocks than the pool has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.observability.counters import SCHEDULER, CounterWriter, read_capacity
+from flashmemory_vllm.residency.budget import BudgetPolicy, SlotLedger
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashMemorySpec(FullAttentionSpec):
+    """A full-attention spec that carries the slot budget to the scheduler's process.
+
+    Args:
+        budget: how many slots a request may hold, filled in by our worker.
+        counters_dir: directory of the engine's shared counters, where the worker publishes its slots.
+    """
+
+    budget: BudgetPolicy | None = None
+    counters_dir: str = ""
+
+    @classmethod
+    def from_spec(cls, spec: FullAttentionSpec, budget: BudgetPolicy, counters_dir: Path) -> Self:
+        """Translate vLLM's spec of one layer.
+
+        Raises:
+            UnsupportedError: the layer is not plain full attention over an unquantised cache.
+        """
+        if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
+            raise UnsupportedError(f"model: a layer has KV cache spec {spec}; allowed: FullAttentionSpec, causal, no window")
+        if spec.kv_quant_mode:
+            raise UnsupportedError(f"--kv-cache-dtype: quantised KV ({spec.kv_quant_mode!r}) is not supported; allowed: auto")
+        stock = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        return cls(**stock, budget=budget, counters_dir=str(counters_dir))
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merge the layers' specs; vLLM's merge rebuilds from a fixed list of fields and would drop ours."""
+        return replace(super().merge(specs), budget=specs[0].budget, counters_dir=specs[0].counters_dir)
+
+
+class FlashMemoryManager(FullAttentionManager):
+    """Full-attention block manager that also admits by device slots."""
+
+    def __init__(self, kv_cache_spec: FlashMemorySpec, **kwargs: Any) -> None:
+        """Read the number of slots that the workers published before the scheduler is built."""
+        super().__init__(kv_cache_spec, **kwargs)
+        assert kv_cache_spec.budget is not None
+        directory = Path(kv_cache_spec.counters_dir)
+        self._ledger = SlotLedger(read_capacity(directory).num_slots, kv_cache_spec.budget)
+        self._counters = CounterWriter.create(directory, SCHEDULER)
+        self._prefill_end: dict[str, int] = {}
+        self._refused: set[str] = set()
+
+    def get_num_blocks_to_allocate(  # noqa: PLR0913, PLR0917 - vLLM's signature
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """As vLLM's, or more blocks than there are when the request's slots do not fit now."""
+        if not self._ledger.can_admit(request_id, num_tokens, prefill_end):
+            self._count_refusal(request_id)
+            return int(self.block_pool.num_gpu_blocks) + 1
+        self._prefill_end[request_id] = prefill_end
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """As vLLM's; the request's slot budget is reserved from here on."""
+        self._ledger.commit(request_id, num_tokens, self._prefill_end.get(request_id, 0))
+        self._refused.discard(request_id)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As vLLM's; finished, aborted and preempted requests give their slot budget back."""
+        self._ledger.release(request_id)
+        self._prefill_end.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _count_refusal(self, request_id: str) -> None:
+        """Count a request once for each time it starts waiting, not once for each step that it waits."""
+        if request_id not in self._refused:
+            self._refused.add(request_id)
+            self._counters.add("refused_admissions_total", 1)
+
+
+def _register() -> None:
+    # vLLM registers its own specs only while its list is empty: make it do so before ours goes in.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(FlashMemorySpec, FlashMemoryManager, uniform_type_base_spec=FullAttentionSpec)
+
+
+# At import: the engine core imports this module when it unpickles the workers' specs.
+_register()

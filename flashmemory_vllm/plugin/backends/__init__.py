@@ -1,0 +1,1 @@
+"""One attention backend per platform; what they share is in `common`."""

@@ -1,0 +1,118 @@
+"""What the platforms' backends share: compacted metadata, query capture and streamed history."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashmemory_vllm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+
+GROUP_METADATA = "flashmemory_groups"
+
+
+class CompactedBuilder:
+    """Mixin before a metadata builder: attention sees compacted block tables of device slots.
+
+    vLLM builds metadata from logical block ids and logical lengths. During a step of the residency runtime both
+    are replaced by its tables; outside of one (profiling, warm-up before the cache exists) nothing changes.
+    """
+
+    # V1 would otherwise put the raw logical table into metadata that it builds for a second group.
+    supports_update_block_table: bool = False
+    vllm_config: "VllmConfig"
+    layer_names: list[str]
+
+    def build(self, common_prefix_len: int, common_attn_metadata: "CommonAttentionMetadata", fast_build: bool = False) -> Any:
+        """Build the platform's metadata, one per layer group; group 0's carries the others."""
+        base_build = super().build  # type: ignore[misc]
+        runtime = runtime_of(self.vllm_config, self.layer_names[0])
+        if runtime is None or not runtime.in_step:
+            return base_build(common_prefix_len, common_attn_metadata, fast_build)
+        built = []
+        for table in runtime.compacted_tables(common_attn_metadata.num_reqs, common_attn_metadata.seq_lens):
+            compacted = replace(
+                common_attn_metadata,
+                block_table_tensor=table.block_table,
+                seq_lens=table.seq_lens,
+                seq_lens_cpu_upper_bound=table.seq_lens_host,
+                max_seq_len=table.max_seq_len,
+            )
+            built.append(base_build(common_prefix_len, compacted, fast_build))
+        setattr(built[0], GROUP_METADATA, built)
+        return built[0]
+
+
+class ResidentImpl:
+    """Mixin before an attention implementation: feeds the runtime and picks the layer group's metadata."""
+
+    runtime: "ResidencyRuntime | None" = None
+    layer_index: int = -1
+    group: int = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As the platform's implementation; refuses what compaction would silently get wrong.
+
+        Raises:
+            UnsupportedError: ALiBi, a sliding window, attention sinks, cross-layer KV sharing, or no decoder layer.
+        """
+        super().__init__(*args, **kwargs)
+        window = getattr(self, "sliding_window", None)
+        refusals = {
+            "ALiBi position biases": getattr(self, "alibi_slopes", None) is not None,
+            f"a sliding window ({window})": window not in {None, -1, (-1, -1)},
+            "attention sinks": getattr(self, "sinks", None) is not None,
+            "KV shared between layers": getattr(self, "kv_sharing_target_layer_name", None) is not None,
+            "attention other than causal decoder self-attention": getattr(self, "attn_type", "decoder") != "decoder",
+        }
+        for what, refused in refusals.items():
+            if refused:
+                raise UnsupportedError(
+                    f"model: an attention layer uses {what}; allowed with --attention-backend flashmemory: causal full attention"
+                )
+
+    def bind(self, runtime: "ResidencyRuntime", layer_index: int, group: int) -> None:
+        """Attach this layer to the worker's runtime."""
+        self.runtime, self.layer_index, self.group = runtime, layer_index, group
+
+    def forward(  # noqa: PLR0913, PLR0917 - vLLM's signature
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the platform's, over the layer group's resident blocks; streamed rows are completed afterwards."""
+        groups = getattr(attn_metadata, GROUP_METADATA, None)
+        metadata = attn_metadata if groups is None else groups[self.group]
+        result: torch.Tensor = super().forward(  # type: ignore[misc]
+            layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
+        )
+        if self.runtime is not None and groups is not None:
+            self.runtime.attended(self.layer_index, query, key, value, output)
+        return result
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """As the platform's, into the slots of this layer's group."""
+        if self.runtime is not None and self.group and self.runtime.in_step:
+            slot_mapping = self.runtime.slot_mapping(self.group)
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
+
+
+def runtime_of(vllm_config: "VllmConfig", layer_name: str) -> "ResidencyRuntime | None":
+    """The runtime that a layer of this engine is bound to; None before the KV cache exists."""
+    layer = vllm_config.compilation_config.static_forward_context[layer_name]
+    runtime: ResidencyRuntime | None = layer.impl.runtime
+    return runtime

@@ -1,0 +1,85 @@
+"""The CUDA backend: vLLM's FlashAttention over compacted tables, block-outermost device layout."""
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
+from flashmemory_vllm.plugin.register import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+
+class FlashMemoryCudaBuilder(CompactedBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention metadata over compacted tables."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: "KVCacheSpec") -> AttentionCGSupport:
+        """Attention stays outside of CUDA graphs: streamed history and query capture run in Python."""
+        return AttentionCGSupport.NEVER
+
+
+class FlashMemoryCudaImpl(ResidentImpl, FlashAttentionImpl):
+    """FlashAttention over resident blocks."""
+
+
+class FlashMemoryCudaBackend(FlashAttentionBackend):
+    """FlashAttention with KV virtual memory."""
+
+    @staticmethod
+    def get_name() -> str:
+        """vLLM's name of this backend."""
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """The attention implementation."""
+        return FlashMemoryCudaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        """The metadata builder."""
+        return FlashMemoryCudaBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Block outermost: all layers of a block are one run of memory, so a block moves in one copy."""
+        return (KVCacheLayout.BLNHC,)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """A connector would read device pages by logical block id."""
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Compaction drops earlier blocks, which is only exact for causal attention."""
+        return False
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Windows are measured in logical positions, which compaction removes."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """As sliding windows."""
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Bidirectional prefixes are not causal."""
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Attention sinks are not merged by log-sum-exp yet."""
+        return False

@@ -1,0 +1,114 @@
+"""What flashmemory refuses, decided on the VllmConfig before any model is loaded."""
+
+from typing import TYPE_CHECKING
+
+from vllm.platforms import current_platform
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.plugin.seams import check_seams
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+CPU_WORKER = "flashmemory_vllm.plugin.workers.FlashMemoryCpuWorker"
+CUDA_WORKER = "flashmemory_vllm.plugin.workers.FlashMemoryCudaWorker"
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def is_selected(vllm_config: "VllmConfig") -> bool:
+    """Whether this engine runs the flashmemory backend."""
+    from flashmemory_vllm.plugin.register import BACKEND_NAME
+
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+def read_config(vllm_config: "VllmConfig") -> FlashMemoryConfig:
+    """Our validated options of this engine, from `--additional-config`.
+
+    Raises:
+        ConfigError: an option is unknown, ill-typed or out of range.
+    """
+    additional = vllm_config.additional_config
+    return FlashMemoryConfig.from_additional_config(additional if isinstance(additional, dict) else {})
+
+
+def prepare_config(vllm_config: "VllmConfig") -> None:
+    """Validate the engine's configuration and choose our worker; does nothing for other backends.
+
+    Args:
+        vllm_config: vLLM's configuration, in the process that builds it. `parallel_config.worker_cls` is set.
+
+    Raises:
+        ConfigError: one of our options, or `--worker-cls`, is wrong.
+        UnsupportedError: a combination this plugin does not serve correctly.
+    """
+    if not is_selected(vllm_config):
+        return
+    check_seams()
+    read_config(vllm_config)
+    refuse_unsupported(vllm_config)
+    choose_worker(vllm_config)
+
+
+def choose_worker(vllm_config: "VllmConfig") -> None:
+    """Set our worker class for the platform.
+
+    Raises:
+        ConfigError: `--worker-cls` names another class.
+        UnsupportedError: the platform is neither CUDA nor CPU.
+    """
+    if current_platform.is_cuda():
+        worker = CUDA_WORKER
+    elif current_platform.is_cpu():
+        worker = CPU_WORKER
+    else:
+        raise UnsupportedError(f"platform: {current_platform.device_name} is not supported; allowed: cuda, cpu")
+    given = vllm_config.parallel_config.worker_cls
+    if given not in ("auto", worker):
+        raise ConfigError(f"--worker-cls: {given} conflicts with --attention-backend flashmemory, which sets {worker}")
+    vllm_config.parallel_config.worker_cls = worker
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Refuse every engine option that this plugin cannot serve correctly.
+
+    Raises:
+        UnsupportedError: names the option, what was given and what is allowed.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    refusals = [
+        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "set", "no KV connector"),
+        (speculative is not None, "--speculative-config", getattr(speculative, "method", None), "no speculative decoding"),
+        _more_than_one("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+        _more_than_one("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+        _more_than_one("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+        (bool(parallel.use_ubatching), "--enable-dbo", True, "dual batch overlap off"),
+        (vllm_config.attention_config.hisparse_config is not None, "hisparse_config", "set", "no HiSparse"),
+        (cache.cache_dtype not in CACHE_DTYPES, "--kv-cache-dtype", cache.cache_dtype, ", ".join(CACHE_DTYPES)),
+        (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill", True, "off"),
+    ]
+    if vllm_config.model_config is not None:
+        refusals += _model_refusals(vllm_config.model_config)
+    for refused, option, given, allowed in refusals:
+        if refused:
+            raise UnsupportedError(f"{option}: {given} is not supported with --attention-backend flashmemory; allowed: {allowed}")
+
+
+def _more_than_one(option: str, size: int) -> tuple[bool, str, object, str]:
+    return size > 1, option, size, "1"
+
+
+def _model_refusals(model: "ModelConfig") -> list[tuple[bool, str, object, str]]:
+    full_attention = "decoder-only models in which every layer has full attention"
+    window = model.get_sliding_window()
+    return [
+        (model.runner_type != "generate", "--runner", model.runner_type, "generate"),
+        (bool(model.use_mla), "model", f"{model.model} (multi-head latent attention)", full_attention),
+        (bool(model.is_hybrid), "model", f"{model.model} (hybrid attention and state-space layers)", full_attention),
+        (bool(model.is_attention_free), "model", f"{model.model} (no attention)", full_attention),
+        (bool(model.is_encoder_decoder), "model", f"{model.model} (encoder-decoder)", full_attention),
+        (window is not None, "model", f"{model.model} (sliding window of {window} tokens)", full_attention),
+    ]

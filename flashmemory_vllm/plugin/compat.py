@@ -1,0 +1,129 @@
+"""Every change this plugin makes to vLLM's behaviour, one function each.
+
+Each docstring names the symptom that made the change necessary, why it works, and when it can go.
+No vLLM file is edited and no vLLM class loses a method: the changes are one wrapped platform hook, one
+instance attribute on an enum member, one official backend override (CPU only) and one wrapped bound method
+on our own worker's model runner.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from flashmemory_vllm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SUPPORTED_VLLM = "0.32."
+CPU_BACKEND_PATH = "flashmemory_vllm.plugin.backends.cpu.FlashMemoryCpuBackend"
+
+Translate = Callable[[torch.Tensor], None]
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM this plugin was not written for.
+
+    Raises:
+        UnsupportedError: the installed vLLM is outside 0.32.x.
+    """
+    from vllm import __version__
+
+    if not __version__.startswith(SUPPORTED_VLLM):
+        raise UnsupportedError(f"vllm: installed version is {__version__}, flashmemory-vllm supports {SUPPORTED_VLLM}x")
+
+
+def make_enum_member_picklable(member: AttentionBackendEnum, recreate: Callable[[], AttentionBackendEnum]) -> None:
+    """Let a dynamically registered backend survive pickling into a spawned process.
+
+    Symptom: with spawned engine cores (the CLI and every CPU run) start-up dies with "... is not a valid
+    AttentionBackendEnum", because a VllmConfig is unpickled before general plugins are loaded there, and an
+    enum member pickles as its value. Cure: this one member pickles as a call that registers it first.
+    Remove when vLLM loads plugins before it unpickles its configuration.
+    """
+    member.__reduce_ex__ = lambda _protocol: (recreate, ())  # type: ignore[method-assign,assignment,return-value]
+
+
+def wrap_platform_config_check() -> None:
+    """Validate our configuration and choose our worker when the backend is selected.
+
+    Symptom: there is no plugin hook between parsing and executor creation, so `--attention-backend
+    flashmemory` alone would run vLLM's own worker, and unsupported combinations would surface late or never.
+    Cure: wrap the platform's own `check_and_update_config`, which vLLM calls once per VllmConfig.
+    Remove when vLLM lets an attention backend validate a VllmConfig and name a worker class.
+    """
+    platform_cls = type(current_platform)
+    original = platform_cls.check_and_update_config.__func__  # type: ignore[attr-defined]
+    if hasattr(original, "__flashmemory__"):
+        return
+
+    @functools.wraps(original)
+    def check_and_update_config(cls: type, vllm_config: "VllmConfig") -> None:
+        from flashmemory_vllm.plugin.checks import prepare_config
+
+        prepare_config(vllm_config)
+        original(cls, vllm_config)
+
+    check_and_update_config.__flashmemory__ = True  # type: ignore[attr-defined]
+    platform_cls.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
+
+
+def override_cpu_backend() -> None:
+    """Make CPU attention layers of this worker process use our backend.
+
+    Symptom: vLLM's CPU platform ignores the selected backend ("Cannot use ... on CPU") and always returns
+    CPU_ATTN. Cure: vLLM's own override of that member, in our worker process only.
+    Remove when the CPU platform honours `--attention-backend`.
+    """
+    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND_PATH)
+
+
+def install_slot_translation(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:
+    """Translate slot mappings from logical blocks to slots, exactly once per step.
+
+    Symptom: key/value writes take their target from the forward context's slot mapping, which vLLM computes
+    from its block tables, that is from logical block ids; using them unchanged writes out of bounds.
+    Cure: wrap the one method of the model runner that returns slot mappings for a real step, on this
+    instance only, and translate in place. Both runners share the tensor with every consumer.
+    Remove when an attention backend can own the slot mapping.
+
+    Args:
+        runner: vLLM's GPUModelRunner (V1) or the V2 runner.
+        translate: rewrites an int64 slot mapping `[T]` (or `[1, T]`) in place; padding stays negative.
+        rows: told the request ids of the batch rows, in row order, before metadata is built.
+    """
+    if hasattr(runner, "prepare_attn"):
+        _wrap_v2(runner, translate, rows)
+    else:
+        _wrap_v1(runner, translate, rows)
+
+
+def _wrap_v2(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:
+    original = runner.prepare_attn
+
+    @functools.wraps(original)
+    def prepare_attn(input_batch: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        block_tables, slot_mappings = original(input_batch)
+        rows(list(input_batch.req_ids))
+        translate(slot_mappings)
+        return block_tables, slot_mappings
+
+    runner.prepare_attn = prepare_attn
+
+
+def _wrap_v1(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:
+    original = runner._get_slot_mappings
+
+    @functools.wraps(original)
+    def _get_slot_mappings(*args: Any, **kwargs: Any) -> Any:
+        by_group, by_layer = original(*args, **kwargs)
+        if by_group:
+            rows(list(runner.input_batch.req_ids))
+            translate(by_group[0])
+        return by_group, by_layer
+
+    runner._get_slot_mappings = _get_slot_mappings

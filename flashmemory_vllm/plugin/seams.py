@@ -1,0 +1,117 @@
+"""Start-up self-test: the vLLM seams this plugin stands on still have the shape it was written for.
+
+Runs in the process that builds the VllmConfig, before any model is loaded, and fails closed: a vLLM whose
+internals moved is refused with one message instead of corrupting text.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from typing import Any
+
+from flashmemory_vllm.errors import UnsupportedError
+
+# "module:qualified.name" -> parameters that must be there, in this order, possibly among others.
+FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": ("self",),
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": ("self", "kv_cache_config"),
+    "vllm.v1.worker.gpu_worker:Worker.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": ("self",),
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": ("self",),
+    "vllm.v1.worker.gpu_worker:Worker.sleep": ("self", "level"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_slot_mappings": ("self", "num_tokens_padded"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("self", "input_batch"),
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups": (
+        "vllm_config",
+        "kv_cache_groups",
+        "available_memory",
+    ),
+    "vllm.v1.core.kv_cache_utils:_pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate": (
+        "self",
+        "request_id",
+        "num_tokens",
+        "new_computed_blocks",
+        "total_computed_tokens",
+        "num_local_computed_tokens",
+        "num_tokens_main_model",
+        "apply_admission_cap",
+        "prefill_end",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks": (
+        "self",
+        "request_id",
+        "num_tokens",
+        "num_tokens_main_model",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": ("self", "request_id"),
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": ("kvcache_spec_cls", "manager_class"),
+    "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
+}
+
+# "module:Dataclass" -> fields that must exist.
+FIELD_SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "scheduled_new_reqs",
+        "scheduled_cached_reqs",
+        "num_scheduled_tokens",
+        "finished_req_ids",
+        "preempted_req_ids",
+        "kv_cache_block_copies",
+        "new_block_ids_to_zero",
+    ),
+    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prefill_token_ids", "block_ids", "num_computed_tokens"),
+    "vllm.v1.core.sched.output:CachedRequestData": (
+        "req_ids",
+        "resumed_req_ids",
+        "new_block_ids",
+        "num_computed_tokens",
+        "num_output_tokens",
+    ),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc",
+        "seq_lens",
+        "block_table_tensor",
+        "slot_mapping",
+        "max_seq_len",
+        "seq_lens_cpu_upper_bound",
+    ),
+}
+
+
+def check_seams() -> None:
+    """Verify every seam.
+
+    Raises:
+        UnsupportedError: names each seam that is missing or has another shape.
+    """
+    problems = [problem for seam, names in FUNCTION_SEAMS.items() for problem in _function_problems(seam, names)]
+    problems += [problem for seam, names in FIELD_SEAMS.items() for problem in _field_problems(seam, names)]
+    if problems:
+        raise UnsupportedError("vllm: this build differs from 0.32 where flashmemory hooks in: " + "; ".join(problems))
+
+
+def _resolve(seam: str) -> Any:
+    module_name, _, path = seam.partition(":")
+    target: Any = importlib.import_module(module_name)
+    for name in path.split("."):
+        target = getattr(target, name)
+    return target
+
+
+def _function_problems(seam: str, names: tuple[str, ...]) -> list[str]:
+    try:
+        parameters = list(inspect.signature(_resolve(seam)).parameters)
+    except (ImportError, AttributeError) as error:
+        return [f"{seam} ({error})"]
+    found = [name for name in parameters if name in names]
+    return [] if found == list(names) else [f"{seam} has parameters {parameters}, expected {list(names)} among them"]
+
+
+def _field_problems(seam: str, names: tuple[str, ...]) -> list[str]:
+    try:
+        fields = {field.name for field in dataclasses.fields(_resolve(seam))}
+    except (ImportError, AttributeError, TypeError) as error:
+        return [f"{seam} ({error})"]
+    missing = sorted(set(names) - fields)
+    return [f"{seam} lacks {missing}"] if missing else []

@@ -1,0 +1,131 @@
+"""Reads vLLM's objects and fills the sizes that our own code works with."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+
+from flashmemory_kernels.partial_attention import partial_attention as naive_partial_attention
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.runtime.assembly import index_bytes_per_block, staging_bytes
+from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_capacity
+from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
+from flashmemory_vllm.transfer.streaming import PartialAttention
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+# Share of the free host memory that the pool takes when flashmemory.host_memory_gib is not given.
+DEFAULT_HOST_SHARE = 0.5
+
+
+def budget_policy(vllm_config: "VllmConfig", config: FlashMemoryConfig, specs: Mapping[str, "KVCacheSpec"]) -> BudgetPolicy:
+    """The slot budget of one request; the block size comes from the specs while vLLM may still change it."""
+    block_sizes = {spec.block_size for spec in specs.values()} or {vllm_config.cache_config.block_size}
+    return BudgetPolicy(
+        block_size=block_sizes.pop(),
+        resident_ratio=config.resident_ratio,
+        min_sparse_tokens=config.min_sparse_tokens,
+        sink_tokens=config.sink_tokens,
+        recent_tokens=config.recent_tokens,
+        max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_model_len=vllm_config.model_config.max_model_len,
+        growth_reserve_tokens=config.growth_reserve_tokens,
+    )
+
+
+def plan(
+    vllm_config: "VllmConfig",
+    config: FlashMemoryConfig,
+    specs: Mapping[str, "KVCacheSpec"],
+    device_bytes: int,
+    device: torch.device,
+) -> CapacityPlan:
+    """Size slots and logical blocks from what vLLM measured and what the host offers.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        config: our options.
+        specs: vLLM's cache spec of each attention layer.
+        device_bytes: device memory that stock vLLM would give to its KV cache.
+        device: the worker's device.
+
+    Raises:
+        ConfigError: the sizes asked for do not fit.
+    """
+    layers = attention_layers(vllm_config, list(specs))
+    shape = attention_shape(vllm_config, layers, device)
+    workers = vllm_config.parallel_config.local_world_size
+    host_bytes = _host_bytes(config) // workers
+    if device.type == "cpu" and vllm_config.cache_config.kv_cache_memory_bytes is None:
+        # Device and host are the same memory here: the stock share is split so that slots hold the ratio of the pool.
+        device_bytes = int(device_bytes * config.resident_ratio / (1 + config.resident_ratio))
+        host_bytes = min(host_bytes, int(device_bytes / config.resident_ratio))
+    return plan_capacity(
+        MemoryBudget(device_bytes, host_bytes, config.device_slots, vllm_config.scheduler_config.max_num_seqs),
+        budget_policy(vllm_config, config, specs),
+        shape.block_bytes,
+        index_bytes_per_block(config, shape),
+        staging_bytes(config, shape),
+    )
+
+
+def _host_bytes(config: FlashMemoryConfig) -> int:
+    available = available_host_bytes()
+    if config.host_memory_gib is None:
+        return int(available.bytes * DEFAULT_HOST_SHARE)
+    asked = int(config.host_memory_gib * GIB)
+    if asked > available.bytes:
+        raise ConfigError(
+            f"flashmemory.host_memory_gib: {config.host_memory_gib} given, allowed: at most {available.bytes / GIB:.2f} "
+            f"(limited by {available.limited_by})"
+        )
+    return asked
+
+
+def attention_layers(vllm_config: "VllmConfig", names: list[str]) -> dict[str, Attention]:
+    """The attention layers in depth order (the order in which the model created them)."""
+    return get_layers_from_vllm_config(vllm_config, Attention, names)
+
+
+def attention_shape(vllm_config: "VllmConfig", layers: Mapping[str, Attention], device: torch.device) -> AttentionShape:
+    """Sizes shared by all layers; vLLM has put them into one KV cache group, so they agree."""
+    first = next(iter(layers.values()))
+    return AttentionShape(
+        layer_names=tuple(layers),
+        num_query_heads=first.num_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_size,
+        softmax_scale=float(first.impl.scale),
+        block_size=vllm_config.cache_config.block_size,
+        dtype=first.kv_cache_torch_dtype,
+        device=device,
+    )
+
+
+def page_format(vllm_config: "VllmConfig", layers: Mapping[str, Attention], device: torch.device) -> PageFormat:
+    """How the platform's kernel lays out keys and values inside a page."""
+    first = next(iter(layers.values()))
+    sizes = (first.num_kv_heads, vllm_config.cache_config.block_size, first.head_size)
+    if device.type == "cuda":
+        return InterleavedPages(*sizes)
+    isa = getattr(first, "isa", "vec")
+    if isa not in {"vec", "vec16", "amx"}:
+        raise ConfigError(f"cpu: vLLM chose the attention kernel {isa}; allowed: vec, vec16, amx (x86)")
+    return CpuAmxPages(*sizes) if isa == "amx" else CpuVectorPages(*sizes)
+
+
+def partial_attention(device: torch.device) -> PartialAttention:
+    """Attention over a part of the keys that also returns its log-sum-exp."""
+    if device.type == "cuda":
+        from flashmemory_vllm.plugin.backends.flash_partial import flash_partial_attention
+
+        return flash_partial_attention
+    return naive_partial_attention

@@ -1,0 +1,71 @@
+"""Translates vLLM's scheduler output into the residency core's own step input."""
+
+from typing import TYPE_CHECKING
+
+from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInput
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+
+class StepTranslator:
+    """Turns each SchedulerOutput into a StepInput.
+
+    The runners disagree on how a preempted request comes back: V2 sends it as a new request with all its
+    tokens, V1 as a cached one marked resumed. Both become a NewRequest here. Prompt lengths are remembered
+    because a resumed V1 request names only its output length.
+    """
+
+    def __init__(self) -> None:
+        self._prompt_len: dict[str, int] = {}
+        self._step = 0
+
+    def translate(self, scheduled: "SchedulerOutput") -> StepInput:
+        """Translate one step.
+
+        Raises:
+            UnsupportedError: vLLM asks to copy or zero blocks, which no supported model does.
+        """
+        if scheduled.kv_cache_block_copies or scheduled.new_block_ids_to_zero:
+            raise UnsupportedError("vllm asked to copy or zero KV blocks: this model's cache type is not supported")
+        self._step += 1
+        finished = tuple(scheduled.finished_req_ids)
+        for req_id in finished:
+            self._prompt_len.pop(req_id, None)
+        cached = scheduled.scheduled_cached_reqs
+        new = [self._new(request) for request in scheduled.scheduled_new_reqs]
+        new += [self._resumed(cached, index) for index, req_id in enumerate(cached.req_ids) if req_id in cached.resumed_req_ids]
+        running = [
+            RunningRequest(req_id, _flat(cached.new_block_ids[index]), cached.num_computed_tokens[index])
+            for index, req_id in enumerate(cached.req_ids)
+            if req_id not in cached.resumed_req_ids
+        ]
+        return StepInput(
+            step=self._step,
+            finished=finished,
+            preempted=tuple(scheduled.preempted_req_ids or ()),
+            new=tuple(new),
+            running=tuple(running),
+            num_scheduled_tokens=scheduled.num_scheduled_tokens,
+        )
+
+    def _new(self, request: "NewRequestData") -> NewRequest:
+        tokens = request.prefill_token_ids if request.prefill_token_ids is not None else request.prompt_token_ids
+        if tokens is not None:
+            prefill_len = len(tokens)
+        else:
+            assert request.prompt_embeds is not None
+            prefill_len = int(request.prompt_embeds.shape[0])
+        self._prompt_len[request.req_id] = prefill_len
+        return NewRequest(request.req_id, _flat(request.block_ids), request.num_computed_tokens, prefill_len)
+
+    def _resumed(self, cached: "CachedRequestData", index: int) -> NewRequest:
+        req_id = cached.req_ids[index]
+        prefill_len = self._prompt_len[req_id] + cached.num_output_tokens[index]
+        return NewRequest(req_id, _flat(cached.new_block_ids[index]), cached.num_computed_tokens[index], prefill_len)
+
+
+def _flat(block_ids: "tuple[list[int], ...] | None") -> tuple[int, ...]:
+    """The ids of the one KV cache group there is."""
+    return tuple(block_ids[0]) if block_ids else ()

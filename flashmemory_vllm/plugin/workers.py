@@ -1,0 +1,220 @@
+"""Our workers: vLLM's CPU and CUDA workers with a residency runtime under the model runner."""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_config_from_groups
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.observability.counters import Capacity, CounterWriter, engine_directory, worker_name
+from flashmemory_vllm.plugin import compat, sizing
+from flashmemory_vllm.plugin.admission import FlashMemorySpec
+from flashmemory_vllm.plugin.checks import read_config
+from flashmemory_vllm.plugin.translate import StepTranslator
+from flashmemory_vllm.runtime.assembly import build_runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.worker_base import CompilationTimes
+
+    from flashmemory_vllm.runtime.capacity import CapacityPlan
+    from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+
+logger = init_logger(__name__)
+
+
+class ResidencyWorker:
+    """Mixin before a vLLM worker: N logical blocks towards the scheduler, S slots on the device."""
+
+    vllm_config: Any
+    model_runner: Any
+    device: torch.device
+    rank: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's worker; our options are read here and stay frozen."""
+        super().__init__(*args, **kwargs)
+        self.flashmemory_config = read_config(self.vllm_config)
+        self.flashmemory_runtime: ResidencyRuntime | None = None
+        self._counters_dir = engine_directory(self.vllm_config.instance_id)
+        self._capacity: CapacityPlan | None = None
+        self._counters: CounterWriter | None = None
+        self._translator = StepTranslator()
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Our spec for each attention layer.
+
+        Raises:
+            UnsupportedError: a layer is not plain full attention.
+        """
+        with set_current_vllm_config(self.vllm_config):
+            specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+            budget = sizing.budget_policy(self.vllm_config, self.flashmemory_config, specs)
+            return {name: FlashMemorySpec.from_spec(spec, budget, self._counters_dir) for name, spec in specs.items()}
+
+    def determine_available_memory(self) -> int:
+        """Bytes that the scheduler turns into logical blocks: the host pool's, not the device's.
+
+        Raises:
+            ConfigError: the longest request does not fit in the slots or in the host pool.
+        """
+        device_bytes: int = super().determine_available_memory()  # type: ignore[misc]
+        with set_current_vllm_config(self.vllm_config):
+            specs: Mapping[str, FullAttentionSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        self._capacity = sizing.plan(self.vllm_config, self.flashmemory_config, specs, device_bytes, self.device)
+        logger.info("flashmemory: %s", self._capacity.describe())
+        return self._capacity.host_bytes
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate S slots where vLLM would allocate N blocks, then attach the residency runtime.
+
+        Raises:
+            ConfigError: the scheduler was given more logical blocks than the host pool holds.
+        """
+        capacity = self._capacity
+        assert capacity is not None
+        num_logical_blocks = kv_cache_config.num_blocks
+        if num_logical_blocks > capacity.num_logical_blocks:
+            raise ConfigError(
+                f"--num-gpu-blocks-override: {num_logical_blocks} logical blocks, the host pool holds {capacity.num_logical_blocks}; "
+                "raise flashmemory.host_memory_gib or lower the override"
+            )
+        num_slots = min(capacity.num_slots, num_logical_blocks)
+        super().initialize_from_config(self._physical_config(kv_cache_config, num_slots))  # type: ignore[misc]
+        self._counters = self._open_counters(Capacity(num_slots, num_logical_blocks))
+        self._attach_runtime(kv_cache_config.kv_cache_groups[0].layer_names, num_logical_blocks)
+        compat.install_slot_translation(
+            self.model_runner,
+            translate=lambda slot_mapping: self._runtime().translate_slots(slot_mapping),
+            rows=lambda req_ids: self._runtime().set_rows(req_ids),
+        )
+
+    def flashmemory_reconfigure(self, options: dict[str, object]) -> None:
+        """Replace the runtime by one with other options; for evaluation, between requests.
+
+        The scheduler keeps the slot budgets it started with, so they bound what may be asked for. Its prefix cache
+        must be reset afterwards: the new runtime has no blocks.
+
+        Args:
+            options: replaces the options given at start, except for those not named.
+
+        Raises:
+            ConfigError: an option is wrong, or would let a request use more slots than the scheduler reserves.
+        """
+        started_with = read_config(self.vllm_config)
+        config = FlashMemoryConfig.from_additional_config(
+            {"flashmemory": started_with.model_dump(exclude_unset=True) | options}
+        )
+        fixed = ("resident_ratio", "min_sparse_tokens", "sink_tokens", "recent_tokens", "growth_reserve_tokens")
+        changed = [name for name in fixed if getattr(config, name) != getattr(started_with, name)]
+        if changed:
+            raise ConfigError(f"flashmemory.{changed[0]}: the scheduler's budgets are fixed at start and cannot be changed")
+        runtime = self._runtime()
+        layer_names, num_logical_blocks = list(runtime.layer_names), runtime.num_logical_blocks
+        runtime.release()
+        self.flashmemory_config = config
+        self._attach_runtime(layer_names, num_logical_blocks)
+
+    def compile_or_warm_up_model(self) -> "CompilationTimes":
+        """As vLLM's; what its warm-up requests left behind is dropped."""
+        times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self.flashmemory_runtime is not None:
+            self.flashmemory_runtime.reset()
+        return times
+
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
+        """Plan and start this step's copies, run the model, then write back and select."""
+        runtime = self.flashmemory_runtime
+        if runtime is None:
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
+        with torch.inference_mode(), runtime.step(self._translator.translate(scheduler_output)):
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM's; device pages are about to be discarded, so nothing stays resident."""
+        if self.flashmemory_runtime is not None and level > 0:
+            self.flashmemory_runtime.reset()
+        super().sleep(level)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """As vLLM's; unpins the host pool first, which can take long for a large one."""
+        if self.flashmemory_runtime is not None:
+            self.flashmemory_runtime.release()
+            self.flashmemory_runtime = None
+        if self._counters is not None:
+            self._counters.close()
+        super().shutdown()  # type: ignore[misc]
+
+    def _runtime(self) -> "ResidencyRuntime":
+        assert self.flashmemory_runtime is not None, "the KV cache is not initialised yet"
+        return self.flashmemory_runtime
+
+    def _attach_runtime(self, layer_names: list[str], num_logical_blocks: int) -> None:
+        """Build the runtime over the allocated KV cache and bind every attention layer to it."""
+        assert self._counters is not None
+        layers = sizing.attention_layers(self.vllm_config, layer_names)
+        runtime = build_runtime(
+            shape=sizing.attention_shape(self.vllm_config, layers, self.device),
+            caches=[layer.kv_cache for layer in layers.values()],
+            page_format=sizing.page_format(self.vllm_config, layers, self.device),
+            attend=sizing.partial_attention(self.device),
+            config=self.flashmemory_config,
+            budget=sizing.budget_policy(self.vllm_config, self.flashmemory_config, {}),
+            num_logical_blocks=num_logical_blocks,
+            max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
+            counters=self._counters,
+        )
+        for index, layer in enumerate(layers.values()):
+            layer.impl.bind(runtime, index, runtime.group_of(index))
+        self.flashmemory_runtime = runtime
+
+    def _open_counters(self, capacity: Capacity) -> CounterWriter:
+        writer = CounterWriter.create(self._counters_dir, worker_name(self.rank))
+        writer.publish_capacity(capacity)
+        return writer
+
+    def _physical_config(self, logical: KVCacheConfig, num_slots: int) -> KVCacheConfig:
+        """vLLM's KV cache configuration for S slots, everything else as the engine core resolved it."""
+        groups = logical.kv_cache_groups
+        with self._without_block_override():
+            device_bytes = num_slots * _pool_bytes_per_block(self.vllm_config, groups)
+            physical = get_kv_cache_config_from_groups(self.vllm_config, groups, device_bytes)
+        physical.kv_cache_layout = logical.kv_cache_layout
+        physical.hash_block_size = logical.hash_block_size
+        physical.cache_hit_alignment_tokens = logical.cache_hit_alignment_tokens
+        physical.kv_tp_replicas = logical.kv_tp_replicas
+        assert physical.num_blocks == num_slots
+        return physical
+
+    @contextmanager
+    def _without_block_override(self) -> "Iterator[None]":
+        """`--num-gpu-blocks-override` counts logical blocks; it must not size the device tensor."""
+        cache_config = self.vllm_config.cache_config
+        override, cache_config.num_gpu_blocks_override = cache_config.num_gpu_blocks_override, None
+        try:
+            yield
+        finally:
+            cache_config.num_gpu_blocks_override = override
+
+
+class FlashMemoryCpuWorker(ResidencyWorker, CPUWorker):
+    """The CPU worker: the "device" is a bounded tensor, the host pool another one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's CPU worker, which would otherwise ignore the selected backend."""
+        compat.override_cpu_backend()
+        super().__init__(*args, **kwargs)
+
+
+class FlashMemoryCudaWorker(ResidencyWorker, Worker):
+    """The CUDA worker."""

@@ -1,0 +1,202 @@
+"""How many slots a request may hold, and the scheduler's ledger of them.
+
+The planner spends what the ledger has reserved. Both follow one policy, so that a step that was admitted always fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+
+from flashmemory_vllm.errors import ConfigError, IntegrityError
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Divide and round up."""
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPolicy:
+    """Slots of one request in one layer group; filled from the configuration, shared by scheduler and worker.
+
+    Attributes:
+        block_size: tokens in a block.
+        resident_ratio: resident blocks over all blocks of a sparse request, in (0, 1]; 1 keeps every request dense.
+        min_sparse_tokens: shorter requests are dense, all their blocks stay resident.
+        sink_tokens: tokens at the start of a request that always stay resident.
+        recent_tokens: newest tokens that always stay resident, as far as a quarter of the budget goes.
+        max_num_batched_tokens: most tokens of one step.
+        max_model_len: most tokens of one request.
+        growth_reserve_tokens: growth that a request has slots reserved for.
+
+    Raises:
+        ConfigError: a value is outside of its range.
+    """
+
+    block_size: int
+    resident_ratio: float
+    min_sparse_tokens: int
+    sink_tokens: int
+    recent_tokens: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    growth_reserve_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.resident_ratio <= 1.0:
+            raise ConfigError(f"resident_ratio: {self.resident_ratio} is given, above 0 and at most 1 is allowed")
+        for name, smallest in (
+            ("block_size", 1),
+            ("min_sparse_tokens", 0),
+            ("sink_tokens", 0),
+            ("recent_tokens", 0),
+            ("max_num_batched_tokens", 1),
+            ("max_model_len", 1),
+            ("growth_reserve_tokens", 0),
+        ):
+            given = getattr(self, name)
+            if given < smallest:
+                raise ConfigError(f"{name}: {given} is given, at least {smallest} is allowed")
+
+    def is_dense(self, num_tokens: int) -> bool:
+        """Whether a request of this length keeps all its blocks because of its length or the ratio."""
+        return self.resident_ratio == 1.0 or num_tokens < self.min_sparse_tokens
+
+    def decode_budget(self, num_tokens: int) -> int:
+        """Slots of a decode row with `num_tokens` tokens after its step.
+
+        A sparse request keeps room for the sink, for two blocks that one step may write, and grows by at most one
+        slot a block. The budget therefore never shrinks with length, but for the one drop where a request turns
+        sparse.
+        """
+        num_blocks = cdiv(num_tokens, self.block_size)
+        if self.is_dense(num_tokens):
+            return num_blocks
+        return min(num_blocks, max(floor(self.resident_ratio * num_blocks), self._num_sink_blocks + 2))
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        """Whether the budget covers every block, so that there is nothing to select."""
+        return self.decode_budget(num_tokens) == cdiv(num_tokens, self.block_size)
+
+    def sink_blocks(self, num_tokens: int) -> int:
+        """First blocks that are always in the resident set."""
+        return min(self._num_sink_blocks, cdiv(num_tokens, self.block_size))
+
+    def recent_blocks(self, num_tokens: int) -> int:
+        """Newest blocks, the one being written included, that are always in the resident set.
+
+        At most a quarter of the budget, and never so many that sink and recent leave no block to choose; at least one.
+        """
+        budget = self.decode_budget(num_tokens)
+        wanted = cdiv(self.recent_tokens, self.block_size)
+        return max(1, min(wanted, budget // 4, budget - self.sink_blocks(num_tokens) - 1))
+
+    def reserve(self, num_tokens: int, prefill_end: int) -> int:
+        """Slots to reserve for a request: what the planner may use for it now and until it has grown by the reserve.
+
+        Args:
+            num_tokens: tokens of the request after the step that is being scheduled.
+            prefill_end: tokens that dense prefill computes; the request decodes once `num_tokens` is above.
+        """
+        tokens_now = max(num_tokens, prefill_end)
+        tokens_later = max(tokens_now, min(tokens_now + self.growth_reserve_tokens, self.max_model_len))
+        decode = self._largest_decode_budget(tokens_now, tokens_later)
+        return decode if num_tokens > prefill_end else max(decode, self._largest_chunk(tokens_later))
+
+    def worst_case(self) -> int:
+        """The largest reserve of any request that is not longer than `max_model_len`."""
+        return max(self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len))
+
+    @property
+    def _num_sink_blocks(self) -> int:
+        return cdiv(self.sink_tokens, self.block_size)
+
+    def _largest_decode_budget(self, shortest: int, longest: int) -> int:
+        """Largest decode budget over a range of lengths: at its end, or at the last dense length within it."""
+        last_dense = min(longest, self.min_sparse_tokens - 1)
+        at_end = self.decode_budget(longest)
+        return max(at_end, self.decode_budget(last_dense)) if last_dense >= shortest else at_end
+
+    def _largest_chunk(self, num_tokens: int) -> int:
+        """Most blocks that one step of a prefill of `num_tokens` writes: a chunk may begin and end within a block."""
+        return min(cdiv(num_tokens, self.block_size), cdiv(self.max_num_batched_tokens, self.block_size) + 1)
+
+
+class SlotLedger:
+    """The scheduler's account of slots: the sum of all reserves never exceeds the slots there are.
+
+    Args:
+        num_slots: S, device pages of a layer group, the null slot included.
+        policy: what a request reserves.
+
+    Raises:
+        ConfigError: one request of the longest length would not fit, and would wait for ever.
+    """
+
+    def __init__(self, num_slots: int, policy: BudgetPolicy) -> None:
+        if policy.worst_case() > num_slots - 1:
+            raise ConfigError(
+                f"num_slots: {num_slots} is given, but one request of max_model_len {policy.max_model_len} may need "
+                f"{policy.worst_case()} slots and the null slot"
+            )
+        self._capacity = num_slots - 1
+        self._policy = policy
+        self._reserves: dict[str, int] = {}
+        self._reserved = 0
+        self._refused = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots that can be reserved: all but the null slot."""
+        return self._capacity
+
+    @property
+    def reserved(self) -> int:
+        """Slots reserved now."""
+        return self._reserved
+
+    @property
+    def refused(self) -> int:
+        """Times `can_admit` said no."""
+        return self._refused
+
+    def can_admit(self, req_id: str, num_tokens: int, prefill_end: int) -> bool:
+        """Whether the reserve of the request fits; what it has reserved already counts as free."""
+        others = self._reserved - self._reserves.get(req_id, 0)
+        fits = others + self._policy.reserve(num_tokens, prefill_end) <= self._capacity
+        self._refused += not fits
+        return fits
+
+    def commit(self, req_id: str, num_tokens: int, prefill_end: int) -> None:
+        """Reserve for the request, in place of what it had reserved before.
+
+        Raises:
+            IntegrityError: the reserve does not fit; `can_admit` was not asked or its answer not heeded.
+        """
+        reserve = self._policy.reserve(num_tokens, prefill_end)
+        others = self._reserved - self._reserves.get(req_id, 0)
+        if others + reserve > self._capacity:
+            raise IntegrityError(
+                f"request {req_id} reserves {reserve} slots next to {others} of other requests, "
+                f"but there are {self._capacity}"
+            )
+        self._reserves[req_id] = reserve
+        self._reserved = others + reserve
+
+    def release(self, req_id: str) -> None:
+        """Return what the request has reserved; a request that never reserved has nothing to return."""
+        self._reserved -= self._reserves.pop(req_id, 0)
+
+    def check_integrity(self) -> None:
+        """Compare the total with its parts.
+
+        Raises:
+            IntegrityError: the total is not their sum, or is more than there is.
+        """
+        total = sum(self._reserves.values())
+        if total != self._reserved or total > self._capacity:
+            raise IntegrityError(
+                f"{self._reserved} slots are booked, {total} reserved by {len(self._reserves)} requests, "
+                f"{self._capacity} exist"
+            )

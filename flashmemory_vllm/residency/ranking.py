@@ -1,0 +1,80 @@
+"""Which blocks of a request are worth a slot. Positions are sorted int32 arrays without repetition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashmemory_vllm.residency.types import FloatArray, IntArray
+
+NO_POSITIONS: IntArray = np.empty(0, np.int32)
+NO_SCORES: FloatArray = np.empty(0, np.float32)
+NO_POSITIONS.flags.writeable = NO_SCORES.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The blocks that a decode row cannot do without: `[0, sink_end)` and `[recent_start, num_blocks)`.
+
+    Attributes:
+        sink_end: end of the sink.
+        recent_start: first of the newest blocks, all blocks written in the step among them.
+        num_blocks: blocks of the request that hold tokens after the step.
+    """
+
+    sink_end: int
+    recent_start: int
+    num_blocks: int
+
+    def candidates(self) -> IntArray:
+        """Positions that may be chosen."""
+        return np.arange(self.sink_end, self.recent_start, dtype=np.int32)
+
+    def inside(self, positions: IntArray) -> IntArray:
+        """Those of the positions that may be chosen."""
+        start, end = np.searchsorted(positions, (self.sink_end, self.recent_start))
+        return positions[start : max(start, end)]
+
+    def outside(self, positions: IntArray) -> IntArray:
+        """Those of the positions that are forced."""
+        return positions[(positions < self.sink_end) | (positions >= self.recent_start)]
+
+    def with_best(self, candidates: IntArray, scores: FloatArray, budget: int) -> IntArray:
+        """The forced blocks and as many of the best candidates as the budget has room for."""
+        sink = np.arange(min(self.sink_end, self.recent_start), dtype=np.int32)
+        recent = np.arange(self.recent_start, self.num_blocks, dtype=np.int32)
+        return np.concatenate((sink, best(candidates, scores, budget - sink.size - recent.size), recent))
+
+
+def best(positions: IntArray, scores: FloatArray, count: int) -> IntArray:
+    """The `count` best positions, in order of position.
+
+    Args:
+        positions: int32 `[n]`.
+        scores: float32 by position from 0, higher is better. Later positions are newer than the scoring: they rank
+            above all scored ones, the newest first.
+        count: how many; all, if there are no more.
+    """
+    if count >= positions.size:
+        return positions
+    if count <= 0:
+        return NO_POSITIONS
+    num_scored = int(np.searchsorted(positions, scores.size))
+    num_unscored = positions.size - num_scored
+    if num_unscored >= count:
+        return positions[positions.size - count :]
+    worst_first = np.argpartition(scores[positions[:num_scored]], positions.size - count)
+    return np.delete(positions, worst_first[: positions.size - count])
+
+
+def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
+    """The positions in ascending rank; see `best`."""
+    num_scored = int(np.searchsorted(positions, scores.size))
+    order = np.argsort(scores[positions[:num_scored]], kind="stable")
+    return np.concatenate((positions[order], positions[num_scored:]))
+
+
+def difference(positions: IntArray, others: IntArray) -> IntArray:
+    """The positions that are not among the others."""
+    return positions[~np.isin(positions, others, assume_unique=True)]

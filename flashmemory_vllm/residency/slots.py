@@ -1,0 +1,244 @@
+"""The slot table: which logical block each slot of each layer group holds, and what may be evicted.
+
+The content of a logical block is in one of three states:
+
+                 hold_fresh                  mark_written_back
+        EMPTY ----------------> DIRTY ------------------------> CLEAN
+          ^                       |                               |
+          |                       | drop (request forgotten       | drop (the scheduler gave
+          |                       | while the block is partial)   | the id to other tokens)
+          +-----------------------+-------------------------------+
+
+        EMPTY   no slot in any group, no valid host copy: the block has no content
+        DIRTY   a slot in every group, pinned, no valid host copy: being written, or full and not yet copied
+        CLEAN   valid host copy; in each group on its own it has a slot or not (hold, evict)
+
+Two bits tell them apart: whether the host copy is valid, and whether the block has slots. A pin is one request's claim
+on a block in one group: shared blocks have several. Slots without pins are cache: they keep their block until somebody
+needs the room, least recently used first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray
+
+NOT_RESIDENT = -1
+NO_OWNER = -1
+NULL_BLOCK = 0
+NULL_SLOT = 0
+
+
+class SlotTable:
+    """Slots, their owners and their pins in every layer group. Blocks passed in are unique within one call."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        groups, blocks, slots = geometry.num_groups, geometry.num_logical_blocks, geometry.num_slots
+        self._geometry = geometry
+        self.lut: IntArray = np.empty((groups, blocks), np.int32)
+        self.host_valid: BoolArray = np.empty(blocks, np.bool_)
+        self.pins: IntArray = np.empty((groups, slots), np.int32)
+        self._owner: IntArray = np.empty((groups, slots), np.int32)
+        # Time of the last use: the number of the step, and a fraction that orders the blocks of one step.
+        self._last_use = np.empty((groups, slots), np.float64)
+        self._landing: BoolArray = np.empty((groups, blocks), np.bool_)
+        # A stack per group: the first `num_free` entries of a row are its free slots.
+        self._free: IntArray = np.empty((groups, slots - 1), np.int32)
+        self._num_free = [0] * groups
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all content; arrays stay where they are."""
+        self.lut[:] = NOT_RESIDENT
+        self.lut[:, NULL_BLOCK] = NULL_SLOT
+        self.host_valid[:] = False
+        self.pins[:] = 0
+        self._owner[:] = NO_OWNER
+        self._last_use[:] = 0.0
+        self._landing[:] = False
+        # Lowest slots are handed out first.
+        self._free[:] = np.arange(self._geometry.num_slots - 1, NULL_SLOT, -1, dtype=np.int32)
+        self._num_free = [self._geometry.num_slots - 1] * self._geometry.num_groups
+        self._clock = 0
+        self.num_evictions = 0
+        self._landing_copies: list[Copies] = []
+
+    def begin_step(self) -> None:
+        """Advance the clock; what was prefetched in the step before has landed."""
+        self._clock += 1
+        for copies in self._landing_copies:
+            self._landing[copies.group, copies.blocks] = False
+        self._landing_copies.clear()
+
+    def readable(self, group: int, blocks: IntArray) -> BoolArray:
+        """Which of the blocks a row of this step may read from a slot: resident, and not still on their way."""
+        return (self.lut[group, blocks] >= 0) & ~self._landing[group, blocks]
+
+    def spare(self, group: int) -> int:
+        """Slots that are free or hold an unpinned block."""
+        return self._geometry.num_slots - 1 - int(np.count_nonzero(self.pins[group]))
+
+    def used(self, group: int) -> int:
+        """Slots that hold a block."""
+        return self._geometry.num_slots - 1 - self._num_free[group]
+
+    def demand(self, group: int, blocks: IntArray) -> int:
+        """Spare slots that holding these blocks would take: one for each that is not resident or not pinned."""
+        slots = self.lut[group, blocks]
+        return int(np.count_nonzero((slots == NOT_RESIDENT) | (self.pins[group, slots] == 0)))
+
+    def pin(self, group: int, blocks: IntArray) -> None:
+        """Claim resident blocks."""
+        self.pins[group, self._slots_of(group, blocks)] += 1
+
+    def unpin(self, group: int, blocks: IntArray) -> None:
+        """Give up a claim; blocks that nobody claims any more become cache, used last in this step."""
+        slots = self._slots_of(group, blocks)
+        if slots.size and self.pins[group, slots].min() <= 0:
+            raise IntegrityError(f"group {group}: blocks {blocks[self.pins[group, slots] <= 0]} have no pin to give up")
+        self.pins[group, slots] -= 1
+        self._last_use[group, slots] = self._clock
+
+    def touch(self, group: int, blocks: IntArray) -> None:
+        """Make resident blocks the last to be evicted, the first given before the last given."""
+        rank = np.arange(1, blocks.size + 1) / (blocks.size + 1)
+        self._last_use[group, self._slots_of(group, blocks)] = self._clock + rank
+
+    def hold_fresh(self, group: int, blocks: IntArray) -> Copies:
+        """Give EMPTY blocks a slot and pin them: they become DIRTY once every group has done so.
+
+        Raises:
+            IntegrityError: a block has content, or there is no room.
+        """
+        stale = self.host_valid[blocks] | (self.lut[group, blocks] != NOT_RESIDENT)
+        if stale.any():
+            raise IntegrityError(f"group {group}: blocks {blocks[stale]} are to be written but hold other content")
+        return self._hold(group, blocks, blocks)
+
+    def hold(self, group: int, blocks: IntArray) -> Copies:
+        """Pin blocks and give those without a slot one; their content is to be copied from the host.
+
+        Returns:
+            The blocks that had no slot, with their new slots.
+
+        Raises:
+            IntegrityError: a block has neither a slot nor a valid host copy, or there is no room.
+        """
+        missing = blocks[self.lut[group, blocks] == NOT_RESIDENT]
+        self.require_host_copy(missing)
+        return self._hold(group, blocks, missing)
+
+    def prefetch(self, group: int, blocks: IntArray) -> Copies:
+        """As `hold`, but the copies land during the step: until the next step begins they are not readable."""
+        copies = self.hold(group, blocks)
+        self._landing[group, copies.blocks] = True
+        self._landing_copies.append(copies)
+        return copies
+
+    def mark_written_back(self, blocks: IntArray) -> None:
+        """DIRTY blocks have a host copy now and are CLEAN."""
+        self.host_valid[blocks] = True
+
+    def drop(self, blocks: IntArray) -> None:
+        """Make blocks EMPTY in every group: their content is worth nothing any more.
+
+        Raises:
+            IntegrityError: a request still claims one of them.
+        """
+        self.host_valid[blocks] = False
+        for group in range(self._geometry.num_groups):
+            resident = blocks[self.lut[group, blocks] != NOT_RESIDENT]
+            slots = self._slots_of(group, resident)
+            if self.pins[group, slots].any():
+                raise IntegrityError(
+                    f"group {group}: blocks {resident[self.pins[group, slots] > 0]} get new content "
+                    "but are in the resident set of a known request"
+                )
+            self._release(group, slots)
+
+    def require_host_copy(self, blocks: IntArray) -> None:
+        """Raise IntegrityError unless all blocks have a valid host copy."""
+        if not self.host_valid[blocks].all():
+            lost = blocks[~self.host_valid[blocks]]
+            raise IntegrityError(f"blocks {lost} are to be read but have neither a slot nor a valid host copy")
+
+    def check_integrity(self) -> None:
+        """Check the conservation laws of slots and content; costs a pass over all tables.
+
+        Raises:
+            IntegrityError: with the group and the numbers that do not add up.
+        """
+        for group in range(self._geometry.num_groups):
+            self._check_group(group)
+        resident_in = (self.lut[:, 1:] != NOT_RESIDENT).sum(axis=0)
+        partial = ~self.host_valid[1:] & (resident_in % self._geometry.num_groups != 0)
+        if partial.any():
+            raise IntegrityError(
+                f"blocks {np.flatnonzero(partial) + 1} have no host copy and slots in some but not all groups"
+            )
+        if self.host_valid[NULL_BLOCK]:
+            raise IntegrityError("the null block has a host copy")
+
+    def _check_group(self, group: int) -> None:
+        lut, owner = self.lut[group], self._owner[group]
+        used, num_free = np.flatnonzero(owner != NO_OWNER), self._num_free[group]
+        free = self._free[group, :num_free]
+        if used.size + num_free != owner.size - 1 or np.unique(np.concatenate((used, free))).size != owner.size - 1:
+            raise IntegrityError(
+                f"group {group}: {used.size} used and {num_free} free slots are not the {owner.size - 1} there are"
+            )
+        if owner[NULL_SLOT] != NO_OWNER or lut[NULL_BLOCK] != NULL_SLOT:
+            raise IntegrityError(f"group {group}: null slot owned by {owner[NULL_SLOT]}, null block in {lut[NULL_BLOCK]}")
+        resident = np.flatnonzero(lut[1:] != NOT_RESIDENT) + 1
+        if resident.size != used.size or (owner[lut[resident]] != resident).any():
+            raise IntegrityError(
+                f"group {group}: {resident.size} resident blocks and {used.size} owned slots are not each other's inverse"
+            )
+        if self.pins[group].min() < 0 or self.pins[group, owner == NO_OWNER].any():
+            raise IntegrityError(f"group {group}: a pin count is negative, or a slot without a block is pinned")
+        loose = ~self.host_valid[owner[used]] & (self.pins[group, used] == 0)
+        if loose.any():
+            raise IntegrityError(f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned")
+
+    def _slots_of(self, group: int, blocks: IntArray) -> IntArray:
+        slots: IntArray = self.lut[group, blocks]
+        if slots.size and slots.min() <= NULL_SLOT:
+            raise IntegrityError(f"group {group}: blocks {blocks[slots <= NULL_SLOT]} have no slot")
+        return slots
+
+    def _hold(self, group: int, blocks: IntArray, missing: IntArray) -> Copies:
+        # Pinned first, so that making room for some does not evict others of them.
+        if missing.size < blocks.size:
+            self.pin(group, blocks[self.lut[group, blocks] != NOT_RESIDENT])
+        if missing.size > self._num_free[group]:
+            self._evict(group, missing.size - self._num_free[group])
+        left = self._num_free[group] - missing.size
+        slots = self._free[group, left : self._num_free[group]][::-1].copy()
+        self._num_free[group] = left
+        self._owner[group, slots] = missing
+        self.lut[group, missing] = slots
+        self.pins[group, slots] = 1
+        return Copies(group, missing, slots)
+
+    def _evict(self, group: int, count: int) -> None:
+        evictable = np.flatnonzero((self.pins[group] == 0) & (self._owner[group] != NO_OWNER)).astype(np.int32)
+        if count > evictable.size:
+            pinned = int(np.count_nonzero(self.pins[group]))
+            raise IntegrityError(
+                f"group {group}: {count} more slots are needed, but of {self._geometry.num_slots - 1} slots "
+                f"{pinned} are pinned, {self._num_free[group]} free and {evictable.size} evictable"
+            )
+        oldest = np.argpartition(self._last_use[group, evictable], count - 1)[:count]
+        slots = evictable[oldest]
+        self.require_host_copy(self._owner[group, slots])
+        self._release(group, slots)
+        self.num_evictions += count
+
+    def _release(self, group: int, slots: IntArray) -> None:
+        self.lut[group, self._owner[group, slots]] = NOT_RESIDENT
+        self._owner[group, slots] = NO_OWNER
+        end = self._num_free[group] + slots.size
+        self._free[group, self._num_free[group] : end] = slots
+        self._num_free[group] = end

@@ -1,0 +1,280 @@
+"""What goes into and comes out of the pager.
+
+Words: a logical block is a page of the scheduler, a slot is a page of the device KV tensor. Layers are split into G
+groups; each group has its own slots and its own resident set per request. A position is the index of a block within
+its request. Logical block 0 is the scheduler's null block and slot 0 is the null slot: neither ever holds a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from flashmemory_vllm.errors import ConfigError
+
+IntArray: TypeAlias = npt.NDArray[np.int32]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of the paged memory; filled by the worker once the KV cache is laid out.
+
+    Attributes:
+        num_logical_blocks: N, logical blocks the scheduler may hand out, the null block included.
+        num_slots: S, device pages of each layer group, the null slot included.
+        num_groups: G, layer groups.
+        block_size: tokens in a block.
+
+    Raises:
+        ConfigError: a size is too small to hold a single token.
+    """
+
+    num_logical_blocks: int
+    num_slots: int
+    num_groups: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("num_logical_blocks", 2), ("num_slots", 2), ("num_groups", 1), ("block_size", 1)):
+            given = getattr(self, name)
+            if given < smallest:
+                raise ConfigError(f"{name}: {given} is given, at least {smallest} is allowed")
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request scheduled for the first time, or again after preemption; filled by the plugin.
+
+    Attributes:
+        req_id: vLLM's request id.
+        block_ids: logical blocks of the request, in order.
+        num_computed_tokens: tokens that have KV already (a prefix hit), a multiple of the block size.
+        prefill_len: tokens whose KV dense prefill computes: the prompt, with the outputs so far if it was preempted.
+    """
+
+    req_id: str
+    block_ids: tuple[int, ...]
+    num_computed_tokens: int
+    prefill_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRequest:
+    """A known request that is scheduled again; filled by the plugin.
+
+    Attributes:
+        req_id: vLLM's request id.
+        new_block_ids: logical blocks appended since the request was last scheduled.
+        num_computed_tokens: tokens that have KV before this step.
+    """
+
+    req_id: str
+    new_block_ids: tuple[int, ...]
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One scheduler step; filled by the plugin from vLLM's scheduler output.
+
+    Attributes:
+        step: number of the step, for messages and for matching `StepPlan.step`.
+        finished: requests that ended or were aborted since the last step.
+        preempted: requests that lost their blocks in this step.
+        new: requests that become known.
+        running: known requests that are scheduled again.
+        num_scheduled_tokens: tokens this step computes for each scheduled request.
+    """
+
+    step: int
+    finished: Collection[str]
+    preempted: Collection[str]
+    new: tuple[NewRequest, ...]
+    running: tuple[RunningRequest, ...]
+    num_scheduled_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """A selector's result; filled by the worker once the scores of a `DueSelection` are on the host.
+
+    Attributes:
+        req_id: the request.
+        scores: float32 `[G, num_blocks_scored]` by position from 0, higher is better; NaN ranks lowest. Blocks
+            written after the scoring have no score and rank above all others, the newest first.
+    """
+
+    req_id: str
+    scores: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies:
+    """Logical blocks and the slots they have in one layer group; filled by the planner.
+
+    Attributes:
+        group: layer group.
+        blocks: int32 `[n]` logical blocks.
+        slots: int32 `[n]` slots of the same blocks.
+    """
+
+    group: int
+    blocks: IntArray
+    slots: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WriteBacks:
+    """Blocks that are full once this step's forward is done; filled by the planner.
+
+    Attributes:
+        blocks: int32 `[n]` logical blocks, each in one request only.
+        slots: int32 `[G, n]` slots of the same blocks in each layer group.
+    """
+
+    blocks: IntArray
+    slots: IntArray
+
+
+class Phase(Enum):
+    """How a row's new tokens see their history."""
+
+    PREFILL = "prefill"  # all of it
+    DECODE = "decode"  # the resident set
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """What one scheduled request reads and writes in this step; filled by the planner. The arrays are read-only.
+
+    Attributes:
+        req_id: the request.
+        phase: prefill rows attend to all history, decode rows to the resident set.
+        num_computed_tokens: tokens that have KV before this step.
+        num_tokens: tokens this step computes.
+        slots: per group int32 `[k]`, the compacted block table: logical order, the blocks written now at the end.
+        positions: per group int32 `[k]`, logical positions of the same blocks.
+        evicted_tokens: per group, tokens of history that the compacted table leaves out.
+        streamed: per group int32 `[m]`, logical blocks of exactly these left-out tokens, in logical order, for a prefill
+            row to read from the host; empty for a decode row, which does without them.
+    """
+
+    req_id: str
+    phase: Phase
+    num_computed_tokens: int
+    num_tokens: int
+    slots: tuple[IntArray, ...]
+    positions: tuple[IntArray, ...]
+    evicted_tokens: tuple[int, ...]
+    streamed: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DueSelection:
+    """A request whose blocks are to be scored with the queries of this step; filled by the planner.
+
+    Attributes:
+        req_id: the request.
+        num_history_blocks: full blocks of the request after this step.
+        first: the request has no selection yet, and its next step needs one: the selection is to be offered before
+            the next plan. Otherwise it may be offered any number of steps later.
+        block_ids: int32 `[num_history_blocks]` logical blocks to score, by position.
+    """
+
+    req_id: str
+    num_history_blocks: int
+    first: bool
+    block_ids: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """Everything one step does to the memory; filled by the planner, executed by the worker.
+
+    Order of execution: recalls, then the forward with its rows, then write-backs and the scoring of `due`. Prefetches
+    may run at any time from the recalls on, but end before the next step's forward. No slot that `recalls`,
+    `prefetches` or `fresh` name is read by a row of this step as the block it held before; kernels and copies of
+    earlier steps may still use it, and the executor orders itself after them.
+
+    Attributes:
+        step: number of the step.
+        evicted: slots that changed their owner or lost it to make room.
+        fresh: per group with any, blocks that got a slot because this step writes their first tokens: nothing to copy.
+        recalls: per group with any, host to slot, in place before this step's attention.
+        prefetches: per group with any, host to slot, in force at the next plan.
+        write_backs: slot to host after the forward.
+        rows: one for each scheduled request.
+        due: requests to score after the forward.
+    """
+
+    step: int
+    evicted: int
+    fresh: tuple[Copies, ...]
+    recalls: tuple[Copies, ...]
+    prefetches: tuple[Copies, ...]
+    write_backs: WriteBacks
+    rows: Mapping[str, Row]
+    due: tuple[DueSelection, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The state of memory between two steps; filled by the planner.
+
+    Attributes:
+        num_slots: S - 1, slots of a group that can hold a block.
+        slots_used: slots that hold a block, in the group with most of them.
+        slots_pinned: slots that a known request holds, in the group with most of them.
+        resident_blocks: blocks in the resident sets of known requests, mean over groups.
+        total_blocks: blocks of known requests that hold tokens.
+        host_blocks: logical blocks with a valid host copy.
+        num_requests: known requests.
+    """
+
+    num_slots: int
+    slots_used: int
+    slots_pinned: int
+    resident_blocks: float
+    total_blocks: int
+    host_blocks: int
+    num_requests: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since the planner was made; a block counts once in each layer group it is moved in.
+
+    Attributes:
+        plans: steps planned.
+        evictions: slots taken from a block with a valid host copy.
+        recalled_blocks: blocks copied to a slot before a step's attention.
+        prefetched_blocks: blocks copied to a slot during a step.
+        written_back_blocks: blocks copied to the host.
+        streamed_blocks: blocks read from the host by prefill rows.
+        selections: selections that changed a resident set or confirmed it.
+        missing_selections: first decode steps of a sparse request without a selection.
+        ignored_selections: selections offered for a request that is gone or in prefill.
+        decode_rows: decode rows planned.
+        decode_resident_blocks: blocks in the tables of decode rows.
+        decode_context_blocks: blocks that hold tokens of decode rows, once per group.
+    """
+
+    plans: int = 0
+    evictions: int = 0
+    recalled_blocks: int = 0
+    prefetched_blocks: int = 0
+    written_back_blocks: int = 0
+    streamed_blocks: int = 0
+    selections: int = 0
+    missing_selections: int = 0
+    ignored_selections: int = 0
+    decode_rows: int = 0
+    decode_resident_blocks: int = 0
+    decode_context_blocks: int = 0

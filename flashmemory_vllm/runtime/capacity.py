@@ -1,0 +1,119 @@
+"""How many slots and logical blocks fit: one calculation for the server's start and for planning ahead."""
+
+from dataclasses import dataclass
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.residency.budget import BudgetPolicy
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What may be spent; filled by the worker (or by a planning command).
+
+    Attributes:
+        device_bytes: device memory for slots, index keys and staging together.
+        host_bytes: host memory for the pool.
+        device_slots: explicit number of slots, or None to fill `device_bytes`.
+        max_num_seqs: most requests that run at once.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    device_slots: int | None
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityPlan:
+    """The sizes the server starts with.
+
+    Attributes:
+        num_slots: S, device pages, the null slot included.
+        num_logical_blocks: N, blocks of the scheduler and of the host pool, the null block included.
+        block_bytes: bytes of one block over all layers.
+        index_bytes: device bytes of index keys.
+        staging_bytes: device bytes of the staging buffers.
+        request_slots: slots that the longest request may reserve.
+    """
+
+    num_slots: int
+    num_logical_blocks: int
+    block_bytes: int
+    index_bytes: int
+    staging_bytes: int
+    request_slots: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the device KV tensor."""
+        return self.num_slots * self.block_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host pool."""
+        return self.num_logical_blocks * self.block_bytes
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.num_slots} slots ({self.slot_bytes / GIB:.3f} GiB on the device) for {self.num_logical_blocks} logical blocks "
+            f"({self.host_bytes / GIB:.3f} GiB on the host), index keys {self.index_bytes / GIB:.3f} GiB, "
+            f"staging {self.staging_bytes / GIB:.3f} GiB; the longest request reserves {self.request_slots} slots"
+        )
+
+
+def plan_capacity(
+    memory: MemoryBudget, budget: BudgetPolicy, block_bytes: int, index_bytes_per_block: int, staging_bytes: int
+) -> CapacityPlan:
+    """Size the device slots and the logical blocks.
+
+    The host sets the number of logical blocks, but never more than the running requests can fill, and never so
+    many that their index keys leave too few slots for the longest request.
+
+    Args:
+        memory: what may be spent.
+        budget: slots that one request may hold.
+        block_bytes: bytes of a block over all layers.
+        index_bytes_per_block: device bytes of a logical block's index keys.
+        staging_bytes: device bytes of the staging buffers.
+
+    Raises:
+        ConfigError: one request of the longest length does not fit in the slots or in the host pool.
+    """
+    request_blocks = -(-budget.max_model_len // budget.block_size)
+    request_slots = budget.worst_case()
+    wanted = memory.max_num_seqs * request_blocks + 1
+    num_blocks = min(memory.host_bytes // block_bytes, wanted)
+    if num_blocks < request_blocks + 1:
+        raise ConfigError(
+            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.3f} GiB holds {num_blocks} blocks of {block_bytes} bytes, but one "
+            f"request of --max-model-len {budget.max_model_len} needs {request_blocks + 1} "
+            f"({(request_blocks + 1) * block_bytes / GIB:.3f} GiB); give more host memory or lower --max-model-len"
+        )
+    spendable = memory.device_bytes - staging_bytes
+    if memory.device_slots is None:
+        for_index = spendable - (request_slots + 1) * block_bytes
+        if index_bytes_per_block:
+            num_blocks = max(request_blocks + 1, min(num_blocks, for_index // index_bytes_per_block))
+        num_slots = min((spendable - num_blocks * index_bytes_per_block) // block_bytes, num_blocks)
+        option, given = "--kv-cache-memory-bytes", f"{memory.device_bytes / GIB:.3f} GiB of device memory"
+    else:
+        num_slots = min(memory.device_slots, num_blocks)
+        option, given = "flashmemory.device_slots", str(memory.device_slots)
+    if num_slots - 1 < request_slots:
+        needed = (request_slots + 1) * block_bytes + staging_bytes + (request_blocks + 1) * index_bytes_per_block
+        raise ConfigError(
+            f"{option}: {given} makes {max(num_slots, 0)} slots, but one request of --max-model-len {budget.max_model_len} needs "
+            f"{request_slots + 1} ({needed / GIB:.3f} GiB with index keys and staging); give more, lower --max-model-len or "
+            f"--max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
+        )
+    return CapacityPlan(
+        num_slots=num_slots,
+        num_logical_blocks=num_blocks,
+        block_bytes=block_bytes,
+        index_bytes=num_blocks * index_bytes_per_block,
+        staging_bytes=staging_bytes,
+        request_slots=request_slots,
+    )

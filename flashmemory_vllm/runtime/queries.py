@@ -1,0 +1,45 @@
+"""Keeps the last token's queries of the anchor layers, where a captured graph can write them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class QueryBuffer:
+    """Persistent queries [A, R, Hq, D]; row r is the batch row r of the step that ran last.
+
+    Args:
+        num_anchors: A.
+        max_rows: most rows of a batch, padding included.
+        num_heads: query heads of this rank.
+        head_dim: elements of a query.
+        dtype: the model's dtype.
+        device: where attention runs.
+    """
+
+    def __init__(self, num_anchors: int, max_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._queries = torch.zeros((num_anchors, max_rows, num_heads, head_dim), dtype=dtype, device=device)
+        self._last_token = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._num_rows = 0
+
+    def set_rows(self, num_tokens: Sequence[int]) -> None:
+        """Say where each row's last token lies.
+
+        Args:
+            num_tokens: scheduled tokens of each batch row, in order.
+        """
+        self._num_rows = len(num_tokens)
+        last = torch.from_numpy(np.cumsum(np.asarray(num_tokens, dtype=np.int64)) - 1)
+        if self._last_token.device.type == "cuda":
+            last = last.pin_memory()
+        self._last_token[: self._num_rows].copy_(last, non_blocking=True)
+
+    def capture(self, anchor: int, query: torch.Tensor) -> None:
+        """Copy each row's last query [T, Hq, D] of one anchor layer."""
+        rows = self._num_rows
+        torch.index_select(query, 0, self._last_token[:rows], out=self._queries[anchor, :rows])
+
+    def row(self, index: int) -> torch.Tensor:
+        """Queries [A, Hq, D] of one batch row, a view."""
+        return self._queries[:, index]

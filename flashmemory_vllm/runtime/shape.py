@@ -1,0 +1,77 @@
+"""What the worker knows about the model's attention, translated once from vLLM's objects."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmemory_vllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Sizes of this rank's attention layers; filled by the worker from the model's layers.
+
+    Attributes:
+        layer_names: vLLM's layer names in depth order; a layer's index is its place here.
+        num_query_heads: query heads of this rank.
+        num_kv_heads: KV heads of this rank.
+        head_dim: elements of a key.
+        softmax_scale: factor on `q . k`.
+        block_size: tokens in a block.
+        dtype: dtype of keys and values.
+        device: the worker's device.
+    """
+
+    layer_names: tuple[str, ...]
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers of this rank."""
+        return len(self.layer_names)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's keys and values over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
+
+    def layer_groups(self, num_groups: int) -> tuple[tuple[int, ...], ...]:
+        """Split the layers into groups of neighbours, as even as possible.
+
+        Raises:
+            ConfigError: more groups than layers.
+        """
+        if num_groups > self.num_layers:
+            raise ConfigError(f"flashmemory.layer_groups: {num_groups} given, allowed: 1 to {self.num_layers} (attention layers)")
+        bounds = [self.num_layers * group // num_groups for group in range(num_groups + 1)]
+        return tuple(tuple(range(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False))
+
+    def anchor_layers(self, given: tuple[int, ...] | None, groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        """The layers whose queries and keys feed the selector.
+
+        Args:
+            given: indices asked for, or None for the default: three a group, at 1/4, 1/2 and 3/4 of its depth.
+            groups: layer indices of each layer group.
+
+        Raises:
+            ConfigError: an index is no attention layer, or a group is left without an anchor.
+        """
+        if given is None:
+            chosen = {group[len(group) * quarter // 4] for group in groups for quarter in (1, 2, 3)}
+            return tuple(sorted(chosen))
+        outside = [layer for layer in given if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ConfigError(f"flashmemory.anchor_layers: {outside} given, allowed: 0 to {self.num_layers - 1}")
+        for index, group in enumerate(groups):
+            if not set(group) & set(given):
+                raise ConfigError(
+                    f"flashmemory.anchor_layers: {list(given)} given, but layer group {index} "
+                    f"(layers {group[0]} to {group[-1]}) needs at least one"
+                )
+        return tuple(sorted(set(given)))

@@ -1,0 +1,76 @@
+"""What lies inside a page: which elements are keys, which are values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PageFormat(ABC):
+    """Reads keys and values out of pages shaped as vLLM shapes its KV cache, [n, Hkv, block_size, 2 * D].
+
+    Attributes:
+        num_kv_heads: Hkv.
+        block_size: tokens in a page.
+        head_dim: D.
+    """
+
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+
+    @abstractmethod
+    def keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """The keys of pages [n, Hkv, block_size, 2 * D] as a view or copy [n, Hkv, block_size, D]."""
+
+    @abstractmethod
+    def values(self, pages: torch.Tensor) -> torch.Tensor:
+        """The values of pages [n, Hkv, block_size, 2 * D] as a view or copy [n, Hkv, block_size, D]."""
+
+
+class InterleavedPages(PageFormat):
+    """Each token's key and value side by side (vLLM's FlashAttention)."""
+
+    def keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """First half of the last dim, a view."""
+        return pages[..., : self.head_dim]
+
+    def values(self, pages: torch.Tensor) -> torch.Tensor:
+        """Second half of the last dim, a view."""
+        return pages[..., self.head_dim :]
+
+
+class CpuVectorPages(PageFormat):
+    """vLLM's CPU kernels `vec` and `vec16`: per head the keys as [D, block_size], then the values."""
+
+    def keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """A transposed view."""
+        halves = pages.view(len(pages), self.num_kv_heads, 2, self.head_dim, self.block_size)
+        return halves[:, :, 0].transpose(2, 3)
+
+    def values(self, pages: torch.Tensor) -> torch.Tensor:
+        """A view."""
+        return pages.view(len(pages), self.num_kv_heads, 2, self.block_size, self.head_dim)[:, :, 1]
+
+
+class CpuAmxPages(PageFormat):
+    """vLLM's CPU kernel `amx` (bf16): keys and values packed in pairs for the tile instructions.
+
+    Keys of a head lie as [block_size / 16, D / 2, 16 tokens, 2], its values as
+    [D / 16, block_size / 2, 16, 2 tokens].
+    """
+
+    def keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """Unpacked, a copy."""
+        n, heads, tokens, dim = len(pages), self.num_kv_heads, self.block_size, self.head_dim
+        packed = pages.view(n, heads, 2, -1)[:, :, 0].view(n, heads, tokens // 16, dim // 2, 16, 2)
+        return packed.permute(0, 1, 2, 4, 3, 5).reshape(n, heads, tokens, dim)
+
+    def values(self, pages: torch.Tensor) -> torch.Tensor:
+        """Unpacked, a copy."""
+        n, heads, tokens, dim = len(pages), self.num_kv_heads, self.block_size, self.head_dim
+        packed = pages.view(n, heads, 2, -1)[:, :, 1].view(n, heads, dim // 16, tokens // 2, 16, 2)
+        return packed.permute(0, 1, 3, 5, 2, 4).reshape(n, heads, tokens, dim)

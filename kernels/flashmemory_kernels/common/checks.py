@@ -1,0 +1,25 @@
+"""Argument checks of the public ops; every message names the tensor, what is expected and what came."""
+
+import torch
+
+
+def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `tensor` has this shape; None accepts any size."""
+    given = tuple(tensor.shape)
+    if len(given) != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, given, strict=True)
+    ):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(given)}")
+
+
+def expect_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless `tensor` has one of these dtypes."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def expect_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` lies on this device."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")

@@ -1,0 +1,36 @@
+"""What every test shares: seeds, and skipping what needs a GPU."""
+
+import random
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+
+def _why_no_gpu() -> str | None:
+    """Why GPU tests cannot run here, or None when they can."""
+    if find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without one."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _why_no_gpu() if gpu_items else None
+    if reason is not None:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: {reason}"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries draw from this generator
+    if find_spec("torch") is not None:
+        import torch
+
+        torch.manual_seed(0)

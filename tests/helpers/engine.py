@@ -1,0 +1,105 @@
+"""Runs one vLLM engine in a process of its own and returns what it generated and counted.
+
+A process each, because backends, overrides and CUDA graphs are process-wide state: two engines that are compared
+must not share it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TRITON_CPU = ROOT / "tests" / "tools" / "triton_cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRun:
+    """One engine and what to ask it.
+
+    Attributes:
+        model: folder of the model.
+        rounds: each a list of prompts (token ids) that are generated together.
+        max_tokens: tokens to generate for each prompt.
+        flashmemory: our options, or None for the stock backend.
+        engine: further arguments of `vllm.LLM`.
+        runner: "v1" or "v2" (through Triton's interpreter on a CPU).
+        env: further environment variables.
+    """
+
+    model: Path
+    rounds: Sequence[Sequence[Sequence[int]]]
+    max_tokens: int
+    flashmemory: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    runner: str = "v1"
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    """What an engine returned.
+
+    Attributes:
+        tokens: generated ids by round and prompt.
+        counters: our counters after the last round, empty for the stock backend.
+        metrics: vLLM's own counters: preemptions, prefix_cache_hits.
+    """
+
+    tokens: list[list[list[int]]]
+    counters: dict[str, float]
+    metrics: dict[str, float]
+
+
+def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
+    """Start the engine, generate, stop it.
+
+    Raises:
+        AssertionError: the engine's process failed; the message ends with its output.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.engine_main"],
+        input=json.dumps(_request(run)),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        cwd=ROOT,
+        env=_environment(run),
+    )
+    assert done.returncode == 0, f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    last = done.stdout.strip().splitlines()[-1]
+    return EngineResult(**json.loads(last))
+
+
+def _request(run: EngineRun) -> dict[str, Any]:
+    engine: dict[str, Any] = {
+        "model": str(run.model),
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        **run.engine,
+    }
+    if run.flashmemory is not None:
+        engine["attention_backend"] = "flashmemory"
+        engine["additional_config"] = {"flashmemory": dict(run.flashmemory)}
+    return {"engine": engine, "rounds": run.rounds, "max_tokens": run.max_tokens, "ours": run.flashmemory is not None}
+
+
+def _environment(run: EngineRun) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = dict(os.environ) | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if run.runner == "v2":
+        paths.insert(0, str(TRITON_CPU))
+        env["TRITON_INTERPRET"] = "1"
+    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return env | dict(run.env)

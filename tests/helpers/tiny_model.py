@@ -1,0 +1,40 @@
+"""A random Llama of a few hundred thousand parameters: greedy text from it changes with any wrong byte of KV."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 512
+
+
+def save_tiny_llama(folder: Path, *, num_layers: int = 4, num_kv_heads: int = 2, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a seeded random Llama with grouped-query attention.
+
+    Args:
+        folder: where to; created.
+        num_layers: decoder layers.
+        num_kv_heads: KV heads for 8 query heads.
+        dtype: dtype of the weights.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=num_kv_heads,
+        head_dim=32,
+        max_position_embeddings=8192,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(folder)
+    return folder

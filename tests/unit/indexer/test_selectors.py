@@ -1,0 +1,230 @@
+"""Selectors against brute force, and what each of them promises: bounds bound, needles win, masses add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer import SELECTOR_NAMES, IndexGeometry, ScoringRequest, Selector, create_selector
+
+N, BS, HQ, HKV, D, A = 40, 4, 6, 2, 20, 3
+SCALE = 0.25
+# Dot products of 20 terms and a softmax over 23 blocks in float32.
+TOL: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
+INDEXED = ("mean", "bounds", "exact", "h2o")
+
+
+def make_geometry(
+    layer_groups: tuple[int, ...] = (0, 0, 0), dtype: torch.dtype = torch.float32
+) -> IndexGeometry:
+    return IndexGeometry(
+        num_logical_blocks=N,
+        block_size=BS,
+        num_query_heads=HQ,
+        num_kv_heads=HKV,
+        head_dim=D,
+        softmax_scale=SCALE,
+        anchor_layers=(1, 4, 6),
+        layer_groups=layer_groups,
+        num_groups=max(layer_groups) + 1,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+class History:
+    """Random keys of 23 blocks under shuffled ids, and random queries."""
+
+    def __init__(self, seed: int = 0, num_blocks: int = 23) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randperm(N, generator=generator)[:num_blocks]
+        self.keys = torch.randn(A, num_blocks, HKV, BS, D, generator=generator)
+        self.queries = torch.randn(A, HQ, D, generator=generator) * 2
+
+    def add_to(self, selector: Selector) -> None:
+        """In two portions, the second as transposed views, as the plugin delivers them."""
+        half = len(self.ids) // 2
+        selector.add_blocks(self.ids[:half], list(self.keys[:, :half]))
+        rest = self.keys[:, half:].transpose(2, 3).contiguous().transpose(2, 3)
+        selector.add_blocks(self.ids[half:], list(rest))
+
+    def request(self, step_index: int = 0, resident: torch.Tensor | None = None) -> ScoringRequest:
+        return ScoringRequest("r", self.ids, self.queries, step_index, resident)
+
+
+def head_logits(history: History, anchor: int, head: int) -> torch.Tensor:
+    """Scaled logits of every token, [n, BS]."""
+    return history.keys[anchor, :, head // (HQ // HKV)] @ history.queries[anchor, head] * SCALE
+
+
+def brute_force(name: str, history: History, anchor: int, head: int) -> torch.Tensor:
+    """Softmax share of each block for one head, written from the definition, [n]."""
+    keys = history.keys[anchor, :, head // (HQ // HKV)]  # [n, BS, D]
+    query = history.queries[anchor, head]
+    if name in ("exact", "h2o"):
+        return head_logits(history, anchor, head).flatten().softmax(0).view(-1, BS).sum(1)
+    if name == "mean":
+        return (keys.mean(1) @ query * SCALE).softmax(0)
+    bound = torch.maximum(query * keys.amin(1), query * keys.amax(1)).sum(1)
+    return (bound * SCALE).softmax(0)
+
+
+@pytest.mark.parametrize("layer_groups", [(0, 0, 0), (1, 0, 1)])
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize("name", INDEXED)
+def test_score_is_the_aggregated_share(name: str, aggregate: str, layer_groups: tuple[int, ...]) -> None:
+    history = History()
+    selector = create_selector(name, make_geometry(layer_groups), aggregate=aggregate)
+    history.add_to(selector)
+    rows = []
+    for group in range(max(layer_groups) + 1):
+        anchors = [anchor for anchor in range(A) if layer_groups[anchor] == group]
+        shares = torch.stack([brute_force(name, history, a, head) for a in anchors for head in range(HQ)])
+        rows.append(shares.amax(0) if aggregate == "max" else shares.mean(0))
+    score = selector.score(history.request())
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, torch.stack(rows), **TOL)
+
+
+@pytest.mark.parametrize("name", ["exact", "bounds", "h2o"])
+def test_planted_needle_is_ranked_first(name: str) -> None:
+    """One token in one layer answers one head; the other heads are diffuse."""
+    history = History(seed=1)
+    needle = 7
+    direction = history.queries[2, 4]
+    history.keys[2, needle, 4 // (HQ // HKV), 3] = direction / direction.norm() * 40
+    selector = create_selector(name, make_geometry())
+    history.add_to(selector)
+    assert int(selector.score(history.request())[0].argmax()) == needle
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0.1, 30),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=40, deadline=None)
+def test_bounds_are_an_upper_bound_of_every_token(seed: int, spread: float, dtype: torch.dtype) -> None:
+    history = History(seed, num_blocks=5)
+    history.keys = (history.keys * spread).to(dtype).float()
+    selector = create_selector("bounds", make_geometry(dtype=dtype))
+    history.add_to(selector)
+    for anchor in range(A):
+        rows = selector.index[anchor, history.ids].float()  # type: ignore[attr-defined]
+        for head in range(HQ):
+            kv_head, query = head // (HQ // HKV), history.queries[anchor, head]
+            bound = selector._expand(query.unsqueeze(0))[0] @ rows[:, kv_head, 0].T * SCALE  # type: ignore[attr-defined]
+            logits = head_logits(history, anchor, head)
+            slack = 1e-5 * (1 + logits.abs().max())  # the two sums run in different orders
+            assert bool((logits.amax(1) <= bound + slack).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", INDEXED)
+def test_bytes_per_block_is_what_the_index_takes(name: str, dtype: torch.dtype) -> None:
+    selector = create_selector(name, make_geometry(dtype=dtype))
+    index = selector.index  # type: ignore[attr-defined]
+    assert selector.bytes_per_block() * N == index.untyped_storage().nbytes()
+    per_key_head = {"mean": D, "bounds": 2 * D, "exact": BS * D, "h2o": BS * D}[name]
+    assert selector.bytes_per_block() == A * HKV * per_key_head * dtype.itemsize
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_scores_repeat_and_ignore_index_rows_of_other_blocks(name: str) -> None:
+    history = History()
+    scores = []
+    for poison in (0.0, torch.nan):
+        selector = create_selector(name, make_geometry((0, 1, 1)))
+        if selector.needs_keys:
+            selector.index.fill_(poison)  # type: ignore[attr-defined]
+        history.add_to(selector)
+        scores.append(selector.score(history.request()))
+    assert scores[0].shape == (2, len(history.ids))
+    assert torch.equal(scores[0], scores[1])
+
+
+def test_positional_selectors_take_no_device_memory_and_no_queries() -> None:
+    for name in set(SELECTOR_NAMES) - set(INDEXED):
+        selector = create_selector(name, make_geometry())
+        assert not selector.needs_queries and not selector.needs_keys
+        assert selector.bytes_per_block() == 0
+        assert selector.score(ScoringRequest("r", torch.arange(5), None, 0)).isfinite().all()
+
+
+def test_streaming_prefers_the_newest_and_full_prefers_none() -> None:
+    request = ScoringRequest("r", torch.tensor([9, 3, 5]), None, 0)
+    assert create_selector("streaming", make_geometry()).score(request).argsort().tolist() == [[0, 1, 2]]
+    assert create_selector("full", make_geometry()).score(request).unique().numel() == 1
+
+
+def test_random_draws_differ_by_step_seed_and_group_but_not_by_request() -> None:
+    selector = create_selector("random", make_geometry((0, 1, 1)))
+
+    def draw(step: int, req_id: str = "r", chosen: Selector = selector) -> torch.Tensor:
+        return chosen.score(ScoringRequest(req_id, torch.arange(30), None, step))
+
+    first = draw(0)
+    assert torch.equal(first, draw(0, "other"))
+    assert not torch.equal(first, draw(1))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, draw(0, chosen=create_selector("random", make_geometry((0, 1, 1)), seed=1)))
+
+
+def test_random_draws_are_uniform() -> None:
+    selector = create_selector("random", make_geometry())
+    drawn = selector.score(ScoringRequest("r", torch.arange(4096), None, 3))[0]
+    assert drawn.min() >= 0 and drawn.max() < 1
+    # 8 bins of 512: a standard deviation is 21, and the draws are fixed.
+    assert (torch.histc(drawn, 8, 0, 1) - 512).abs().max() < 100
+
+
+def test_heavy_hitter_gains_in_the_resident_set_only() -> None:
+    history = History()
+    selector = create_selector("h2o", make_geometry())
+    history.add_to(selector)
+    first = selector.score(history.request())
+    resident = torch.zeros(1, len(history.ids), dtype=torch.bool)
+    resident[0, :9] = True
+    second = selector.score(history.request(step_index=1, resident=resident))
+    assert torch.equal(second[:, 9:], first[:, 9:])
+
+    inside = History()
+    inside.ids, inside.keys = history.ids[:9], history.keys[:, :9]
+    exact = create_selector("exact", make_geometry())
+    inside.add_to(exact)
+    torch.testing.assert_close(second[:, :9] - first[:, :9], exact.score(inside.request()), **TOL)
+
+    selector.forget("r")
+    assert torch.equal(selector.score(history.request()), first)
+
+
+def test_heavy_hitter_takes_new_blocks_and_an_empty_resident_set() -> None:
+    history = History()
+    selector = create_selector("h2o", make_geometry())
+    history.add_to(selector)
+    prompt = ScoringRequest("r", history.ids[:20], history.queries, 0)
+    first = selector.score(prompt)
+    nothing = torch.zeros(1, len(history.ids), dtype=torch.bool)
+    grown = selector.score(history.request(step_index=1, resident=nothing))
+    assert torch.equal(grown[:, :20], first)
+    assert torch.equal(grown[:, 20:], torch.zeros(1, 3))
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="selector must be one of full, .*; got 'best'"):
+        create_selector("best", make_geometry())
+    with pytest.raises(ConfigError, match=r"takes the options \['aggregate'\]; got \['seed'\]"):
+        create_selector("mean", make_geometry(), seed=1)
+    with pytest.raises(ConfigError, match="aggregate must be one of max, mean; got 'sum'"):
+        create_selector("mean", make_geometry(), aggregate="sum")
+    with pytest.raises(ConfigError, match=r"groups \[0\] have none"):
+        create_selector("exact", make_geometry((1, 1, 1)))
+    with pytest.raises(ConfigError, match="needs queries"):
+        create_selector("mean", make_geometry()).score(ScoringRequest("r", torch.arange(2), None, 0))
+    with pytest.raises(ConfigError, match=r"layer_groups must lie in 0..1; got \(0, -1, 1\)"):
+        make_geometry((0, -1, 1))

@@ -1,0 +1,77 @@
+"""Sizing: the plan spends at most what it was given, and always holds one request of the longest length."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.runtime.capacity import CapacityPlan, MemoryBudget, plan_capacity
+
+BLOCK_BYTES = 1000
+
+
+def budget(**changes: float) -> BudgetPolicy:
+    values: dict[str, float] = {
+        "block_size": 16,
+        "resident_ratio": 0.135,
+        "min_sparse_tokens": 512,
+        "sink_tokens": 16,
+        "recent_tokens": 64,
+        "max_num_batched_tokens": 1024,
+        "max_model_len": 32768,
+        "growth_reserve_tokens": 128,
+    }
+    return BudgetPolicy(**(values | changes))  # type: ignore[arg-type]
+
+
+def plan(device_blocks: int, host_blocks: int, *, slots: int | None = None, index: int = 0, seqs: int = 8) -> CapacityPlan:
+    memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, slots, seqs)
+    return plan_capacity(memory, budget(), BLOCK_BYTES, index, 0)
+
+
+def test_host_memory_sets_the_logical_blocks() -> None:
+    assert plan(400, 5000).num_logical_blocks == 5000
+
+
+def test_no_more_logical_blocks_than_the_requests_can_fill() -> None:
+    assert plan(400, 10**9, seqs=2).num_logical_blocks == 2 * 2048 + 1
+
+
+def test_a_32k_request_is_seven_times_the_device() -> None:
+    made = plan(290, 5000)
+    assert made.num_slots == 290
+    assert 2048 >= 7 * made.num_slots
+
+
+@pytest.mark.parametrize(("device_blocks", "host_blocks", "option"), [(100, 5000, "--kv-cache-memory-bytes"), (400, 2048, "host_memory_gib")])
+def test_what_cannot_hold_one_request_is_refused(device_blocks: int, host_blocks: int, option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        plan(device_blocks, host_blocks)
+
+
+def test_too_few_explicit_slots_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory\.device_slots: 50 makes 50 slots"):
+        plan(10**6, 5000, slots=50)
+
+
+def test_logical_blocks_give_way_to_slots_when_index_keys_are_large() -> None:
+    made = plan(800, 10**6, index=100)
+    assert made.num_logical_blocks < 8 * 2048 + 1
+    assert made.num_slots - 1 >= made.request_slots
+
+
+@given(
+    device_blocks=st.integers(1, 5000),
+    host_blocks=st.integers(1, 20000),
+    index=st.integers(0, 500),
+    seqs=st.integers(1, 64),
+)
+def test_a_plan_never_spends_more_than_it_has(device_blocks: int, host_blocks: int, index: int, seqs: int) -> None:
+    try:
+        made = plan(device_blocks, host_blocks, index=index, seqs=seqs)
+    except ConfigError:
+        return
+    assert made.slot_bytes + made.index_bytes <= device_blocks * BLOCK_BYTES
+    assert made.host_bytes <= host_blocks * BLOCK_BYTES
+    assert made.request_slots < made.num_slots <= made.num_logical_blocks

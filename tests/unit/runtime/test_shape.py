@@ -1,0 +1,49 @@
+"""Layer groups partition the layers, anchors serve every group."""
+
+import pytest
+import torch
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.runtime.shape import AttentionShape
+
+
+def shape(num_layers: int = 6) -> AttentionShape:
+    names = tuple(f"model.layers.{layer}.self_attn.attn" for layer in range(num_layers))
+    return AttentionShape(names, 4, 2, 64, 0.125, 16, torch.bfloat16, torch.device("cpu"))
+
+
+def test_block_bytes_counts_keys_and_values_of_all_layers() -> None:
+    assert shape().block_bytes == 2 * 6 * 2 * 64 * 16 * 2
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 6])
+def test_groups_partition_the_layers_evenly(num_groups: int) -> None:
+    groups = shape().layer_groups(num_groups)
+    assert [layer for group in groups for layer in group] == list(range(6))
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 6, 32])
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_default_anchors_serve_every_group(num_layers: int, num_groups: int) -> None:
+    if num_groups > num_layers:
+        pytest.skip("more groups than layers")
+    model = shape(num_layers)
+    groups = model.layer_groups(num_groups)
+    anchors = set(model.anchor_layers(None, groups))
+    assert all(anchors & set(group) for group in groups)
+
+
+def test_more_groups_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layer_groups: 7 given, allowed: 1 to 6"):
+        shape().layer_groups(7)
+
+
+def test_an_anchor_that_is_no_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"anchor_layers: \[9\] given, allowed: 0 to 5"):
+        shape().anchor_layers((1, 9), shape().layer_groups(1))
+
+
+def test_a_group_without_an_anchor_is_refused() -> None:
+    with pytest.raises(ConfigError, match="layer group 1"):
+        shape().anchor_layers((0,), shape().layer_groups(2))

@@ -1,0 +1,80 @@
+"""The schema: defaults serve, wrong values are told with key, value and what is allowed, docs follow the schema."""
+
+import pytest
+from pydantic import ValidationError
+
+from flashmemory_vllm.config import FlashMemoryConfig, describe_allowed
+from flashmemory_vllm.errors import ConfigError
+
+
+def _read(**options: object) -> FlashMemoryConfig:
+    return FlashMemoryConfig.from_additional_config({"flashmemory": options})
+
+
+def test_no_option_is_required() -> None:
+    assert FlashMemoryConfig.from_additional_config({}) == FlashMemoryConfig()
+
+
+def test_sections_of_others_are_left_alone() -> None:
+    given = {"other_plugin": {"x": 1}, "flashmemory": {"tau_steps": 8}}
+    assert FlashMemoryConfig.from_additional_config(given).tau_steps == 8
+
+
+def test_given_options_replace_defaults() -> None:
+    config = _read(resident_ratio=1, selector="bounds", anchor_layers=[0, 5], host_memory_gib=4)
+    assert (config.resident_ratio, config.selector, config.anchor_layers) == (1.0, "bounds", (0, 5))
+    assert config.host_memory_gib == 4.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resident_ratio": 0}, "flashmemory.resident_ratio is 0: allowed is a number > 0 and <= 1"),
+        ({"resident_ratio": 1.01}, "flashmemory.resident_ratio is 1.01: allowed is a number > 0 and <= 1"),
+        ({"resident_ratio": "0.2"}, "flashmemory.resident_ratio is '0.2': allowed is a number > 0 and <= 1"),
+        ({"tau_steps": True}, "flashmemory.tau_steps is True: allowed is an integer >= 1"),
+        ({"device_slots": 1}, "flashmemory.device_slots is 1: allowed is unset or an integer >= 2"),
+        ({"host_memory_gib": float("nan")}, "flashmemory.host_memory_gib is nan: allowed is unset or a number > 0"),
+        ({"pin_host_memory": 1}, "flashmemory.pin_host_memory is 1: allowed is true or false"),
+        ({"aggregate": "sum"}, "flashmemory.aggregate is 'sum': allowed is one of max, mean"),
+        (
+            {"anchor_layers": [1, -2]},
+            "flashmemory.anchor_layers[1] is -2: allowed is unset or a list of layer indices >= 0",
+        ),
+        (
+            {"resident_ration": 0.2},
+            "flashmemory.resident_ration is no option (given: 0.2): closest is flashmemory.resident_ratio, "
+            "a number > 0 and <= 1",
+        ),
+        (
+            {"tau_steps": 2, "selection_delay_steps": 3},
+            "flashmemory.selection_delay_steps is 3: allowed is at most flashmemory.tau_steps, which is 2",
+        ),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _read(**options)
+    assert str(caught.value) == message
+
+
+def test_every_wrong_option_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory\.seed is -1.*; flashmemory\.tau is no option"):
+        _read(seed=-1, tau=3)
+
+
+def test_a_section_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory is 0\.2: allowed is a mapping of options"):
+        FlashMemoryConfig.from_additional_config({"flashmemory": 0.2})
+
+
+def test_config_stays_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        FlashMemoryConfig().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", FlashMemoryConfig.model_fields)
+def test_every_option_is_described(name: str) -> None:
+    field = FlashMemoryConfig.model_fields[name]
+    assert field.description
+    assert describe_allowed(field)

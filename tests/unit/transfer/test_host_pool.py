@@ -1,0 +1,46 @@
+"""HostPool: one row per block, strided views per layer and per run, and a clear refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.transfer.host_pool import HostPool
+from flashmemory_vllm.transfer.layout import PageLayout
+from tests.unit.transfer.pools import CACHES, PAGE_ELEMS, block_outermost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES.keys())
+def test_layers_partition_a_contiguous_row(caches, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    layout = PageLayout(caches(3, dtype), groups=[[0, 2], [1]])
+    pool = HostPool(5, layout)
+    assert pool.num_bytes == pool.pages.untyped_storage().nbytes() == 5 * layout.block_bytes
+    assert pool.pages.dtype == dtype and pool.pages.stride(0) == layout.block_elems
+    for layer in range(3):
+        assert pool.layer_view(layer).shape == (5, PAGE_ELEMS)
+        pool.layer_view(layer).fill_(layer + 1)
+    row = torch.tensor([1, 3, 2], dtype=dtype).repeat_interleave(PAGE_ELEMS)
+    assert torch.equal(pool.pages, row.expand(5, -1))
+    for group in (0, 1):
+        for run in layout.runs(group):
+            assert pool.run_view(run).shape == (5, run.num_elems)
+            assert torch.equal(pool.run_view(run)[:, :PAGE_ELEMS], pool.layer_view(run.layers[0]))
+
+
+def test_memory_is_page_aligned_so_that_it_can_be_pinned() -> None:
+    assert HostPool(3, PageLayout(block_outermost(2))).pages.data_ptr() % 4096 == 0
+
+
+def test_poison_is_nan() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pool = HostPool(2, PageLayout(block_outermost(1, dtype)))
+        pool.poison()
+        assert bool(pool.pages.isnan().all())
+
+
+def test_impossible_size_is_refused_with_its_figures() -> None:
+    layout = PageLayout(block_outermost(1))
+    with pytest.raises(ConfigError, match=r"cannot map the host pool: .* blocks of 384 bytes .* GiB\)"):
+        HostPool(1 << 50, layout)

@@ -1,0 +1,52 @@
+"""Page formats against the kernels that write the pages: vLLM's own CPU kernels where they are installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
+
+HEADS = 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "format_type", "block_size", "dtype"),
+    [
+        ("vec", CpuVectorPages, 32, torch.float32),
+        ("vec", CpuVectorPages, 32, torch.bfloat16),
+        ("vec16", CpuVectorPages, 16, torch.float32),
+        ("vec16", CpuVectorPages, 16, torch.bfloat16),
+        ("amx", CpuAmxPages, 32, torch.bfloat16),
+        ("amx", CpuAmxPages, 64, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_reads_what_the_cpu_kernel_wrote(
+    kernel: str, format_type: type[PageFormat], block_size: int, dtype: torch.dtype, head_dim: int
+) -> None:
+    ops = pytest.importorskip("vllm._custom_ops")
+    if not hasattr(torch.ops._C, "cpu_attn_reshape_and_cache"):
+        pytest.skip("this vLLM has no CPU kernels")
+    if kernel == "amx" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has no AMX")
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 3 * block_size, HEADS, head_dim, generator=generator).to(dtype)
+    cache = torch.full((5, HEADS, block_size, 2 * head_dim), torch.nan, dtype=dtype)
+    slots = torch.cat([torch.arange(block_size) + slot * block_size for slot in (4, 1, 2)])
+    halves = cache.view(5, HEADS, 2 * block_size, head_dim)
+    ops.cpu_attn_reshape_and_cache(key, value, *halves.chunk(2, dim=2), slots, kernel)
+    page_format = format_type(HEADS, block_size, head_dim)
+    pages = cache[[4, 1, 2]]
+    expected_shape = (3, block_size, HEADS, head_dim)
+    assert torch.equal(page_format.keys(pages).transpose(1, 2), key.view(expected_shape))
+    assert torch.equal(page_format.values(pages).transpose(1, 2), value.view(expected_shape))
+
+
+def test_interleaved_pages_are_views() -> None:
+    key, value = torch.randn(2, 3, HEADS, 4, 6)
+    pages = torch.cat((key, value), dim=-1)
+    page_format = InterleavedPages(HEADS, 4, 6)
+    assert torch.equal(page_format.keys(pages), key)
+    assert torch.equal(page_format.values(pages), value)
+    assert page_format.values(pages).untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
