@@ -38,74 +38,84 @@ class FlashMemoryConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     resident_ratio: float = Field(
-        0.135,
+        default=0.135,
         gt=0,
         le=1,
         description="Share of a request's KV blocks that stays on the device while it decodes.",
     )
     tau_steps: int = Field(
-        16,
+        default=16,
         ge=1,
         description="Decode steps between two selections of a request. 16 suits untrained selectors.",
     )
     selector: SelectorName = Field(
-        "exact",
+        default="exact",
         description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
         "bounds, `mean` by mean keys, `h2o` by the attention they received. `streaming` keeps sink and "
         "recent tokens only; `random` and `full` (everything) are the baselines.",
     )
     anchor_layers: LayerIndices | None = Field(
-        None, description="Layers whose queries and keys feed the selector. Unset: three, evenly spaced."
+        default=None,
+        description="Layers whose queries and keys feed the selector. Unset: three, evenly spaced.",
     )
     aggregate: Aggregate = Field(
-        "max", description="How a block's scores over query heads and anchor layers become one."
+        default="max", description="How a block's scores over query heads and anchor layers become one."
     )
     sink_tokens: int = Field(
-        64, ge=0, description="Tokens at the start of a request that are always resident."
+        default=64, ge=0, description="Tokens at the start of a request that are always resident."
     )
-    recent_tokens: int = Field(256, ge=1, description="Newest tokens of a request that are always resident.")
+    recent_tokens: int = Field(
+        default=256, ge=1, description="Newest tokens of a request that are always resident."
+    )
     min_sparse_tokens: int = Field(
-        2048,
+        default=2048,
         ge=0,
         description="Requests with fewer tokens than this keep every block and decode exactly as without us.",
     )
     selection_delay_steps: int = Field(
-        1,
+        default=1,
         ge=0,
         description="Decode steps between capturing the queries and asking for the selection they led to, so "
         "that scoring stalls no step. At most `tau_steps`.",
     )
     layer_groups: int = Field(
-        1, ge=1, description="Groups of consecutive layers that each choose a resident set of their own."
+        default=1,
+        ge=1,
+        description="Groups of consecutive layers that each choose a resident set of their own.",
     )
     host_memory_gib: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="GiB of host memory for KV blocks. Unset: half of what machine and cgroup still allow, "
         "but never more than the requests can fill.",
     )
     device_slots: int | None = Field(
-        None,
+        default=None,
         ge=2,
         description="Blocks the device holds, one of them reserved. Unset: what `--kv-cache-memory-bytes` or "
         "`--gpu-memory-utilization` leaves room for.",
     )
     growth_reserve_tokens: int = Field(
-        512,
+        default=512,
         ge=0,
         description="Tokens of growth for which a running request has slots reserved as others are admitted.",
     )
     staging_blocks: int = Field(
-        64,
+        default=64,
         ge=1,
         description="Blocks in each of the two device buffers through which prefill streams host blocks.",
     )
-    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+    seed: int = Field(default=0, ge=0, description="Seed of everything that is drawn at random.")
     pin_host_memory: bool = Field(
-        True, description="Pin the host pool's pages, without which copies do not overlap with compute."
+        default=True,
+        description="Pin the host pool's pages, without which copies do not overlap with compute.",
     )
     check_integrity: bool = Field(
-        False, description="Check every conservation law after each step. Slow; for debugging."
+        default=False, description="Check every conservation law after each step. Slow; for debugging."
+    )
+
+    poison_free_slots: bool = Field(
+        False, description="Fill slots that hold no block with NaN at each step, so that a stray read shows. For debugging."
     )
 
     @model_validator(mode="after")

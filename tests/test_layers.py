@@ -1,4 +1,4 @@
-"""Imports go downward only: every part of the code may import the parts its row names, and nothing else of ours."""
+"""Imports go downward only: each part of the code may import the parts its row names, no other of ours."""
 
 import ast
 import sys
@@ -99,7 +99,9 @@ def _broken_rules(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=_name)
 def test_package_imports_go_downward(path: Path) -> None:
     part = _part(path)
-    assert part in MAY_IMPORT or not part, f"{_name(path)} belongs to no layer: give {part!r} a row in this test"
+    assert part in MAY_IMPORT or not part, (
+        f"{_name(path)} belongs to no layer: give {part!r} a row in this test"
+    )
     assert list(_broken_rules(path)) == []
 
 
@@ -126,9 +128,17 @@ def test_every_test_folder_is_a_package() -> None:
     [
         ("residency/plan.py", "import torch", "residency must not import torch"),
         ("transfer/copy.py", "from vllm.config import VllmConfig", "only {'plugin'} may import vllm"),
-        ("residency/plan.py", f"from {PACKAGE}.plugin import x", f"residency must not import {PACKAGE}.plugin"),
+        (
+            "residency/plan.py",
+            f"from {PACKAGE}.plugin import x",
+            f"residency must not import {PACKAGE}.plugin",
+        ),
         ("cli/app.py", f"from {PACKAGE} import plugin", f"cli must not import {PACKAGE}.plugin"),
-        ("indexer/x.py", f"def f():\n    from {PACKAGE}.plugin import y", f"indexer must not import {PACKAGE}.plugin"),
+        (
+            "indexer/x.py",
+            f"def f():\n    from {PACKAGE}.plugin import y",
+            f"indexer must not import {PACKAGE}.plugin",
+        ),
     ],
 )
 def test_a_broken_rule_is_found(

@@ -101,12 +101,8 @@ def report(question: Question, answer: str, residency: Residency) -> int:
     print(f"question      {question.text}")
     print(f"model         {answer.strip()}")
     print(f"right answer  {question.answer}   ({'the same' if right else 'NOT the same'})")
-    print(
-        f"resident      {num_resident} of {residency.num_blocks} blocks: {residency.ratio:.1%} of its KV"
-    )
-    print(
-        f"device        {residency.num_slots} slots: {shrink:.1f} times smaller than this request's KV"
-    )
+    print(f"resident      {num_resident} of {residency.num_blocks} blocks: {residency.ratio:.1%} of its KV")
+    print(f"device        {residency.num_slots} slots: {shrink:.1f} times smaller than this request's KV")
     return 0 if right else 1
 
 

@@ -21,7 +21,8 @@ from flashmemory_vllm.errors import ConfigError, FlashMemoryError
 HOST = "127.0.0.1"
 STOP_SECONDS = 30
 REQUEST_SECONDS = 900
-LOG_TAIL_LINES = 15
+# vLLM prints the cause in the engine process, then the long echoes of two more processes
+LOG_TAIL_LINES = 80
 
 
 class Server:

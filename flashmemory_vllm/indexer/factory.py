@@ -39,11 +39,19 @@ def create_selector(name: str, geometry: IndexGeometry, **options: object) -> Se
     Raises:
         ConfigError: the name or an option is unknown, or the selector refuses the geometry.
     """
-    if name not in _SELECTORS:
-        raise ConfigError(f"selector must be one of {', '.join(SELECTOR_NAMES)}; got {name!r}")
-    selector = _SELECTORS[name]
-    known = [parameter for parameter in inspect.signature(selector).parameters if parameter != "geometry"]
+    known = option_names(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ConfigError(f"selector {name!r} takes the options {known}; got {unknown}")
-    return selector(geometry, **options)
+        raise ConfigError(f"selector {name!r} takes the options {list(known)}; got {unknown}")
+    return _SELECTORS[name](geometry, **options)
+
+
+def option_names(name: str) -> tuple[str, ...]:
+    """Options that a selector takes beside the geometry.
+
+    Raises:
+        ConfigError: there is no selector of that name.
+    """
+    if name not in _SELECTORS:
+        raise ConfigError(f"selector must be one of {', '.join(SELECTOR_NAMES)}; got {name!r}")
+    return tuple(parameter for parameter in inspect.signature(_SELECTORS[name]).parameters if parameter != "geometry")

@@ -15,7 +15,7 @@ from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selecto
 
 
 class IndexedSelector(Selector):
-    """Keeps R rows of E elements per block, KV head and anchor layer, and scores blocks by their softmax share.
+    """Keeps R rows of E elements per block, KV head and anchor layer; scores blocks by softmax share.
 
     A subclass says how a block's keys become rows (`_summarise`) and how a query is laid out against a row
     (`_expand`). The index [A, N, Hkv, R, E] is allocated once; rows of blocks never added are uninitialised.

@@ -1,6 +1,7 @@
 """How many slots a request may hold, and the scheduler's ledger of them.
 
-The planner spends what the ledger has reserved. Both follow one policy, so that a step that was admitted always fits.
+The planner spends what the ledger has reserved. Both follow one policy, so that a step that was admitted
+always fits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class BudgetPolicy:
 
     Attributes:
         block_size: tokens in a block.
-        resident_ratio: resident blocks over all blocks of a sparse request, in (0, 1]; 1 keeps every request dense.
+        resident_ratio: resident blocks over all blocks of a sparse request, in (0, 1]; 1 keeps every request
+            dense.
         min_sparse_tokens: shorter requests are dense, all their blocks stay resident.
         sink_tokens: tokens at the start of a request that always stay resident.
         recent_tokens: newest tokens that always stay resident, as far as a quarter of the budget goes.
@@ -45,7 +47,9 @@ class BudgetPolicy:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.resident_ratio <= 1.0:
-            raise ConfigError(f"resident_ratio: {self.resident_ratio} is given, above 0 and at most 1 is allowed")
+            raise ConfigError(
+                f"resident_ratio: {self.resident_ratio} is given, above 0 and at most 1 is allowed"
+            )
         for name, smallest in (
             ("block_size", 1),
             ("min_sparse_tokens", 0),
@@ -66,9 +70,9 @@ class BudgetPolicy:
     def decode_budget(self, num_tokens: int) -> int:
         """Slots of a decode row with `num_tokens` tokens after its step.
 
-        A sparse request keeps room for the sink, for two blocks that one step may write, and grows by at most one
-        slot a block. The budget therefore never shrinks with length, but for the one drop where a request turns
-        sparse.
+        A sparse request keeps room for the sink, for two blocks that one step may write, and grows by at most
+        one slot a block. The budget therefore never shrinks with length, but for the one drop where a request
+        turns sparse.
         """
         num_blocks = cdiv(num_tokens, self.block_size)
         if self.is_dense(num_tokens):
@@ -86,14 +90,15 @@ class BudgetPolicy:
     def recent_blocks(self, num_tokens: int) -> int:
         """Newest blocks, the one being written included, that are always in the resident set.
 
-        At most a quarter of the budget, and never so many that sink and recent leave no block to choose; at least one.
+        At most a quarter of the budget, and never so many that sink and recent leave no block to choose; at
+        least one.
         """
         budget = self.decode_budget(num_tokens)
         wanted = cdiv(self.recent_tokens, self.block_size)
         return max(1, min(wanted, budget // 4, budget - self.sink_blocks(num_tokens) - 1))
 
     def reserve(self, num_tokens: int, prefill_end: int) -> int:
-        """Slots to reserve for a request: what the planner may use for it now and until it has grown by the reserve.
+        """Slots to reserve for a request: the most it may use from now until it has grown by the reserve.
 
         Args:
             num_tokens: tokens of the request after the step that is being scheduled.
@@ -106,20 +111,22 @@ class BudgetPolicy:
 
     def worst_case(self) -> int:
         """The largest reserve of any request that is not longer than `max_model_len`."""
-        return max(self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len))
+        return max(
+            self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len)
+        )
 
     @property
     def _num_sink_blocks(self) -> int:
         return cdiv(self.sink_tokens, self.block_size)
 
     def _largest_decode_budget(self, shortest: int, longest: int) -> int:
-        """Largest decode budget over a range of lengths: at its end, or at the last dense length within it."""
+        """Largest decode budget over a range of lengths: at its end, or at the last dense length in it."""
         last_dense = min(longest, self.min_sparse_tokens - 1)
         at_end = self.decode_budget(longest)
         return max(at_end, self.decode_budget(last_dense)) if last_dense >= shortest else at_end
 
     def _largest_chunk(self, num_tokens: int) -> int:
-        """Most blocks that one step of a prefill of `num_tokens` writes: a chunk may begin and end within a block."""
+        """Most blocks that one prefill step writes; a chunk may begin and end within a block."""
         return min(cdiv(num_tokens, self.block_size), cdiv(self.max_num_batched_tokens, self.block_size) + 1)
 
 
@@ -137,8 +144,8 @@ class SlotLedger:
     def __init__(self, num_slots: int, policy: BudgetPolicy) -> None:
         if policy.worst_case() > num_slots - 1:
             raise ConfigError(
-                f"num_slots: {num_slots} is given, but one request of max_model_len {policy.max_model_len} may need "
-                f"{policy.worst_case()} slots and the null slot"
+                f"num_slots: {num_slots} is given, but one request of max_model_len "
+                f"{policy.max_model_len} may need {policy.worst_case()} slots and the null slot"
             )
         self._capacity = num_slots - 1
         self._policy = policy

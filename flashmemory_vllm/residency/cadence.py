@@ -13,8 +13,8 @@ from flashmemory_vllm.residency.types import DueSelection, Phase
 class Cadence:
     """Finds the requests to score after a step: at their first sparse step, then every `tau` decode steps.
 
-    Requests that started together come due together. At most one in `tau` of the sparse rows, rounded up, is scored
-    again in one step, the longest waiting first; from the second round on they stay spread out.
+    Requests that started together come due together. At most one in `tau` of the sparse rows, rounded up, is
+    scored again in one step, the longest waiting first; from the second round on they stay spread out.
     """
 
     def __init__(self, policy: BudgetPolicy, tau: int) -> None:
@@ -22,7 +22,7 @@ class Cadence:
         self._tau = tau
 
     def due(self, rows: Sequence[ScheduledRequest]) -> tuple[DueSelection, ...]:
-        """The requests to score after this step; counts the step for each of the rows, so call it once a step."""
+        """The requests to score after this step. Counts the step for each row: call it once a step."""
         first: list[ScheduledRequest] = []
         waiting: list[ScheduledRequest] = []
         num_sparse = 0

@@ -1,7 +1,7 @@
 """What the rows of one plan want slots for, collected before any slot is given out.
 
-Slots are taken in the order of need, and only after every row has given up what it no longer holds: what one request
-returns in a step, the scheduler may have promised to another in the same step.
+Slots are taken in the order of need, and only after every row has given up what it no longer holds: what one
+request returns in a step, the scheduler may have promised to another in the same step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import numpy as np
 
 from flashmemory_vllm.residency.requests import ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import Copies, IntArray
-
-NO_BLOCKS: IntArray = np.empty(0, np.int32)
+from flashmemory_vllm.residency.types import NOTHING, Copies, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,8 @@ class Demand:
     def grant(self, slots: SlotTable) -> Granted:
         """Give every wish its slots.
 
-        A dense prefill row gets its history only where that leaves room for the prefetches; it can do without.
+        A dense prefill row gets its history only where that leaves room for the prefetches; it can do
+        without.
 
         Raises:
             IntegrityError: there are not enough slots: more was admitted than the ledger allows.
@@ -58,7 +57,9 @@ class Demand:
         for row in self.dense_prefills:
             for group in groups:
                 recalls[group].extend(self._hold_history(slots, row, group))
-        prefetches = [[slots.prefetch(group, blocks) for blocks in self.prefetches[group]] for group in groups]
+        prefetches = [
+            [slots.prefetch(group, blocks) for blocks in self.prefetches[group]] for group in groups
+        ]
         return Granted(tuple(fresh), _merged(recalls), _merged(prefetches))
 
     def _hold_history(self, slots: SlotTable, row: ScheduledRequest, group: int) -> list[Copies]:
@@ -73,7 +74,7 @@ class Demand:
 
 def joined(arrays: Sequence[IntArray]) -> IntArray:
     """All the arrays as one."""
-    return np.concatenate(arrays) if arrays else NO_BLOCKS
+    return np.concatenate(arrays) if arrays else NOTHING
 
 
 def _merged(copies_by_group: list[list[Copies]]) -> tuple[Copies, ...]:

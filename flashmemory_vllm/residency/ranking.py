@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashmemory_vllm.residency.types import FloatArray, IntArray
-
-NO_POSITIONS: IntArray = np.empty(0, np.int32)
-NO_SCORES: FloatArray = np.empty(0, np.float32)
-NO_POSITIONS.flags.writeable = NO_SCORES.flags.writeable = False
+from flashmemory_vllm.residency.types import NOTHING, FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +48,14 @@ def best(positions: IntArray, scores: FloatArray, count: int) -> IntArray:
 
     Args:
         positions: int32 `[n]`.
-        scores: float32 by position from 0, higher is better. Later positions are newer than the scoring: they rank
-            above all scored ones, the newest first.
+        scores: float32 by position from 0, higher is better. Later positions are newer than the scoring: they
+            rank above all scored ones, the newest first.
         count: how many; all, if there are no more.
     """
     if count >= positions.size:
         return positions
     if count <= 0:
-        return NO_POSITIONS
+        return NOTHING
     num_scored = int(np.searchsorted(positions, scores.size))
     num_unscored = positions.size - num_scored
     if num_unscored >= count:

@@ -9,8 +9,9 @@ import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.budget import cdiv
-from flashmemory_vllm.residency.ranking import NO_POSITIONS, NO_SCORES
-from flashmemory_vllm.residency.types import FloatArray, IntArray, Phase
+from flashmemory_vllm.residency.types import NOTHING, FloatArray, IntArray, Phase
+
+NO_SCORES: FloatArray = np.empty(0, np.float32)
 
 
 class BlockList:
@@ -93,7 +94,7 @@ class RequestState:
     @classmethod
     def begin(cls, req_id: str, prefill_len: int, num_computed_tokens: int, num_groups: int) -> RequestState:
         """A request that holds nothing yet."""
-        nothing = [NO_POSITIONS] * num_groups
+        nothing = [NOTHING] * num_groups
         blocks = BlockList()
         return cls(req_id, prefill_len, num_computed_tokens, blocks, nothing, nothing.copy(), nothing.copy())
 
@@ -106,8 +107,8 @@ class RequestState:
 class ScheduledRequest:
     """A request in the step being planned; computes `num_tokens` after `num_computed_tokens`.
 
-    Its blocks by position: history is `[0, first_written)`, all full; `[first_written, end)` are written, of which
-    `[first_fresh, end)` hold no token before the step; `[0, num_full)` are full after it.
+    Its blocks by position: history is `[0, first_written)`, all full; `[first_written, end)` are written, of
+    which `[first_fresh, end)` hold no token before the step; `[0, num_full)` are full after it.
     """
 
     state: RequestState

@@ -13,9 +13,9 @@ The content of a logical block is in one of three states:
         DIRTY   a slot in every group, pinned, no valid host copy: being written, or full and not yet copied
         CLEAN   valid host copy; in each group on its own it has a slot or not (hold, evict)
 
-Two bits tell them apart: whether the host copy is valid, and whether the block has slots. A pin is one request's claim
-on a block in one group: shared blocks have several. Slots without pins are cache: they keep their block until somebody
-needs the room, least recently used first.
+Two bits tell them apart: whether the host copy is valid, and whether the block has slots. A pin is one
+request's claim on a block in one group: shared blocks have several. Slots without pins are cache: they keep
+their block until somebody needs the room, least recently used first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NULL_SLOT = 0
 
 
 class SlotTable:
-    """Slots, their owners and their pins in every layer group. Blocks passed in are unique within one call."""
+    """Slots, their owners and their pins in every layer group. Blocks passed in one call are unique."""
 
     def __init__(self, geometry: Geometry) -> None:
         groups, blocks, slots = geometry.num_groups, geometry.num_logical_blocks, geometry.num_slots
@@ -73,8 +73,9 @@ class SlotTable:
         self._landing_copies.clear()
 
     def readable(self, group: int, blocks: IntArray) -> BoolArray:
-        """Which of the blocks a row of this step may read from a slot: resident, and not still on their way."""
-        return (self.lut[group, blocks] >= 0) & ~self._landing[group, blocks]
+        """Which of the blocks this step may read from a slot: resident, and not still on their way."""
+        is_readable: BoolArray = (self.lut[group, blocks] != NOT_RESIDENT) & ~self._landing[group, blocks]
+        return is_readable
 
     def spare(self, group: int) -> int:
         """Slots that are free or hold an unpinned block."""
@@ -84,8 +85,12 @@ class SlotTable:
         """Slots that hold a block."""
         return self._geometry.num_slots - 1 - self._num_free[group]
 
+    def free(self, group: int) -> IntArray:
+        """Slots that hold no block."""
+        return self._free[group, : self._num_free[group]].copy()
+
     def demand(self, group: int, blocks: IntArray) -> int:
-        """Spare slots that holding these blocks would take: one for each that is not resident or not pinned."""
+        """Spare slots that `hold` would take: one for each block that is not resident or not pinned."""
         slots = self.lut[group, blocks]
         return int(np.count_nonzero((slots == NOT_RESIDENT) | (self.pins[group, slots] == 0)))
 
@@ -97,7 +102,9 @@ class SlotTable:
         """Give up a claim; blocks that nobody claims any more become cache, used last in this step."""
         slots = self._slots_of(group, blocks)
         if slots.size and self.pins[group, slots].min() <= 0:
-            raise IntegrityError(f"group {group}: blocks {blocks[self.pins[group, slots] <= 0]} have no pin to give up")
+            raise IntegrityError(
+                f"group {group}: blocks {blocks[self.pins[group, slots] <= 0]} have no pin to give up"
+            )
         self.pins[group, slots] -= 1
         self._last_use[group, slots] = self._clock
 
@@ -114,7 +121,9 @@ class SlotTable:
         """
         stale = self.host_valid[blocks] | (self.lut[group, blocks] != NOT_RESIDENT)
         if stale.any():
-            raise IntegrityError(f"group {group}: blocks {blocks[stale]} are to be written but hold other content")
+            raise IntegrityError(
+                f"group {group}: blocks {blocks[stale]} are to be written but hold other content"
+            )
         return self._hold(group, blocks, blocks)
 
     def hold(self, group: int, blocks: IntArray) -> Copies:
@@ -131,7 +140,7 @@ class SlotTable:
         return self._hold(group, blocks, missing)
 
     def prefetch(self, group: int, blocks: IntArray) -> Copies:
-        """As `hold`, but the copies land during the step: until the next step begins they are not readable."""
+        """As `hold`, but the copies land during the step: not readable until the next step begins."""
         copies = self.hold(group, blocks)
         self._landing[group, copies.blocks] = True
         self._landing_copies.append(copies)
@@ -162,7 +171,9 @@ class SlotTable:
         """Raise IntegrityError unless all blocks have a valid host copy."""
         if not self.host_valid[blocks].all():
             lost = blocks[~self.host_valid[blocks]]
-            raise IntegrityError(f"blocks {lost} are to be read but have neither a slot nor a valid host copy")
+            raise IntegrityError(
+                f"blocks {lost} are to be read but have neither a slot nor a valid host copy"
+            )
 
     def check_integrity(self) -> None:
         """Check the conservation laws of slots and content; costs a pass over all tables.
@@ -185,22 +196,33 @@ class SlotTable:
         lut, owner = self.lut[group], self._owner[group]
         used, num_free = np.flatnonzero(owner != NO_OWNER), self._num_free[group]
         free = self._free[group, :num_free]
-        if used.size + num_free != owner.size - 1 or np.unique(np.concatenate((used, free))).size != owner.size - 1:
+        if (
+            used.size + num_free != owner.size - 1
+            or np.unique(np.concatenate((used, free))).size != owner.size - 1
+        ):
             raise IntegrityError(
-                f"group {group}: {used.size} used and {num_free} free slots are not the {owner.size - 1} there are"
+                f"group {group}: {used.size} used and {num_free} free slots are not "
+                f"the {owner.size - 1} there are"
             )
         if owner[NULL_SLOT] != NO_OWNER or lut[NULL_BLOCK] != NULL_SLOT:
-            raise IntegrityError(f"group {group}: null slot owned by {owner[NULL_SLOT]}, null block in {lut[NULL_BLOCK]}")
+            raise IntegrityError(
+                f"group {group}: null slot owned by {owner[NULL_SLOT]}, null block in {lut[NULL_BLOCK]}"
+            )
         resident = np.flatnonzero(lut[1:] != NOT_RESIDENT) + 1
         if resident.size != used.size or (owner[lut[resident]] != resident).any():
             raise IntegrityError(
-                f"group {group}: {resident.size} resident blocks and {used.size} owned slots are not each other's inverse"
+                f"group {group}: {resident.size} resident blocks and {used.size} owned slots "
+                "are not each other's inverse"
             )
         if self.pins[group].min() < 0 or self.pins[group, owner == NO_OWNER].any():
-            raise IntegrityError(f"group {group}: a pin count is negative, or a slot without a block is pinned")
+            raise IntegrityError(
+                f"group {group}: a pin count is negative, or a slot without a block is pinned"
+            )
         loose = ~self.host_valid[owner[used]] & (self.pins[group, used] == 0)
         if loose.any():
-            raise IntegrityError(f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned")
+            raise IntegrityError(
+                f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned"
+            )
 
     def _slots_of(self, group: int, blocks: IntArray) -> IntArray:
         slots: IntArray = self.lut[group, blocks]
@@ -223,7 +245,8 @@ class SlotTable:
         return Copies(group, missing, slots)
 
     def _evict(self, group: int, count: int) -> None:
-        evictable = np.flatnonzero((self.pins[group] == 0) & (self._owner[group] != NO_OWNER)).astype(np.int32)
+        is_evictable = (self.pins[group] == 0) & (self._owner[group] != NO_OWNER)
+        evictable = np.flatnonzero(is_evictable).astype(np.int32)
         if count > evictable.size:
             pinned = int(np.count_nonzero(self.pins[group]))
             raise IntegrityError(

@@ -9,10 +9,7 @@ import numpy as np
 from flashmemory_vllm.residency.ranking import difference
 from flashmemory_vllm.residency.requests import ScheduledRequest, Table
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import IntArray
-
-NOTHING: IntArray = np.empty(0, np.int32)
-NOTHING.flags.writeable = False
+from flashmemory_vllm.residency.types import NOTHING, IntArray
 
 
 def decode_table(row: ScheduledRequest, slots: SlotTable) -> Table:
@@ -31,10 +28,10 @@ def decode_table(row: ScheduledRequest, slots: SlotTable) -> Table:
 
 
 def prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
-    """All history where it is resident; otherwise only the blocks written, with history streamed from the host.
+    """All history where it is resident; otherwise the blocks written, with history streamed from the host.
 
-    Full blocks that another row writes in this very step are history that the host does not have yet. They have slots
-    in any case, and attention runs after the writes, so they are read there.
+    Full blocks that another row writes in this very step are history that the host does not have yet. They
+    have slots in any case, and attention runs after the writes, so they are read there.
     """
     positions, streamed = [], []
     for group, held in enumerate(row.state.held):

@@ -1,8 +1,10 @@
 """What goes into and comes out of the pager.
 
-Words: a logical block is a page of the scheduler, a slot is a page of the device KV tensor. Layers are split into G
-groups; each group has its own slots and its own resident set per request. A position is the index of a block within
-its request. Logical block 0 is the scheduler's null block and slot 0 is the null slot: neither ever holds a token.
+Words: a logical block is a page of the scheduler, a slot is a page of the device KV tensor. Layers are split
+    into G
+groups; each group has its own slots and its own resident set per request. A position is the index of a block
+within its request. Logical block 0 is the scheduler's null block and slot 0 is the null slot: neither ever
+holds a token.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from flashmemory_vllm.errors import ConfigError
 IntArray: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+NOTHING: IntArray = np.empty(0, np.int32)
+NOTHING.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,12 @@ class Geometry:
     block_size: int
 
     def __post_init__(self) -> None:
-        for name, smallest in (("num_logical_blocks", 2), ("num_slots", 2), ("num_groups", 1), ("block_size", 1)):
+        for name, smallest in (
+            ("num_logical_blocks", 2),
+            ("num_slots", 2),
+            ("num_groups", 1),
+            ("block_size", 1),
+        ):
             given = getattr(self, name)
             if given < smallest:
                 raise ConfigError(f"{name}: {given} is given, at least {smallest} is allowed")
@@ -56,7 +66,8 @@ class NewRequest:
         req_id: vLLM's request id.
         block_ids: logical blocks of the request, in order.
         num_computed_tokens: tokens that have KV already (a prefix hit), a multiple of the block size.
-        prefill_len: tokens whose KV dense prefill computes: the prompt, with the outputs so far if it was preempted.
+        prefill_len: tokens whose KV dense prefill computes: the prompt, with the outputs so far if it was
+            preempted.
     """
 
     req_id: str
@@ -107,8 +118,8 @@ class Selection:
 
     Attributes:
         req_id: the request.
-        scores: float32 `[G, num_blocks_scored]` by position from 0, higher is better; NaN ranks lowest. Blocks
-            written after the scoring have no score and rank above all others, the newest first.
+        scores: float32 `[G, num_blocks_scored]` by position from 0, higher is better; NaN ranks lowest.
+            Blocks written after the scoring have no score and rank above all others, the newest first.
     """
 
     req_id: str
@@ -152,18 +163,19 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """What one scheduled request reads and writes in this step; filled by the planner. The arrays are read-only.
+    """What one scheduled request reads and writes in this step; filled by the planner. Arrays are read-only.
 
     Attributes:
         req_id: the request.
         phase: prefill rows attend to all history, decode rows to the resident set.
         num_computed_tokens: tokens that have KV before this step.
         num_tokens: tokens this step computes.
-        slots: per group int32 `[k]`, the compacted block table: logical order, the blocks written now at the end.
+        slots: per group int32 `[k]`, the compacted block table: logical order, the blocks written now at the
+            end.
         positions: per group int32 `[k]`, logical positions of the same blocks.
         evicted_tokens: per group, tokens of history that the compacted table leaves out.
-        streamed: per group int32 `[m]`, logical blocks of exactly these left-out tokens, in logical order, for a prefill
-            row to read from the host; empty for a decode row, which does without them.
+        streamed: per group int32 `[m]`, logical blocks of exactly these left-out tokens, in logical order,
+            for a prefill row to read from the host; empty for a decode row, which does without them.
     """
 
     req_id: str
@@ -183,8 +195,8 @@ class DueSelection:
     Attributes:
         req_id: the request.
         num_history_blocks: full blocks of the request after this step.
-        first: the request has no selection yet, and its next step needs one: the selection is to be offered before
-            the next plan. Otherwise it may be offered any number of steps later.
+        first: the request has no selection yet, and its next step needs one: the selection is to be offered
+            before the next plan. Otherwise it may be offered any number of steps later.
         block_ids: int32 `[num_history_blocks]` logical blocks to score, by position.
     """
 
@@ -198,15 +210,16 @@ class DueSelection:
 class StepPlan:
     """Everything one step does to the memory; filled by the planner, executed by the worker.
 
-    Order of execution: recalls, then the forward with its rows, then write-backs and the scoring of `due`. Prefetches
-    may run at any time from the recalls on, but end before the next step's forward. No slot that `recalls`,
-    `prefetches` or `fresh` name is read by a row of this step as the block it held before; kernels and copies of
-    earlier steps may still use it, and the executor orders itself after them.
+    Order of execution: recalls, then the forward with its rows, then write-backs and the scoring of `due`.
+    Prefetches may run at any time from the recalls on, but end before the next step's forward. No slot that
+    `recalls`, `prefetches` or `fresh` name is read by a row of this step as the block it held before; kernels
+    and copies of earlier steps may still use it, and the executor orders itself after them.
 
     Attributes:
         step: number of the step.
         evicted: slots that changed their owner or lost it to make room.
-        fresh: per group with any, blocks that got a slot because this step writes their first tokens: nothing to copy.
+        fresh: per group with any, blocks that got a slot because this step writes their first tokens: nothing
+            to copy.
         recalls: per group with any, host to slot, in place before this step's attention.
         prefetches: per group with any, host to slot, in force at the next plan.
         write_backs: slot to host after the forward.

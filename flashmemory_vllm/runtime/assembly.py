@@ -6,7 +6,7 @@ import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
-from flashmemory_vllm.indexer.factory import create_selector
+from flashmemory_vllm.indexer.factory import create_selector, option_names
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
@@ -124,4 +124,5 @@ def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int,
 
 
 def _options(config: FlashMemoryConfig) -> dict[str, object]:
-    return {"aggregate": config.aggregate, "seed": config.seed}
+    """The selector's options among ours; each carries the name of the configuration field it comes from."""
+    return {name: getattr(config, name) for name in option_names(config.selector)}

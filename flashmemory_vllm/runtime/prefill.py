@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flashmemory_vllm.residency.types import Row
+from flashmemory_vllm.residency.types import IntArray, Row
 from flashmemory_vllm.transfer.engine import TransferEngine
 from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.streaming import PagedHistory, PartialAttention, stream_attention
@@ -19,14 +19,14 @@ class _StreamedRow:
     Attributes:
         tokens: its rows of the batch's query, key and value tensors.
         num_history_tokens: tokens before the chunk.
-        block_ids: per layer group int64 [n] on the device, the full history blocks.
-        tail_slots: per layer group, the slot of the partial history block, or None.
+        block_ids: per layer group int64 [n] on the device, history blocks to read from the host.
+        device_slots: per layer group int64 [m] on the device, slots of the history that the host does not have.
     """
 
     tokens: slice
     num_history_tokens: int
     block_ids: tuple[torch.Tensor, ...]
-    tail_slots: tuple[int | None, ...]
+    device_slots: tuple[torch.Tensor, ...]
 
 
 class StreamedPrefill:
@@ -79,7 +79,7 @@ class StreamedPrefill:
         """
         for row in self._rows:
             history = PagedHistory(
-                self._engine, self._page_format, layer, row.block_ids[group], row.num_history_tokens, row.tail_slots[group]
+                self._engine, self._page_format, layer, row.block_ids[group], row.num_history_tokens, row.device_slots[group]
             )
             chunk = query[row.tokens]
             attended = stream_attention(
@@ -88,11 +88,17 @@ class StreamedPrefill:
             output[row.tokens].view_as(chunk).copy_(attended)
 
     def _streamed(self, row: Row, tokens: slice) -> _StreamedRow:
-        device = self._staging[0].device
-        partial = row.num_computed_tokens % self._page_format.block_size != 0
+        block_size = self._page_format.block_size
+        num_history_blocks = -(-row.num_computed_tokens // block_size)  # a partial one included
         return _StreamedRow(
             tokens=tokens,
             num_history_tokens=row.num_computed_tokens,
-            block_ids=tuple(torch.from_numpy(ids.astype(np.int64)).to(device) for ids in row.streamed),
-            tail_slots=tuple(int(slots[0]) if partial else None for slots in row.slots),
+            block_ids=tuple(self._to_device(ids) for ids in row.streamed),
+            device_slots=tuple(
+                self._to_device(slots[: num_history_blocks - len(ids)])
+                for slots, ids in zip(row.slots, row.streamed, strict=True)
+            ),
         )
+
+    def _to_device(self, ids: IntArray) -> torch.Tensor:
+        return torch.from_numpy(ids.astype(np.int64)).to(self._staging[0].device)

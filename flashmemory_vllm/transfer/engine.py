@@ -57,7 +57,7 @@ class TransferEngine(ABC):
             self.counters.bytes_d2h += len(blocks) * self._group_bytes(group)
 
     def gather_layer(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        """Copy one layer's pages of host blocks `blocks` (int64 [n] on the device) to `out` [n, page_elems]."""
+        """Copy a layer's pages of host blocks (int64 [n] on the device) to the first rows of `out`."""
         if len(blocks):
             self._gather_layer(layer, blocks, out)
             self.counters.bytes_h2d += len(blocks) * self.layout.layer_bytes(layer)

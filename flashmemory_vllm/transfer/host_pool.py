@@ -79,8 +79,9 @@ class HostPool:
             if int(status) != 0:
                 self.close()
                 raise ConfigError(
-                    f"cannot pin the host pool beyond {start / 2**30:.2f} of {self.num_bytes / 2**30:.2f} GiB "
-                    f"(cudaHostRegister: {status}); ask for less host memory or raise the memlock limit"
+                    f"cannot pin {self.num_bytes / 2**30:.2f} GiB of host pool: failed after "
+                    f"{start / 2**30:.2f} GiB (cudaHostRegister: {status}); ask for less host memory "
+                    "or raise the memlock limit"
                 )
             self._pinned.append(base + start)
             if progress is not None:

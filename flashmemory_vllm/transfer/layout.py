@@ -91,7 +91,7 @@ class PageLayout:
         raise AssertionError(f"layer {layer} is in no group of {self.groups}")
 
     def unflatten(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
-        """View flat pages [n, page_elems] (a staging buffer) as [n, ...page], strided as the device cache is."""
+        """View staged pages [n, page_elems] as [n, ...page], strided inside as the device cache is."""
         cache = self._caches[layer]
         return pages.as_strided((pages.shape[0], *cache.shape[1:]), (pages.stride(0), *cache.stride()[1:]))
 

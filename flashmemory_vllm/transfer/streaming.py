@@ -10,6 +10,7 @@ from flashmemory_kernels.copy_pages import copy_pages
 from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.partial_attention import partial_attention
 
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.transfer.engine import TransferEngine
 from flashmemory_vllm.transfer.page_format import PageFormat
 
@@ -46,15 +47,19 @@ class PartialAttention(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedHistory:
-    """History of one request in one layer: full blocks from the host, a partial tail from its device slot.
+    """History of one request in one layer: blocks from the host, then blocks from their device slots.
 
     Attributes:
         engine: moves the pages.
         page_format: what lies inside a page.
         layer: attention layer.
-        block_ids: int64 [n] on the device, the full history blocks in logical order.
-        num_tokens: history tokens; more than n blocks hold only when there is a partial tail.
-        tail_slot: int64 [1] on the device, slot of the partial block. Default: None, there is none.
+        block_ids: int64 [n] on the device, full blocks to read from the host.
+        num_tokens: history tokens of host and device blocks together.
+        device_slots: int64 [m] on the device, slots of the blocks without a host copy: full ones that another
+            row writes in this step, and last the partial tail. Default: None, there are none.
+
+    Raises:
+        IntegrityError: the blocks do not hold `num_tokens`, or the partial tail would come from the host.
     """
 
     engine: TransferEngine
@@ -62,7 +67,18 @@ class PagedHistory:
     layer: int
     block_ids: torch.Tensor
     num_tokens: int
-    tail_slot: torch.Tensor | None = None
+    device_slots: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a history whose pages do not hold its tokens."""
+        num_host, num_device = len(self.block_ids), 0 if self.device_slots is None else len(self.device_slots)
+        num_full, num_tail = divmod(self.num_tokens, self.block_size)
+        if num_host + num_device != num_full + (num_tail > 0) or num_host > num_full:
+            raise IntegrityError(
+                f"a history of {self.num_tokens} tokens has {num_full} full blocks of {self.block_size} and "
+                f"{num_tail} more tokens, which are on the device; got {num_host} host and {num_device} device "
+                "blocks"
+            )
 
     @property
     def block_size(self) -> int:
@@ -70,11 +86,13 @@ class PagedHistory:
         return self.page_format.block_size
 
     def fetch(self, start: int, count: int, out: torch.Tensor) -> None:
-        """Begin to copy pages of history blocks to `out`; the partial tail never left the device."""
+        """Begin to copy pages of history blocks to `out`."""
         block_ids = self.block_ids[start : start + count]
         self.engine.gather_layer(self.layer, block_ids, out)
-        if self.tail_slot is not None and len(block_ids) < count:
-            copy_pages(self.engine.layout.page_view(self.layer), self.tail_slot, out[len(block_ids) :], None)
+        if self.device_slots is not None and len(block_ids) < count:
+            first = max(0, start - len(self.block_ids))
+            slots = self.device_slots[first : first + count - len(block_ids)]
+            copy_pages(self.engine.layout.page_view(self.layer), slots, out[len(block_ids) :], None)
 
     def wait(self) -> None:
         """Order the attention enqueued next after the fetched copies."""

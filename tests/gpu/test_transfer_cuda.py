@@ -13,6 +13,7 @@ import torch
 from flashmemory_kernels.copy_pages import copy_pages
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import InterleavedPages
@@ -35,9 +36,7 @@ def make_caches(block_outermost: bool, dtype: torch.dtype) -> list[torch.Tensor]
     return list(torch.zeros(LAYERS, SLOTS, HEADS, BLOCK_SIZE, 2 * HEAD_DIM, dtype=dtype, device="cuda"))
 
 
-def make_engine(caches: list[torch.Tensor]):  # type: ignore[no-untyped-def]
-    from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
-
+def make_engine(caches: list[torch.Tensor]) -> CudaTransferEngine:
     layout = PageLayout(caches)
     pool = HostPool(BLOCKS, layout, pin=True)
     pool.poison()
@@ -130,8 +129,6 @@ def test_streamed_attention_is_dense(num_history: int) -> None:
 
 
 def test_pageable_host_memory_is_refused() -> None:
-    from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
-
     layout = PageLayout(make_caches(True, torch.float32))
     with pytest.raises(ConfigError, match="needs a pinned host pool"):
         CudaTransferEngine(layout, HostPool(2, layout))

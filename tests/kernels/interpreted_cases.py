@@ -11,9 +11,14 @@ from flashmemory_kernels.copy_pages.naive import copy_pages_naive
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
+from flashmemory_kernels.score_blocks.cases import CASES as SCORE_CASES
+from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
+from flashmemory_kernels.score_blocks.naive import score_blocks_naive
 
 # exp and log of numpy against torch, and one division: a few float32 roundings.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
+# A dot product of at most 256 terms in another order.
+TOL_FP32_SUM: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 # The same float32 result may round to either neighbour in bf16.
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
 
@@ -26,14 +31,10 @@ def check_copy_pages() -> int:
     ):
         generator = torch.Generator().manual_seed(count)
 
-        def pool() -> torch.Tensor:
-            rows = torch.randn(case.num_pool_pages, case.row_elems, generator=generator).to(dtype)
-            return rows[:, case.row_elems - case.page_elems :]
-
-        def ids() -> torch.Tensor:
-            return torch.randperm(case.num_pool_pages, generator=generator)[: case.num_pages]
-
-        source, source_ids, target_ids = pool(), ids() if by_source else None, ids() if by_target else None
+        rows = torch.randn(case.num_pool_pages, case.row_elems, generator=generator).to(dtype)
+        source = rows[:, case.row_elems - case.page_elems :]
+        ids = [torch.randperm(case.num_pool_pages, generator=generator)[: case.num_pages] for _ in range(2)]
+        source_ids, target_ids = ids[0] if by_source else None, ids[1] if by_target else None
         got = torch.full((case.num_pool_pages, case.row_elems), torch.nan, dtype=dtype)
         expected = got.clone()
         copy_pages_triton(source, source_ids, got[:, : case.page_elems], target_ids, num_programs=programs)
@@ -62,6 +63,24 @@ def check_merge_attention() -> int:
     return len(MERGE_CASES) * 2
 
 
+def check_score_blocks() -> int:
+    dtypes = (torch.float32, torch.bfloat16)
+    for case, dtype in itertools.product(SCORE_CASES, dtypes):
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(case.num_heads, case.width, generator=generator).to(dtype)
+        ids = torch.randperm(case.num_pool_blocks, generator=generator)[: case.num_blocks]
+        index = torch.full((case.num_pool_blocks, case.num_kv_heads, case.num_rows, case.width), torch.nan)
+        index[ids] = torch.randn(case.num_blocks, *index.shape[1:], generator=generator)
+        index = index.to(dtype)
+        got = score_blocks_triton(query, index, ids, 0.3)
+        torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_FP32_SUM)
+    return len(SCORE_CASES) * len(dtypes)
+
+
 if __name__ == "__main__":
-    checks = {"copy_pages": check_copy_pages, "merge_attention": check_merge_attention}
-    print(f"{checks[sys.argv[1]]()} cases agree")
+    checks = {
+        "copy_pages": check_copy_pages,
+        "merge_attention": check_merge_attention,
+        "score_blocks": check_score_blocks,
+    }
+    sys.stdout.write(f"{checks[sys.argv[1]]()} cases agree\n")

@@ -58,13 +58,13 @@ def test_wrong_arguments_are_named() -> None:
     pool, ids = torch.zeros(4, 8), torch.arange(2)
     with pytest.raises(ValueError, match=r"target: expected shape \[\*, 8\], got \[4, 6\]"):
         copy_pages(pool, ids, torch.zeros(4, 6), ids)
-    with pytest.raises(ValueError, match="target_ids: expected dtype torch.int64, got torch.int32"):
+    with pytest.raises(ValueError, match=r"target_ids: expected dtype torch.int64, got torch.int32"):
         copy_pages(pool, ids, pool.clone(), ids.int())
     with pytest.raises(ValueError, match=r"target_ids: expected shape \[2\], got \[3\]"):
         copy_pages(pool, ids, pool.clone(), torch.arange(3))
-    with pytest.raises(ValueError, match="source_ids: .* got None for both"):
+    with pytest.raises(ValueError, match=r"source_ids: .* got None for both"):
         copy_pages(pool, None, pool.clone(), None)
-    with pytest.raises(ValueError, match="target: expected at least 2 pages, got 1"):
+    with pytest.raises(ValueError, match=r"target: expected at least 2 pages, got 1"):
         copy_pages(pool, ids, torch.zeros(1, 8), None)
     with pytest.raises(ValueError, match=r"source: expected contiguous pages \(stride 1\)"):
         copy_pages(torch.zeros(8, 4).T, ids, pool.clone(), ids)

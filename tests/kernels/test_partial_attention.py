@@ -56,7 +56,7 @@ def test_cpu_path_matches_specification(
     query, key, value = inputs(case, dtype, case.num_tokens if causal else case.num_keys)
     out, lse = partial_attention(query, key, value, 0.2, causal)
     expected_out, expected_lse = partial_attention_naive(query, key, value, 0.2, causal)
-    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     torch.testing.assert_close(out, expected_out, **tolerance)
     torch.testing.assert_close(lse, expected_lse, **(TOL_FP32 if dtype == torch.float32 else TOL_LSE_BF16))
 
@@ -93,7 +93,7 @@ def test_wrong_arguments_are_named() -> None:
     query, key, value = inputs(CASES[1], torch.float32, 50)
     with pytest.raises(ValueError, match=r"key: expected shape \[7, \*, 20\], got \[50, 2, 20\]"):
         partial_attention(query, key, value, 0.2, causal=True)
-    with pytest.raises(ValueError, match="key: expected a number of heads that divides 5, got 2"):
+    with pytest.raises(ValueError, match=r"key: expected a number of heads that divides 5, got 2"):
         partial_attention(query[:, :5], key, value, 0.2)
-    with pytest.raises(ValueError, match="value: expected dtype torch.float32, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"value: expected dtype torch.float32, got torch.bfloat16"):
         partial_attention(query, key, value.bfloat16(), 0.2)

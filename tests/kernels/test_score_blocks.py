@@ -61,5 +61,5 @@ def test_wrong_arguments_are_named() -> None:
     query, index, ids = inputs(CASES[1])
     with pytest.raises(ValueError, match=r"index: expected shape \[\*, \*, \*, 19\]"):
         score_blocks(query[:, :19], index, ids, SCALE)
-    with pytest.raises(ValueError, match="block_ids: expected dtype torch.int64, got torch.int32"):
+    with pytest.raises(ValueError, match=r"block_ids: expected dtype torch.int64, got torch.int32"):
         score_blocks(query, index, ids.int(), SCALE)

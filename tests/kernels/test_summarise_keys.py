@@ -41,7 +41,8 @@ def test_bounds_are_attained_and_hold(case: SummaryCase, dtype: torch.dtype) -> 
     assert bounds.shape == (case.num_blocks, case.num_kv_heads, 2, case.head_dim)
     low, high = bounds[:, :, :1], bounds[:, :, 1:]
     assert bool(((keys >= low) & (keys <= high)).all())
-    assert bool((keys == low).any(2).all()) and bool((keys == high).any(2).all())
+    assert bool((keys == low).any(2).all())
+    assert bool((keys == high).any(2).all())
 
 
 def test_wrong_arguments_are_named() -> None:

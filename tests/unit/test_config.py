@@ -1,4 +1,4 @@
-"""The schema: defaults serve, wrong values are told with key, value and what is allowed, docs follow the schema."""
+"""The schema: defaults serve, and a wrong option is told with its key, its value and what is allowed."""
 
 import pytest
 from pydantic import ValidationError
@@ -34,7 +34,10 @@ def test_given_options_replace_defaults() -> None:
         ({"resident_ratio": "0.2"}, "flashmemory.resident_ratio is '0.2': allowed is a number > 0 and <= 1"),
         ({"tau_steps": True}, "flashmemory.tau_steps is True: allowed is an integer >= 1"),
         ({"device_slots": 1}, "flashmemory.device_slots is 1: allowed is unset or an integer >= 2"),
-        ({"host_memory_gib": float("nan")}, "flashmemory.host_memory_gib is nan: allowed is unset or a number > 0"),
+        (
+            {"host_memory_gib": float("nan")},
+            "flashmemory.host_memory_gib is nan: allowed is unset or a number > 0",
+        ),
         ({"pin_host_memory": 1}, "flashmemory.pin_host_memory is 1: allowed is true or false"),
         ({"aggregate": "sum"}, "flashmemory.aggregate is 'sum': allowed is one of max, mean"),
         (
@@ -43,8 +46,10 @@ def test_given_options_replace_defaults() -> None:
         ),
         (
             {"resident_ration": 0.2},
-            "flashmemory.resident_ration is no option (given: 0.2): closest is flashmemory.resident_ratio, "
-            "a number > 0 and <= 1",
+            (
+                "flashmemory.resident_ration is no option (given: 0.2): closest is "
+                "flashmemory.resident_ratio, a number > 0 and <= 1"
+            ),
         ),
         (
             {"tau_steps": 2, "selection_delay_steps": 3},
@@ -70,7 +75,7 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
 
 def test_config_stays_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        FlashMemoryConfig().seed = 1  # type: ignore[misc]
+        FlashMemoryConfig().seed = 1
 
 
 @pytest.mark.parametrize("name", FlashMemoryConfig.model_fields)

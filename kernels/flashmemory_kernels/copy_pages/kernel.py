@@ -6,7 +6,7 @@ us each. A fixed number of programs walks over all (page, chunk) pairs, so that 
 multiprocessors to the kernels of the model.
 """
 
-# Arguments of a Triton kernel are pointers and scalars of the traced program: Python types do not describe them.
+# A Triton kernel's arguments are pointers and scalars of the traced program: Python has no types for them.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN201, PLR0913, PLR0917
 
@@ -27,6 +27,7 @@ def copy_pages_kernel(
     stride_source, stride_target, num_pages, num_words,
     HAS_SOURCE_IDS: tl.constexpr, HAS_TARGET_IDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Walk over (page, chunk) pairs with a stride of the grid."""
     chunks_per_page = tl.cdiv(num_words, CHUNK)
     for i_task in range(tl.program_id(0), num_pages * chunks_per_page, tl.num_programs(0)):
         i_page = i_task // chunks_per_page

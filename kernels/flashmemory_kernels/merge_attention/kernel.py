@@ -1,6 +1,6 @@
 """Triton kernel of `merge_attention`: one program per token and head."""
 
-# Arguments of a Triton kernel are pointers and scalars of the traced program: Python types do not describe them.
+# A Triton kernel's arguments are pointers and scalars of the traced program: Python has no types for them.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN201, PLR0913, PLR0917
 
@@ -16,6 +16,7 @@ def merge_attention_kernel(
     stride_lah, stride_lat, stride_lbh, stride_lbt, stride_loh, stride_lot,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Merge one row of D elements."""
     i_token = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1).to(tl.int64)
     lse_a = tl.load(p_lse_a + i_head * stride_lah + i_token * stride_lat)

@@ -1,4 +1,4 @@
-"""Specification of `score_blocks`, and the path of both CPU and GPU."""
+"""Specification and CPU path of `score_blocks`."""
 
 import torch
 

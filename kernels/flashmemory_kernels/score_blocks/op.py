@@ -2,7 +2,7 @@
 
 import torch
 
-from flashmemory_kernels.common import expect_device, expect_dtype, expect_shape
+from flashmemory_kernels.common import expect_device, expect_dtype, expect_shape, runs_kernel
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
 
 
@@ -35,4 +35,8 @@ def score_blocks(
     expect_dtype("block_ids", block_ids, torch.int64)
     for name, tensor in (("index", index), ("block_ids", block_ids)):
         expect_device(name, tensor, query.device)
+    if runs_kernel(query) and index[0, 0].is_contiguous():
+        from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
+
+        return score_blocks_triton(query, index, block_ids, scale)
     return score_blocks_naive(query, index, block_ids, scale)

@@ -151,7 +151,7 @@ def test_scores_repeat_and_ignore_index_rows_of_other_blocks(name: str) -> None:
 def test_positional_selectors_take_no_device_memory_and_no_queries() -> None:
     for name in set(SELECTOR_NAMES) - set(INDEXED):
         selector = create_selector(name, make_geometry())
-        assert not selector.needs_queries and not selector.needs_keys
+        assert (selector.needs_queries, selector.needs_keys) == (False, False)
         assert selector.bytes_per_block() == 0
         assert selector.score(ScoringRequest("r", torch.arange(5), None, 0)).isfinite().all()
 
@@ -159,7 +159,7 @@ def test_positional_selectors_take_no_device_memory_and_no_queries() -> None:
 def test_streaming_prefers_the_newest_and_full_prefers_none() -> None:
     request = ScoringRequest("r", torch.tensor([9, 3, 5]), None, 0)
     assert create_selector("streaming", make_geometry()).score(request).argsort().tolist() == [[0, 1, 2]]
-    assert create_selector("full", make_geometry()).score(request).unique().numel() == 1
+    assert create_selector("full", make_geometry()).score(request).any().item() is False
 
 
 def test_random_draws_differ_by_step_seed_and_group_but_not_by_request() -> None:
@@ -178,7 +178,8 @@ def test_random_draws_differ_by_step_seed_and_group_but_not_by_request() -> None
 def test_random_draws_are_uniform() -> None:
     selector = create_selector("random", make_geometry())
     drawn = selector.score(ScoringRequest("r", torch.arange(4096), None, 3))[0]
-    assert drawn.min() >= 0 and drawn.max() < 1
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
     # 8 bins of 512: a standard deviation is 21, and the draws are fixed.
     assert (torch.histc(drawn, 8, 0, 1) - 512).abs().max() < 100
 
@@ -216,15 +217,15 @@ def test_heavy_hitter_takes_new_blocks_and_an_empty_resident_set() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="selector must be one of full, .*; got 'best'"):
+    with pytest.raises(ConfigError, match=r"selector must be one of full, .*; got 'best'"):
         create_selector("best", make_geometry())
     with pytest.raises(ConfigError, match=r"takes the options \['aggregate'\]; got \['seed'\]"):
         create_selector("mean", make_geometry(), seed=1)
-    with pytest.raises(ConfigError, match="aggregate must be one of max, mean; got 'sum'"):
+    with pytest.raises(ConfigError, match=r"aggregate must be one of max, mean; got 'sum'"):
         create_selector("mean", make_geometry(), aggregate="sum")
     with pytest.raises(ConfigError, match=r"groups \[0\] have none"):
         create_selector("exact", make_geometry((1, 1, 1)))
-    with pytest.raises(ConfigError, match="needs queries"):
+    with pytest.raises(ConfigError, match=r"needs queries"):
         create_selector("mean", make_geometry()).score(ScoringRequest("r", torch.arange(2), None, 0))
     with pytest.raises(ConfigError, match=r"layer_groups must lie in 0..1; got \(0, -1, 1\)"):
         make_geometry((0, -1, 1))

@@ -1,4 +1,4 @@
-"""Counters cross processes through files with one writer each, and files of dead writers are neither read nor kept."""
+"""Counters cross processes through files of one writer each; those of dead writers are not read nor kept."""
 
 import subprocess
 import sys
@@ -51,7 +51,10 @@ def other_process(directory: Path) -> "subprocess.Popen[str]":
 
 
 def test_values_are_summed_over_processes(directory: Path, other_process: "subprocess.Popen[str]") -> None:
-    with CounterWriter.create(directory, worker_name(0)) as worker, CounterWriter.create(directory, SCHEDULER) as scheduler:
+    with (
+        CounterWriter.create(directory, worker_name(0)) as worker,
+        CounterWriter.create(directory, SCHEDULER) as scheduler,
+    ):
         worker.add("recalled_blocks_total", 10)
         worker.set("slots_used", 5)
         scheduler.add("refused_admissions_total")
@@ -62,12 +65,16 @@ def test_values_are_summed_over_processes(directory: Path, other_process: "subpr
         other_process.communicate("end\n")
 
 
-def test_a_process_that_ends_takes_its_file_along(directory: Path, other_process: "subprocess.Popen[str]") -> None:
+def test_a_process_that_ends_takes_its_file_along(
+    directory: Path, other_process: "subprocess.Popen[str]"
+) -> None:
     other_process.communicate("end\n")
     assert not directory.exists()
 
 
-def test_the_file_of_a_killed_process_is_not_read(directory: Path, other_process: "subprocess.Popen[str]") -> None:
+def test_the_file_of_a_killed_process_is_not_read(
+    directory: Path, other_process: "subprocess.Popen[str]"
+) -> None:
     other_process.kill()
     other_process.communicate()
     assert list(directory.glob("*.bin"))
@@ -91,8 +98,13 @@ def test_a_new_writer_leaves_the_files_of_living_processes(
     other_process.communicate("end\n")
 
 
-def test_capacity_is_the_smallest_over_the_workers(directory: Path, other_process: "subprocess.Popen[str]") -> None:
-    with CounterWriter.create(directory, worker_name(0)) as worker, CounterWriter.create(directory, SCHEDULER):
+def test_capacity_is_the_smallest_over_the_workers(
+    directory: Path, other_process: "subprocess.Popen[str]"
+) -> None:
+    with (
+        CounterWriter.create(directory, worker_name(0)) as worker,
+        CounterWriter.create(directory, SCHEDULER),
+    ):
         worker.publish_capacity(Capacity(num_slots=100, num_logical_blocks=800))
         assert read_capacity(directory) == Capacity(num_slots=90, num_logical_blocks=800)
         other_process.communicate("end\n")
@@ -102,14 +114,17 @@ def test_capacity_waits_for_every_worker(directory: Path) -> None:
     with (
         CounterWriter.create(directory, worker_name(0)) as first,
         CounterWriter.create(directory, worker_name(1)),
-        pytest.raises(IntegrityError, match="1 of 2 workers"),
     ):
         first.publish_capacity(Capacity(4, 8))
-        read_capacity(directory)
+        with pytest.raises(IntegrityError, match="1 of 2 workers"):
+            read_capacity(directory)
 
 
 def test_resident_ratio_is_the_ratio_of_the_sums(directory: Path) -> None:
-    with CounterWriter.create(directory, worker_name(0)) as first, CounterWriter.create(directory, worker_name(1)) as second:
+    with (
+        CounterWriter.create(directory, worker_name(0)) as first,
+        CounterWriter.create(directory, worker_name(1)) as second,
+    ):
         for worker, resident in ((first, 10), (second, 20)):
             worker.set("resident_blocks", resident)
             worker.set("total_blocks", 100)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 NUM_SLOTS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM = 7, 2, 4, 6
@@ -19,4 +21,6 @@ def block_outermost(num_layers: int, dtype: torch.dtype = torch.float32) -> list
     return list(caches.permute(1, 0, 3, 2, 4))
 
 
-CACHES = {"layer_outermost": layer_outermost, "block_outermost": block_outermost}
+MakeCaches = Callable[..., list[torch.Tensor]]
+
+CACHES: dict[str, MakeCaches] = {"layer_outermost": layer_outermost, "block_outermost": block_outermost}

@@ -8,16 +8,16 @@ import torch
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from tests.unit.transfer.pools import CACHES, PAGE_ELEMS, block_outermost
+from tests.unit.transfer.pools import CACHES, PAGE_ELEMS, MakeCaches, block_outermost
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES.keys())
-def test_layers_partition_a_contiguous_row(caches, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES)
+def test_layers_partition_a_contiguous_row(caches: MakeCaches, dtype: torch.dtype) -> None:
     layout = PageLayout(caches(3, dtype), groups=[[0, 2], [1]])
     pool = HostPool(5, layout)
     assert pool.num_bytes == pool.pages.untyped_storage().nbytes() == 5 * layout.block_bytes
-    assert pool.pages.dtype == dtype and pool.pages.stride(0) == layout.block_elems
+    assert (pool.pages.dtype, pool.pages.stride(0)) == (dtype, layout.block_elems)
     for layer in range(3):
         assert pool.layer_view(layer).shape == (5, PAGE_ELEMS)
         pool.layer_view(layer).fill_(layer + 1)

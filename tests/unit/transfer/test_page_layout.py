@@ -14,13 +14,14 @@ from tests.unit.transfer.pools import (
     NUM_HEADS,
     NUM_SLOTS,
     PAGE_ELEMS,
+    MakeCaches,
     block_outermost,
     layer_outermost,
 )
 
 
-@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES.keys())
-def test_bytes(caches) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES)
+def test_bytes(caches: MakeCaches) -> None:
     layout = PageLayout(caches(3, torch.bfloat16))
     assert (layout.num_layers, layout.num_slots, layout.dtype) == (3, NUM_SLOTS, torch.bfloat16)
     assert layout.layer_bytes(1) == PAGE_ELEMS * 2
@@ -48,8 +49,8 @@ def test_groups_split_runs_and_order_the_host_row() -> None:
     assert starts == [3, 0, 1, 4, 2]
 
 
-@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES.keys())
-def test_page_view_is_the_cache_in_memory_order(caches) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("caches", CACHES.values(), ids=CACHES)
+def test_page_view_is_the_cache_in_memory_order(caches: MakeCaches) -> None:
     tensors = caches(2)
     for cache in tensors:
         cache.copy_(torch.randn(cache.shape))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from flashmemory_kernels.partial_attention import partial_attention
 
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
@@ -15,6 +16,7 @@ from tests.unit.transfer.pools import (
     BLOCK_SIZE,
     HEAD_DIM,
     NUM_HEADS,
+    NUM_SLOTS,
     PAGE_ELEMS,
     block_outermost,
     layer_outermost,
@@ -41,39 +43,44 @@ def write_page(page_format: PageFormat, page: torch.Tensor, keys: torch.Tensor, 
 
 
 def make_history(
-    page_format: PageFormat, keys: torch.Tensor, values: torch.Tensor, generator: torch.Generator
+    page_format: PageFormat,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    generator: torch.Generator,
+    num_on_device: int = 0,
 ) -> PagedHistory:
-    """Full blocks in the host pool under shuffled ids, a partial tail in slot 3, NaN everywhere else."""
+    """Full blocks in the host pool, the last few and the tail in slots, all shuffled; NaN everywhere else."""
     caches = (block_outermost if isinstance(page_format, InterleavedPages) else layer_outermost)(LAYER + 1)
     for cache in caches:
         cache.fill_(torch.nan)
     layout = PageLayout(caches)
-    num_full, num_tail = divmod(len(keys), BLOCK_SIZE)
-    pool = HostPool(num_full + 5, layout)
+    num_host = max(0, len(keys) // BLOCK_SIZE - num_on_device)
+    num_blocks = -(-len(keys) // BLOCK_SIZE)
+    pool = HostPool(num_host + 5, layout)
     pool.poison()
-    ids = torch.randperm(num_full + 5, generator=generator)[:num_full]
-    for position, block in enumerate(ids.tolist()):
-        tokens = slice(position * BLOCK_SIZE, (position + 1) * BLOCK_SIZE)
-        page = layout.unflatten(LAYER, pool.layer_view(LAYER)[block : block + 1])
-        write_page(page_format, page, keys[tokens], values[tokens])
-    if num_tail:
-        write_page(page_format, caches[LAYER][3:4], keys[-num_tail:], values[-num_tail:])
-    tail_slot = torch.tensor([3]) if num_tail else None
-    return PagedHistory(CpuTransferEngine(layout, pool), page_format, LAYER, ids, len(keys), tail_slot)
+    ids = torch.randperm(num_host + 5, generator=generator)[:num_host]
+    slots = torch.randperm(NUM_SLOTS, generator=generator)[: num_blocks - num_host]
+    in_host = layout.unflatten(LAYER, pool.layer_view(LAYER))
+    pages = [in_host[i : i + 1] for i in ids.tolist()] + [caches[LAYER][i : i + 1] for i in slots.tolist()]
+    for page, start in zip(pages, range(0, len(keys), BLOCK_SIZE), strict=True):
+        write_page(page_format, page, keys[start : start + BLOCK_SIZE], values[start : start + BLOCK_SIZE])
+    device_slots = slots if len(slots) else None
+    return PagedHistory(CpuTransferEngine(layout, pool), page_format, LAYER, ids, len(keys), device_slots)
 
 
 @pytest.mark.parametrize("format_type", [InterleavedPages, CpuVectorPages])
 @pytest.mark.parametrize("num_tokens", [1, 5, 33])
 @pytest.mark.parametrize("staging_blocks", [1, 3, 64])
+@pytest.mark.parametrize("num_on_device", [0, 4])
 @pytest.mark.parametrize("num_history", [0, 1, 4, 24, 27, 101])
 def test_streamed_is_dense(
-    num_history: int, staging_blocks: int, num_tokens: int, format_type: type[PageFormat]
+    num_history: int, num_on_device: int, staging_blocks: int, num_tokens: int, format_type: type[PageFormat]
 ) -> None:
     generator = torch.Generator().manual_seed(num_history)
     query = torch.randn(num_tokens, QUERY_HEADS, HEAD_DIM, generator=generator) * 2
     keys, values = torch.randn(2, num_history + num_tokens, NUM_HEADS, HEAD_DIM, generator=generator)
     page_format = format_type(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-    history = make_history(page_format, keys[:num_history], values[:num_history], generator)
+    history = make_history(page_format, keys[:num_history], values[:num_history], generator, num_on_device)
     staging = torch.full((2, staging_blocks, PAGE_ELEMS), torch.nan)
 
     out = stream_attention(
@@ -115,3 +122,19 @@ def test_low_precision_is_rounded_once_at_the_end() -> None:
     # Each of 51 parts is rounded once (2^-9 of its size) and averaged; the end result is rounded once more.
     assert out.dtype == torch.bfloat16
     assert (out.double() - expected).abs().max() < 2**-8 * values.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_slots"),
+    [(9, 0), (8, 1), (12, 0), (7, 0), (12, 2)],
+    ids=["no tail", "a block too many", "a block too few", "tail from the host", "a slot too many"],
+)
+def test_history_that_its_pages_do_not_hold_is_refused(num_tokens: int, num_slots: int) -> None:
+    layout = PageLayout(block_outermost(1))
+    engine = CpuTransferEngine(layout, HostPool(4, layout))
+    page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
+    slots = torch.arange(num_slots) if num_slots else None
+    with pytest.raises(
+        IntegrityError, match=f"a history of {num_tokens} tokens has .* got 2 host and {num_slots} "
+    ):
+        PagedHistory(engine, page_format, 0, torch.arange(2), num_tokens, slots)

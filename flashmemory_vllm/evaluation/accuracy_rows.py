@@ -1,0 +1,151 @@
+"""Rows of the accuracy table: what was measured under which setting, in JSON and in Markdown."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import fmean
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.evaluation.tasks import TaskName
+
+DENSE = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to keep a resident set.
+
+    Attributes:
+        selector: name of the selector.
+        tau: decode steps between two selections.
+        ratio: resident blocks over all blocks of a request.
+        groups: layer groups that choose sets of their own.
+    """
+
+    selector: str
+    tau: int
+    ratio: float
+    groups: int
+
+    def options(self) -> dict[str, object]:
+        """The same as options of our configuration."""
+        return {
+            "selector": self.selector,
+            "tau_steps": self.tau,
+            "resident_ratio": self.ratio,
+            "layer_groups": self.groups,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyRow:
+    """One measured cell with what it was measured with.
+
+    Attributes:
+        model: name of the model.
+        block_size: tokens in a KV block.
+        task: name of the task.
+        tokens: tokens of each prompt.
+        selector: see `Setting`, as are tau, ratio and groups.
+        tau: decode steps between two selections.
+        ratio: resident ratio that was asked for.
+        groups: layer groups.
+        questions: how many were asked.
+        accuracy: share of answers that are right from the first to the last token.
+        dense_accuracy: that of dense attention on the same questions, if it was measured.
+        resident_share: blocks that decode steps attended to over blocks they would have dense, measured.
+        recalled_blocks: blocks copied to the device because a step was to read them.
+        device_bytes_index_per_block: device bytes of a block's index keys, if the engine tells.
+        command: see `Provenance`, as are commit, gpu and versions.
+        commit: commit of the checkout.
+        gpu: name of the device.
+        versions: version by distribution.
+    """
+
+    model: str
+    block_size: int
+    task: TaskName
+    tokens: int
+    selector: str
+    tau: int
+    ratio: float
+    groups: int
+    questions: int
+    accuracy: float
+    dense_accuracy: float | None
+    resident_share: float | None
+    recalled_blocks: int
+    device_bytes_index_per_block: float | None
+    command: str
+    commit: str
+    gpu: str
+    versions: dict[str, str]
+
+    @property
+    def setting(self) -> Setting:
+        """What was set for this row."""
+        return Setting(self.selector, self.tau, self.ratio, self.groups)
+
+    @property
+    def questions_key(self) -> tuple[object, ...]:
+        """Equal for rows whose accuracies may be compared."""
+        return self.model, self.block_size, self.task, self.tokens, self.questions
+
+
+def with_dense(rows: Sequence[AccuracyRow]) -> list[AccuracyRow]:
+    """The same rows, each with the dense accuracy on its questions where one is known."""
+    dense = {row.questions_key: row.accuracy for row in rows if row.selector == DENSE}
+    return [replace(row, dense_accuracy=dense.get(row.questions_key)) for row in rows]
+
+
+def load_rows(path: Path) -> list[AccuracyRow]:
+    """Read a file of rows; a missing file has none.
+
+    Raises:
+        ConfigError: the file is no list of accuracy rows.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [AccuracyRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        names = ", ".join(field.name for field in fields(AccuracyRow))
+        raise ConfigError(f"{path} ({error}): allowed is a JSON list of objects with {names}") from None
+
+
+def save_rows(path: Path, rows: Sequence[AccuracyRow]) -> None:
+    """Write a file of rows; whoever reads it meets the old ones or the new ones, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def format_tables(rows: Sequence[AccuracyRow]) -> str:
+    """Markdown tables of settings by prompt length: one for each task, and one of the mean over the tasks.
+
+    Args:
+        rows: of one model, block size and number of questions.
+    """
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    tables = [f"### {task}\n\n{_table([row for row in rows if row.task == task], 1)}" for task in tasks]
+    if len(tasks) > 1:
+        tables.append(f"### mean over the tasks\n\n{_table(rows, len(tasks))}")
+    return "\n\n".join(tables)
+
+
+def _table(rows: Sequence[AccuracyRow], num_tasks: int) -> str:
+    """One table; a cell is empty unless each of `num_tasks` tasks has a row for it."""
+    lengths = sorted({row.tokens for row in rows})
+    head = ["selector", "ratio", "tau", "groups", *(f"{tokens:,}" for tokens in lengths), "resident"]
+    lines = [head, ["---"] * len(head)]
+    for setting in dict.fromkeys(row.setting for row in rows):
+        of_setting = [row for row in rows if row.setting == setting]
+        line = [setting.selector, f"{setting.ratio:g}", str(setting.tau), str(setting.groups)]
+        for tokens in lengths:
+            cell = [row.accuracy for row in of_setting if row.tokens == tokens]
+            line.append(f"{fmean(cell):.3f}" if len(cell) == num_tasks else "")
+        shares = [row.resident_share for row in of_setting if row.resident_share is not None]
+        lines.append([*line, f"{fmean(shares):.1%}" if shares else ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

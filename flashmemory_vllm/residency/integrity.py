@@ -1,0 +1,87 @@
+"""The invariants between requests and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.requests import RequestState
+from flashmemory_vllm.residency.slots import SlotTable
+from flashmemory_vllm.residency.types import BoolArray, IntArray
+
+
+def check_requests(
+    states: Iterable[RequestState], slots: SlotTable, policy: BudgetPolicy, unwritten: IntArray
+) -> None:
+    """Check pins, content and resident sets of all known requests; costs a pass over all their blocks.
+
+    Args:
+        states: the known requests.
+        slots: where their blocks are.
+        policy: what they may hold.
+        unwritten: blocks that the open plan fills and writes back.
+
+    Raises:
+        IntegrityError: with the request or group and the numbers that do not add up.
+    """
+    pins = np.zeros_like(slots.pins)
+    is_unwritten = np.zeros_like(slots.host_valid)
+    is_unwritten[unwritten] = True
+    for state in states:
+        _check_content(state, slots, policy.block_size, is_unwritten[state.blocks.ids])
+        for group, held in enumerate(state.held):
+            pins[group, slots.lut[group, state.blocks.ids[held]]] += 1
+            if state.is_decoding:
+                _check_set(state, group, held, policy)
+    if (pins != slots.pins).any():
+        group, slot = np.argwhere(pins != slots.pins)[0]
+        raise IntegrityError(
+            f"group {group} slot {slot}: {slots.pins[group, slot]} pins, "
+            f"but {pins[group, slot]} requests hold its block"
+        )
+
+
+def _check_content(state: RequestState, slots: SlotTable, block_size: int, is_unwritten: BoolArray) -> None:
+    """Full blocks have a host copy or are about to; a partial one is held in every group and has none."""
+    num_full, rest = divmod(state.num_tokens, block_size)
+    ids = state.blocks.ids
+    lost = ~slots.host_valid[ids[:num_full]] & ~is_unwritten[:num_full]
+    if lost.any():
+        raise IntegrityError(f"request {state.req_id}: full blocks {ids[:num_full][lost]} have no host copy")
+    if rest and slots.host_valid[ids[num_full]]:
+        raise IntegrityError(f"request {state.req_id}: block {ids[num_full]} is partial but has a host copy")
+    for group, held in enumerate(state.held):
+        if (slots.lut[group, ids[held]] < 0).any():
+            raise IntegrityError(f"request {state.req_id} group {group}: held blocks without a slot")
+        if rest and num_full not in held:
+            raise IntegrityError(
+                f"request {state.req_id} group {group}: partial block {ids[num_full]} is not held"
+            )
+
+
+def _check_set(state: RequestState, group: int, held: IntArray, policy: BudgetPolicy) -> None:
+    """A resident set is sorted, within its budget, and has sink and recent blocks that are in force."""
+    num_blocks, budget = cdiv(state.num_tokens, policy.block_size), policy.decode_budget(state.num_tokens)
+    in_force = np.setdiff1d(held, state.landing[group])
+    forced = np.union1d(
+        np.arange(policy.sink_blocks(state.num_tokens)),
+        np.arange(num_blocks - policy.recent_blocks(state.num_tokens), num_blocks),
+    )
+    if held.size > budget or held[-1] != num_blocks - 1 or (np.diff(held) <= 0).any():
+        raise IntegrityError(
+            f"request {state.req_id} group {group}: a set of {held.size} blocks up to {held[-1]}, "
+            f"allowed are {budget} up to {num_blocks - 1}, ascending"
+        )
+    if not np.isin(forced, in_force).all():
+        raise IntegrityError(
+            f"request {state.req_id} group {group}: sink or recent blocks {np.setdiff1d(forced, in_force)} "
+            "are not in the resident set"
+        )
+    if in_force.size + state.leaving[group].size > budget:
+        raise IntegrityError(
+            f"request {state.req_id} group {group}: {in_force.size} resident "
+            f"and {state.leaving[group].size} leaving blocks exceed the budget of {budget}"
+        )
