@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_LENGTHS = (4096, 16384, 32768)
+DEFAULT_LENGTHS = "4096,16384,32768"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,16 +25,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--model", type=Path, default=reference_model_path(), help="folder. Default: the shipped model"
     )
-    selectors = ",".join(get_args(SelectorName))
     parser.add_argument(
         "--selectors",
-        default=selectors,
-        help=f"comma-separated; full is dense attention. Default: {selectors}",
+        default=",".join(get_args(SelectorName)),
+        help="comma-separated; full is dense attention. Default: %(default)s",
     )
-    parser.add_argument("--tasks", default="", help="comma-separated. Default: all")
-    lengths = ",".join(map(str, DEFAULT_LENGTHS))
+    parser.add_argument("--tasks", help="comma-separated. Default: all")
     parser.add_argument(
-        "--tokens", default=lengths, help=f"prompt tokens, comma-separated. Default: {lengths}"
+        "--tokens", default=DEFAULT_LENGTHS, help="prompt tokens, comma-separated. Default: %(default)s"
     )
     parser.add_argument("--questions", type=int, default=200, help="questions of each cell. Default: 200")
     parser.add_argument(

@@ -3,8 +3,7 @@
 One plan runs in this order:
 
 1. forget requests that are gone, know new ones, note what each scheduled request computes
-2. settle: each row that changes names the blocks it holds from now on, gives up the rest, asks for what has
-no slot
+2. settle: each row that changes names the blocks it holds now, gives up others, asks for what is missing
 3. grant slots: blocks to be written, recalls, history of dense prefill rows, prefetches
 4. compact block tables of what is readable now; find the requests to score after the step
 
@@ -27,8 +26,8 @@ from flashmemory_vllm.residency.settling import Settler
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.tables import decode_table, prefill_table
 from flashmemory_vllm.residency.types import (
-    BoolArray,
     NOTHING,
+    BoolArray,
     Counters,
     Geometry,
     IntArray,
@@ -177,7 +176,7 @@ class StepPlanner:
         )
 
     def resident_mask(self, req_id: str, num_blocks: int) -> BoolArray:
-        """bool `[G, num_blocks]` which of a request's first blocks are in its resident sets; none if it is gone."""
+        """Which of a request's first blocks it holds: bool `[G, num_blocks]`, all false if it is gone."""
         mask = np.zeros((self._geometry.num_groups, num_blocks), np.bool_)
         state = self._requests.get(req_id)
         if state is not None:

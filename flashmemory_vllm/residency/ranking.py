@@ -32,10 +32,6 @@ class Frame:
         start, end = np.searchsorted(positions, (self.sink_end, self.recent_start))
         return positions[start : max(start, end)]
 
-    def outside(self, positions: IntArray) -> IntArray:
-        """Those of the positions that are forced."""
-        return positions[(positions < self.sink_end) | (positions >= self.recent_start)]
-
     def with_best(self, candidates: IntArray, scores: FloatArray, budget: int) -> IntArray:
         """The forced blocks and as many of the best candidates as the budget has room for."""
         sink = np.arange(min(self.sink_end, self.recent_start), dtype=np.int32)
@@ -60,8 +56,11 @@ def best(positions: IntArray, scores: FloatArray, count: int) -> IntArray:
     num_unscored = positions.size - num_scored
     if num_unscored >= count:
         return positions[positions.size - count :]
-    worst_first = np.argpartition(scores[positions[:num_scored]], positions.size - count)
-    return np.delete(positions, worst_first[: positions.size - count])
+    num_worst = positions.size - count
+    worst = np.argpartition(scores[positions[:num_scored]], num_worst)[:num_worst]
+    is_best = np.ones(positions.size, np.bool_)
+    is_best[worst] = False
+    return positions[is_best]
 
 
 def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
@@ -73,4 +72,9 @@ def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
 
 def difference(positions: IntArray, others: IntArray) -> IntArray:
     """The positions that are not among the others."""
-    return positions[~np.isin(positions, others, assume_unique=True)]
+    if positions.size == 0 or others.size == 0:
+        return positions
+    # A bitmap over the request's blocks: several times faster than sorting or searching.
+    is_other = np.zeros(max(positions[-1], others[-1]) + 1, np.bool_)
+    is_other[others] = True
+    return positions[~is_other[positions]]

@@ -38,7 +38,7 @@ class Settler:
         for group, held in enumerate(row.state.held):
             holds_history = is_dense and held.size == row.first_fresh
             first = 0 if holds_history else row.first_written
-            self._change_set(row, group, np.arange(first, row.end, dtype=np.int32), NOTHING, demand)
+            self._change_set(row, group, np.arange(first, row.end, dtype=np.int32), None, demand)
         demand.fresh.append(row.fresh)
         if is_dense:
             demand.dense_prefills.append(row)
@@ -61,9 +61,10 @@ class Settler:
             candidates = frame.candidates() if is_selected or keeps_all else self._at_hand(row, frame, group)
             target = frame.with_best(candidates, state.scores_of(group), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
-            may_wait = frame.inside(target) if is_selected and state.is_decoding else NOTHING
+            may_wait = frame if is_selected and state.is_decoding else None
             self._change_set(row, group, target, may_wait, demand)
-        demand.fresh.append(row.fresh)
+        if row.fresh.size:
+            demand.fresh.append(row.fresh)
         state.table, state.budget, state.kept_all, state.is_decoding = None, budget, keeps_all, True
 
     def _frame(self, row: ScheduledRequest, budget: int) -> Frame:
@@ -85,7 +86,7 @@ class Settler:
         return candidates[self._slots.readable(group, row.state.blocks.ids[candidates])]
 
     def _change_set(
-        self, row: ScheduledRequest, group: int, target: IntArray, may_wait: IntArray, demand: Demand
+        self, row: ScheduledRequest, group: int, target: IntArray, may_wait: Frame | None, demand: Demand
     ) -> None:
         """Replace the set that a request holds in a group.
 
@@ -93,20 +94,24 @@ class Settler:
             row: the request in this step.
             group: layer group.
             target: positions of the new set.
-            may_wait: those of the target that may be prefetched rather than recalled.
+            may_wait: its inner blocks may be prefetched; None to recall whatever is missing.
             demand: takes what has no slot; the blocks written first in this step are not put in here.
         """
         state, ids = row.state, row.state.blocks.ids
         joining, dropping = difference(target, state.held[group]), difference(state.held[group], target)
         is_readable = self._slots.readable(group, ids[joining])
         self._slots.pin(group, ids[joining[is_readable]])
-        missing = joining[~is_readable & (joining < row.first_fresh)]
-        landing = missing[np.isin(missing, may_wait)]
-        # Of what is dropped, the best blocks stay readable in the place of those that are not there yet.
-        # They are not pinned, but the last to be evicted, the worst of them first.
-        leaving = best(dropping, state.scores_of(group), landing.size)
         self._slots.unpin(group, ids[dropping])
-        self._slots.touch(group, ids[worst_to_best(leaving, state.scores_of(group))])
-        demand.recalls[group].append(ids[difference(missing, landing)])
-        demand.prefetches[group].append(ids[landing])
+        missing = joining[~is_readable & (joining < row.first_fresh)]
+        landing = leaving = NOTHING
+        if may_wait is not None and missing.size:
+            landing = may_wait.inside(missing)
+            # Of what is dropped, the best blocks stay readable in the place of those that are not there yet.
+            # They are not pinned, but the last to be evicted, the worst of them first.
+            leaving = best(dropping, state.scores_of(group), landing.size)
+            self._slots.touch(group, ids[worst_to_best(leaving, state.scores_of(group))])
+            demand.prefetches[group].append(ids[landing])
+            missing = difference(missing, landing)
+        if missing.size:
+            demand.recalls[group].append(ids[missing])
         state.held[group], state.landing[group], state.leaving[group] = target, landing, leaving

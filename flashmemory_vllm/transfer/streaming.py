@@ -76,8 +76,8 @@ class PagedHistory:
         if num_host + num_device != num_full + (num_tail > 0) or num_host > num_full:
             raise IntegrityError(
                 f"a history of {self.num_tokens} tokens has {num_full} full blocks of {self.block_size} and "
-                f"{num_tail} more tokens, which are on the device; got {num_host} host and {num_device} device "
-                "blocks"
+                f"{num_tail} more tokens, which are on the device; got {num_host} host and {num_device} "
+                "device blocks"
             )
 
     @property

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.entry_points import entry_point_folder
+
 ROOT = Path(__file__).parents[2]
 TRITON_CPU = ROOT / "tests" / "tools" / "triton_cpu"
 
@@ -91,7 +93,7 @@ def _request(run: EngineRun) -> dict[str, Any]:
 
 
 def _environment(run: EngineRun) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(entry_point_folder()), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = dict(os.environ) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",

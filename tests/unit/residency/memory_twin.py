@@ -1,8 +1,8 @@
 """A memory that holds tags instead of keys and values, and executes step plans as a worker would.
 
-Every token of every request has a tag that stands for its KV: equal prefixes have equal tags, nothing else has. What a
-row reads is compared with the tags it must find, so a wrong slot, a lost write-back, a stale host copy or a read of a
-copy that is still under way all show.
+Every token of every request has a tag that stands for its KV: equal prefixes have equal tags, nothing else
+has. What a row reads is compared with the tags it must find, so a wrong slot, a lost write-back, a stale host
+copy or a read of a copy that is still under way all show.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class MemoryTwin:
     def check_host(self, block_id: int, tags: TagArray) -> None:
         """Assert that a full block's host copy is what was written."""
         for group in range(self._geometry.num_groups):
-            assert (self._host[block_id, group] == tags + group * GROUP_STRIDE).all(), f"block {block_id} lost"
+            assert (self._host[block_id, group] == tags + group * GROUP_STRIDE).all(), (
+                f"block {block_id} lost"
+            )
 
     def _load(self, copies: Copies, planner: StepPlanner) -> None:
         assert (planner.lut[copies.group, copies.blocks] == copies.slots).all()
@@ -86,9 +88,8 @@ class MemoryTwin:
         num_tokens = row.num_computed_tokens + row.num_tokens
         num_blocks, first_written = cdiv(num_tokens, block_size), row.num_computed_tokens // block_size
         block_ids = np.array(request.block_ids[:num_blocks])
-        expected = np.full(num_blocks * block_size, GARBAGE, np.int64)
-        expected[:num_tokens] = request.tags(0, num_tokens)
-        expected = expected.reshape(num_blocks, block_size)
+        expected = np.full((num_blocks, block_size), GARBAGE, np.int64)
+        expected.reshape(-1)[:num_tokens] = request.tags(0, num_tokens)
         is_token = (np.arange(num_blocks * block_size) < num_tokens).reshape(num_blocks, block_size)
         for group, (slots, positions) in enumerate(zip(row.slots, row.positions, strict=True)):
             assert (np.diff(positions) > 0).all()

@@ -1,4 +1,4 @@
-"""A small twin of vLLM's scheduler: prefix caching, chunked prefill, preemption, admission by the slot ledger."""
+"""A twin of vLLM's scheduler: prefix caching, chunked prefill, preemption, admission by the slot ledger."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Request:
         """One tag for each token: unique for the token's whole prefix."""
         position = np.arange(start, end)
         source = np.where(position < self.num_shared, self.family, 1000 + self.uid)
-        return source * TAG_STRIDE + position
+        tags: TagArray = source * TAG_STRIDE + position
+        return tags
 
     def block_key(self, position: int, block_size: int) -> int:
         """What prefix caching finds a full block by: the tag of its last token."""
@@ -50,19 +51,21 @@ class Request:
 
 
 class BlockPool:
-    """Logical blocks with reference counts and a prefix cache; freed blocks keep their content until reused."""
+    """Logical blocks with reference counts and a prefix cache; free blocks keep their content."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._free = dict.fromkeys(range(1, num_blocks))
+        self._free: dict[int, None] = dict.fromkeys(range(1, num_blocks))
         self._refs = [0] * num_blocks
         self.block_of_key: dict[int, int] = {}
         self._key_of_block: dict[int, int] = {}
 
     @property
     def num_free(self) -> int:
+        """Blocks that can be allocated."""
         return len(self._free)
 
     def allocate(self) -> int:
+        """Take the block that has been free the longest; what was cached in it is gone."""
         block = next(iter(self._free))
         del self._free[block]
         key = self._key_of_block.pop(block, None)
@@ -72,19 +75,23 @@ class BlockPool:
         return block
 
     def is_free(self, block: int) -> bool:
-        return self._refs[block] == 0
+        """Whether no request has the block."""
+        return not self._refs[block]
 
     def share(self, block: int) -> None:
+        """One more request has the block."""
         if self._refs[block] == 0:
             del self._free[block]
         self._refs[block] += 1
 
     def cache(self, block: int, key: int) -> None:
+        """Let later requests find the block, unless another one has the same content."""
         if key not in self.block_of_key and block not in self._key_of_block:
             self.block_of_key[key] = block
             self._key_of_block[block] = key
 
     def free(self, blocks: list[int]) -> None:
+        """One request less has the blocks; the last of them is reused first."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] == 0:
@@ -136,7 +143,9 @@ class SchedulerTwin:
         new = [] if preempted else self._admit_waiting(tokens_left, scheduled)
         # Nobody preempted is scheduled: victims come from the end of the list, not yet served in this step.
         assert not set(preempted) & set(scheduled)
-        return StepInput(self._step, frozenset(finished), tuple(preempted), tuple(new), tuple(running), scheduled)
+        return StepInput(
+            self._step, frozenset(finished), tuple(preempted), tuple(new), tuple(running), scheduled
+        )
 
     def step_done(self, step: StepInput) -> None:
         """The step ran: requests whose tokens all have KV sample one more, or end."""
@@ -217,7 +226,7 @@ class SchedulerTwin:
         return hits
 
     def _grow(self, request: Request, num_tokens: int) -> list[int]:
-        """Allocate for the tokens, sometimes one block ahead; full blocks can be hit from now on, even in this step."""
+        """Allocate for the tokens, sometimes one block ahead; full blocks can be hit even in this step."""
         block_size = self._policy.block_size
         first_full = request.num_computed // block_size
         request.num_computed += num_tokens

@@ -1,4 +1,4 @@
-"""Random histories: a scheduler drives the planner, a memory of tags executes its plans and checks every read.
+"""Random histories: a scheduler drives the planner, a memory of tags executes and checks its plans.
 
 `FLASHMEMORY_HISTORIES=thorough` runs many more and longer ones.
 """
@@ -123,7 +123,9 @@ class History:
         arrived = [due for when, due in self.under_way if when <= step_number]
         self.under_way = [(when, due) for when, due in self.under_way if when > step_number]
         for due in arrived:
-            scores = self.scores.integers(0, 6, (self.geometry.num_groups, due.num_history_blocks)).astype(np.float32)
+            scores = self.scores.integers(0, 6, (self.geometry.num_groups, due.num_history_blocks)).astype(
+                np.float32
+            )
             scores[scores == 0] = np.nan
             self.planner.offer(Selection(due.req_id, scores))
 
@@ -167,7 +169,10 @@ class History:
 
 
 @settings(
-    max_examples=NUM_HISTORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=not IS_THOROUGH
+    max_examples=NUM_HISTORIES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=not IS_THOROUGH,
 )
 @given(worlds())
 def test_every_read_finds_what_was_written(world: World) -> None:

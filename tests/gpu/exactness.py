@@ -1,0 +1,275 @@
+"""At a resident ratio of 1 our backend writes token for token what vLLM's own writes, while blocks come and go.
+
+`python -m tests.gpu.exactness --out FILE` measures every case of this machine and writes a row for each; the
+tests beside this file assert the same rows. A random Llama generates from three rounds of prompts, the third the
+same as the first. The device has slots for one round and the host for all, so the second round evicts the first,
+and the third finds its prompts in the prefix cache and has to recall them.
+
+    steady      slots for a whole round: both engines schedule the same batches in every step
+    preempting  fewer slots and no reserve for growth: our engine preempts requests, vLLM's does not
+
+The batch that a token is computed in changes the last bits of its logits. The text is therefore only certain to
+be the same where both engines run the same batches, or where fp32 keeps those bits far from any decision. vLLM's
+FlashAttention has no fp32: on a GPU the preempting case reports how far the texts agree.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from flashmemory_vllm.evaluation.provenance import Provenance
+from tests.helpers.engine import EngineResult, EngineRun, run_engine
+from tests.helpers.tiny_model import VOCABULARY, save_tiny_llama
+
+NUM_PROMPTS = 16
+NUM_TOKENS = 200
+PROMPT_LENS = (180, 420)
+NUM_LOGICAL_BLOCKS = 1024
+MAX_MODEL_LEN = 2048
+BLOCK_SIZE = 32
+
+Case = Literal["steady", "preempting"]
+CASES: tuple[Case, ...] = ("steady", "preempting")
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """Where and how both engines run.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        mode: "eager", or "graphs" for compiled layers in CUDA graphs.
+        dtype: dtype of weights, activations and KV cache.
+    """
+
+    device: str
+    mode: Literal["eager", "graphs"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.mode}-{self.dtype}"
+
+    def must_agree(self, case: Case) -> bool:
+        """Whether the texts have to be the same, rather than merely compared."""
+        return case == "steady" or self.dtype == "float32"
+
+
+REGIMES = (
+    Regime("cpu", "eager", "float32"),
+    Regime("cuda", "eager", "bfloat16"),
+    Regime("cuda", "graphs", "bfloat16"),
+    Regime("cuda", "eager", "float16"),
+    Regime("cuda", "graphs", "float16"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExactnessRow:
+    """One case in one regime.
+
+    Attributes:
+        device: see `Regime`, as are mode and dtype.
+        mode: eager or graphs.
+        dtype: of the model.
+        case: see the module.
+        prompts: prompts that run at once.
+        rounds: times that as many prompts ran.
+        tokens: tokens generated for each.
+        texts: texts compared.
+        identical: texts that are the same in every token.
+        first_divergence: earliest token at which any two differ, None if none do.
+        must_agree: whether a difference is an error.
+        slots: device slots of our engine, the null slot included.
+        logical_blocks: blocks of both schedulers.
+        evictions: blocks that gave up a slot.
+        recalls: blocks copied from host to device.
+        prefix_hits: prompt tokens found in the prefix cache.
+        preemptions: requests preempted by our engine.
+        stock_preemptions: the same of vLLM's own backend.
+        command: see `Provenance`, as are commit, gpu and versions.
+        commit: commit of the checkout.
+        gpu: name of the device.
+        versions: version by distribution.
+    """
+
+    device: str
+    mode: str
+    dtype: str
+    case: Case
+    prompts: int
+    rounds: int
+    tokens: int
+    texts: int
+    identical: int
+    first_divergence: int | None
+    must_agree: bool
+    slots: int
+    logical_blocks: int
+    evictions: int
+    recalls: int
+    prefix_hits: int
+    preemptions: int
+    stock_preemptions: int
+    command: str
+    commit: str
+    gpu: str
+    versions: dict[str, str]
+
+    def problems(self) -> list[str]:
+        """What this row shows to be wrong, with the machinery or with the measurement."""
+        steady = self.case == "steady"
+        expected = {
+            "texts differ": not self.must_agree or self.identical == self.texts,
+            "no block was evicted": self.evictions > 0,
+            "no block was recalled": self.recalls > 0,
+            "no prefix was found": self.prefix_hits > 0,
+            "vLLM's own engine preempted": self.stock_preemptions == 0,
+            "a request was preempted": self.preemptions == 0 or not steady,
+            "no request was preempted": self.preemptions > 0 or steady,
+        }
+        return [problem for problem, is_fine in expected.items() if not is_fine]
+
+
+def make_rounds(seed: int = 0) -> list[list[list[int]]]:
+    """Three rounds of random prompts, the third the same as the first."""
+    rng = random.Random(seed)
+    first, second = (
+        [[rng.randrange(2, VOCABULARY) for _ in range(rng.randint(*PROMPT_LENS))] for _ in range(NUM_PROMPTS)]
+        for _ in range(2)
+    )
+    return [first, second, first]
+
+
+def count_slots(case: Case, rounds: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Device slots: for the largest round to its end, or for its prompts and half of what they generate."""
+    num_tokens = NUM_TOKENS if case == "steady" else NUM_TOKENS // 2
+    largest = max(sum(-(-(len(prompt) + num_tokens) // BLOCK_SIZE) for prompt in one) for one in rounds)
+    return largest + 1
+
+
+def make_run(regime: Regime, case: Case | None, model: Path, rounds: list[list[list[int]]]) -> EngineRun:
+    """Our engine in one case, or vLLM's own backend without a case."""
+    engine: dict[str, Any] = {
+        "dtype": regime.dtype,
+        "block_size": BLOCK_SIZE,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": NUM_PROMPTS,
+        "max_num_batched_tokens": MAX_MODEL_LEN,
+        "num_gpu_blocks_override": NUM_LOGICAL_BLOCKS,
+        "kv_cache_memory_bytes": 1 << 28,
+        "enable_prefix_caching": True,
+        "enforce_eager": regime.mode == "eager",
+    }
+    if regime.device == "cuda":
+        engine["gpu_memory_utilization"] = 0.2
+    if regime.mode == "graphs":
+        # Without full graphs, in which FlashAttention would split the keys in other places than ours does
+        engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    if case is None:
+        if regime.device == "cuda":
+            engine["attention_backend"] = "FLASH_ATTN"
+        return EngineRun(model, rounds, NUM_TOKENS, engine=engine)
+    ours = {
+        "resident_ratio": 1.0,
+        "selector": "full",
+        "device_slots": count_slots(case, rounds),
+        "growth_reserve_tokens": NUM_TOKENS if case == "steady" else 0,
+        "host_memory_gib": 0.25,
+        "check_integrity": True,
+    }
+    return EngineRun(model, rounds, NUM_TOKENS, flashmemory=ours, engine=engine)
+
+
+def compare(
+    regime: Regime, case: Case, slots: int, stock: EngineResult, ours: EngineResult, provenance: Provenance
+) -> ExactnessRow:
+    """Make the row of one case."""
+    pairs = [
+        pair
+        for stock_round, our_round in zip(stock.tokens, ours.tokens, strict=True)
+        for pair in zip(stock_round, our_round, strict=True)
+    ]
+    diverged = [
+        next(index for index, (expected, got) in enumerate(zip(*pair, strict=True)) if expected != got)
+        for pair in pairs
+        if pair[0] != pair[1]
+    ]
+    counted = ours.counters
+    return ExactnessRow(
+        **asdict(regime),
+        case=case,
+        prompts=len(stock.tokens[0]),
+        rounds=len(stock.tokens),
+        tokens=len(pairs[0][0]),
+        texts=len(pairs),
+        identical=len(pairs) - len(diverged),
+        first_divergence=min(diverged, default=None),
+        must_agree=regime.must_agree(case),
+        slots=slots,
+        logical_blocks=NUM_LOGICAL_BLOCKS,
+        evictions=int(counted["evictions_total"]),
+        recalls=int(counted["recalled_blocks_total"]),
+        prefix_hits=int(ours.metrics["prefix_cache_hits"]),
+        preemptions=int(ours.metrics["preemptions"]),
+        stock_preemptions=int(stock.metrics["preemptions"]),
+        **asdict(provenance),
+    )
+
+
+def measure(regime: Regime, provenance: Provenance, folder: Path, jobs: int = 1) -> list[ExactnessRow]:
+    """Run vLLM's own engine and ours in every case, and compare.
+
+    Args:
+        regime: where and how.
+        provenance: where the rows come from.
+        folder: for the model, which is written if it is not there.
+        jobs: engines that run at once.
+    """
+    rounds = make_rounds()
+    model = folder / regime.dtype
+    if not model.exists():
+        save_tiny_llama(model, dtype=getattr(torch, regime.dtype))
+    runs = [make_run(regime, case, model, rounds) for case in (None, *CASES)]
+    with ThreadPoolExecutor(jobs) as pool:
+        stock, *ours = pool.map(run_engine, runs)
+    return [
+        compare(regime, case, count_slots(case, rounds), stock, result, provenance)
+        for case, result in zip(CASES, ours, strict=True)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the regimes of this machine and write a row for each case; 1 if one has a problem."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.exactness", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew")
+    parser.add_argument("--jobs", type=int, default=1, help="engines that run at once. Default: 1")
+    parser.add_argument("--commit", help="commit to name in the rows, where git is not there to ask")
+    args = parser.parse_args(argv)
+    provenance = Provenance.collect(["python", "-m", "tests.gpu.exactness", *sys.argv[1:]], args.commit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[ExactnessRow] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for regime in (regime for regime in REGIMES if regime.device == device):
+            rows += measure(regime, provenance, Path(folder), args.jobs)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+            for row in rows[-len(CASES) :]:
+                told = f"{regime} {row.case}: {row.identical} of {row.texts} texts identical, first divergence "
+                told += f"{row.first_divergence}, {row.evictions} evictions, {row.recalls} recalls, "
+                told += f"{row.prefix_hits} prefix hits, {row.preemptions} preemptions"
+                sys.stdout.write(f"{told}  {'; '.join(row.problems()) or 'as expected'}\n")
+                sys.stdout.flush()
+    return int(any(row.problems() for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
