@@ -6,6 +6,7 @@ from vllm.platforms import current_platform
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.plugin.counter_files import announce_engine
 from flashmemory_vllm.plugin.seams import check_seams
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     read_config(vllm_config)
     refuse_unsupported(vllm_config)
     choose_worker(vllm_config)
+    announce_engine(vllm_config)
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:

@@ -14,10 +14,11 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.observability.counters import Capacity, CounterWriter, engine_directory, worker_name
+from flashmemory_vllm.observability.counters import Capacity, CounterWriter, worker_name
 from flashmemory_vllm.plugin import compat, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.checks import read_config
+from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.runtime.assembly import build_runtime
 
@@ -46,7 +47,7 @@ class ResidencyWorker:
         super().__init__(*args, **kwargs)
         self.flashmemory_config = read_config(self.vllm_config)
         self.flashmemory_runtime: ResidencyRuntime | None = None
-        self._counters_dir = engine_directory(self.vllm_config.instance_id)
+        self._counters_dir = engine_counters_directory(self.vllm_config)
         self._capacity: CapacityPlan | None = None
         self._counters: CounterWriter | None = None
         self._translator = StepTranslator()

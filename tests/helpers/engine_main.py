@@ -21,9 +21,10 @@ def main() -> None:
 
 
 def _counters(llm: Any) -> dict[str, float]:  # noqa: ANN401 - vllm is imported late
-    from flashmemory_vllm.observability.counters import CounterReader, engine_directory
+    from flashmemory_vllm.observability.counters import CounterReader
+    from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 
-    return CounterReader(engine_directory(llm.llm_engine.vllm_config.instance_id)).read()
+    return CounterReader(engine_counters_directory(llm.llm_engine.vllm_config)).read()
 
 
 def _metrics(llm: Any) -> dict[str, float]:  # noqa: ANN401 - vllm is imported late
