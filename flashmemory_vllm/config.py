@@ -61,12 +61,8 @@ class FlashMemoryConfig(BaseModel):
     aggregate: Aggregate = Field(
         default="max", description="How a block's scores over query heads and anchor layers become one."
     )
-    sink_tokens: int = Field(
-        default=64, ge=0, description="Tokens at the start of a request that are always resident."
-    )
-    recent_tokens: int = Field(
-        default=256, ge=1, description="Newest tokens of a request that are always resident."
-    )
+    sink_tokens: int = Field(default=64, ge=0, description="Tokens at the start of a request that are always resident.")
+    recent_tokens: int = Field(default=256, ge=1, description="Newest tokens of a request that are always resident.")
     min_sparse_tokens: int = Field(
         default=2048,
         ge=0,
@@ -115,7 +111,8 @@ class FlashMemoryConfig(BaseModel):
     )
 
     poison_free_slots: bool = Field(
-        False, description="Fill slots that hold no block with NaN at each step, so that a stray read shows. For debugging."
+        False,
+        description="Fill slots that hold no block with NaN at each step, so that a stray read shows. For debugging.",
     )
 
     @model_validator(mode="after")

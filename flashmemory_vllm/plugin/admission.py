@@ -40,9 +40,13 @@ class FlashMemorySpec(FullAttentionSpec):
             UnsupportedError: the layer is not plain full attention over an unquantised cache.
         """
         if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
-            raise UnsupportedError(f"model: a layer has KV cache spec {spec}; allowed: FullAttentionSpec, causal, no window")
+            raise UnsupportedError(
+                f"model: a layer has KV cache spec {spec}; allowed: FullAttentionSpec, causal, no window"
+            )
         if spec.kv_quant_mode:
-            raise UnsupportedError(f"--kv-cache-dtype: quantised KV ({spec.kv_quant_mode!r}) is not supported; allowed: auto")
+            raise UnsupportedError(
+                f"--kv-cache-dtype: quantised KV ({spec.kv_quant_mode!r}) is not supported; allowed: auto"
+            )
         stock = {field.name: getattr(spec, field.name) for field in fields(spec)}
         return cls(**stock, budget=budget, counters_dir=str(counters_dir))
 
@@ -65,7 +69,7 @@ class FlashMemoryManager(FullAttentionManager):
         self._prefill_end: dict[str, int] = {}
         self._refused: set[str] = set()
 
-    def get_num_blocks_to_allocate(  # noqa: PLR0913, PLR0917 - vLLM's signature
+    def get_num_blocks_to_allocate(
         self,
         request_id: str,
         num_tokens: int,

@@ -83,20 +83,32 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
     speculative = vllm_config.speculative_config
     refusals = [
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "set", "no KV connector"),
-        (speculative is not None, "--speculative-config", getattr(speculative, "method", None), "no speculative decoding"),
+        (
+            speculative is not None,
+            "--speculative-config",
+            getattr(speculative, "method", None),
+            "no speculative decoding",
+        ),
         _more_than_one("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         _more_than_one("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
         _more_than_one("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         (bool(parallel.use_ubatching), "--enable-dbo", True, "dual batch overlap off"),
         (vllm_config.attention_config.hisparse_config is not None, "hisparse_config", "set", "no HiSparse"),
-        (cache.cache_dtype not in CACHE_DTYPES, "--kv-cache-dtype", cache.cache_dtype, ", ".join(CACHE_DTYPES)),
+        (
+            cache.cache_dtype not in CACHE_DTYPES,
+            "--kv-cache-dtype",
+            cache.cache_dtype,
+            ", ".join(CACHE_DTYPES),
+        ),
         (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill", True, "off"),
     ]
     if vllm_config.model_config is not None:
         refusals += _model_refusals(vllm_config.model_config)
     for refused, option, given, allowed in refusals:
         if refused:
-            raise UnsupportedError(f"{option}: {given} is not supported with --attention-backend flashmemory; allowed: {allowed}")
+            raise UnsupportedError(
+                f"{option}: {given} is not supported with --attention-backend flashmemory; allowed: {allowed}"
+            )
 
 
 def _more_than_one(option: str, size: int) -> tuple[bool, str, object, str]:
@@ -109,7 +121,12 @@ def _model_refusals(model: "ModelConfig") -> list[tuple[bool, str, object, str]]
     return [
         (model.runner_type != "generate", "--runner", model.runner_type, "generate"),
         (bool(model.use_mla), "model", f"{model.model} (multi-head latent attention)", full_attention),
-        (bool(model.is_hybrid), "model", f"{model.model} (hybrid attention and state-space layers)", full_attention),
+        (
+            bool(model.is_hybrid),
+            "model",
+            f"{model.model} (hybrid attention and state-space layers)",
+            full_attention,
+        ),
         (bool(model.is_attention_free), "model", f"{model.model} (no attention)", full_attention),
         (bool(model.is_encoder_decoder), "model", f"{model.model} (encoder-decoder)", full_attention),
         (window is not None, "model", f"{model.model} (sliding window of {window} tokens)", full_attention),

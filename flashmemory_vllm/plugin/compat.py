@@ -45,7 +45,7 @@ def make_enum_member_picklable(member: AttentionBackendEnum, recreate: Callable[
     enum member pickles as its value. Cure: this one member pickles as a call that registers it first.
     Remove when vLLM loads plugins before it unpickles its configuration.
     """
-    member.__reduce_ex__ = lambda _protocol: (recreate, ())  # type: ignore[method-assign,assignment,return-value]
+    member.__reduce_ex__ = lambda _protocol: (recreate, ())
 
 
 def wrap_platform_config_check() -> None:
@@ -57,7 +57,7 @@ def wrap_platform_config_check() -> None:
     Remove when vLLM lets an attention backend validate a VllmConfig and name a worker class.
     """
     platform_cls = type(current_platform)
-    original = platform_cls.check_and_update_config.__func__  # type: ignore[attr-defined]
+    original = platform_cls.check_and_update_config.__func__
     if hasattr(original, "__flashmemory__"):
         return
 
@@ -68,8 +68,8 @@ def wrap_platform_config_check() -> None:
         prepare_config(vllm_config)
         original(cls, vllm_config)
 
-    check_and_update_config.__flashmemory__ = True  # type: ignore[attr-defined]
-    platform_cls.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
+    check_and_update_config.__flashmemory__ = True
+    platform_cls.check_and_update_config = classmethod(check_and_update_config)
 
 
 def override_cpu_backend() -> None:

@@ -44,9 +44,7 @@ def read_stats(request: Request) -> Stats:
     readers: list[CounterReader] = request.app.state.flashmemory_readers
     if not readers:
         raise HTTPException(HTTPStatus.NOT_FOUND, "this server does not run --attention-backend flashmemory")
-    return Stats(
-        engines=[EngineStats(engine=index, values=reader.read()) for index, reader in enumerate(readers)]
-    )
+    return Stats(engines=[EngineStats(engine=index, values=reader.read()) for index, reader in enumerate(readers)])
 
 
 class FlashMemoryEndpoints:

@@ -44,7 +44,10 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
         "num_tokens",
         "num_tokens_main_model",
     ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": ("self", "request_id"),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": (
+        "self",
+        "request_id",
+    ),
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": ("kvcache_spec_cls", "manager_class"),
     "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
 }
@@ -60,7 +63,12 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
         "kv_cache_block_copies",
         "new_block_ids_to_zero",
     ),
-    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prefill_token_ids", "block_ids", "num_computed_tokens"),
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "req_id",
+        "prefill_token_ids",
+        "block_ids",
+        "num_computed_tokens",
+    ),
     "vllm.v1.core.sched.output:CachedRequestData": (
         "req_ids",
         "resumed_req_ids",

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from flashmemory_kernels.partial_attention import partial_attention as naive_partial_attention
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
-from flashmemory_kernels.partial_attention import partial_attention as naive_partial_attention
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.host_memory import available_host_bytes
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 DEFAULT_HOST_SHARE = 0.5
 
 
-def budget_policy(vllm_config: "VllmConfig", config: FlashMemoryConfig, specs: Mapping[str, "KVCacheSpec"]) -> BudgetPolicy:
+def budget_policy(
+    vllm_config: "VllmConfig", config: FlashMemoryConfig, specs: Mapping[str, "KVCacheSpec"]
+) -> BudgetPolicy:
     """The slot budget of one request; the block size comes from the specs while vLLM may still change it."""
     block_sizes = {spec.block_size for spec in specs.values()} or {vllm_config.cache_config.block_size}
     return BudgetPolicy(
@@ -84,8 +86,8 @@ def _host_bytes(config: FlashMemoryConfig) -> int:
     asked = int(config.host_memory_gib * GIB)
     if asked > available.bytes:
         raise ConfigError(
-            f"flashmemory.host_memory_gib: {config.host_memory_gib} given, allowed: at most {available.bytes / GIB:.2f} "
-            f"(limited by {available.limited_by})"
+            f"flashmemory.host_memory_gib: {config.host_memory_gib} given, allowed: at most "
+            f"{available.bytes / GIB:.2f} (limited by {available.limited_by})"
         )
     return asked
 

@@ -35,7 +35,11 @@ class StepTranslator:
             self._prompt_len.pop(req_id, None)
         cached = scheduled.scheduled_cached_reqs
         new = [self._new(request) for request in scheduled.scheduled_new_reqs]
-        new += [self._resumed(cached, index) for index, req_id in enumerate(cached.req_ids) if req_id in cached.resumed_req_ids]
+        new += [
+            self._resumed(cached, index)
+            for index, req_id in enumerate(cached.req_ids)
+            if req_id in cached.resumed_req_ids
+        ]
         running = [
             RunningRequest(req_id, _flat(cached.new_block_ids[index]), cached.num_computed_tokens[index])
             for index, req_id in enumerate(cached.req_ids)

@@ -87,8 +87,8 @@ class ResidencyWorker:
         num_logical_blocks = kv_cache_config.num_blocks
         if num_logical_blocks > capacity.num_logical_blocks:
             raise ConfigError(
-                f"--num-gpu-blocks-override: {num_logical_blocks} logical blocks, the host pool holds {capacity.num_logical_blocks}; "
-                "raise flashmemory.host_memory_gib or lower the override"
+                f"--num-gpu-blocks-override: {num_logical_blocks} logical blocks, the host pool holds "
+                f"{capacity.num_logical_blocks}; raise flashmemory.host_memory_gib or lower the override"
             )
         num_slots = min(capacity.num_slots, num_logical_blocks)
         super().initialize_from_config(self._physical_config(kv_cache_config, num_slots))  # type: ignore[misc]
@@ -116,10 +116,18 @@ class ResidencyWorker:
         config = FlashMemoryConfig.from_additional_config(
             {"flashmemory": started_with.model_dump(exclude_unset=True) | options}
         )
-        fixed = ("resident_ratio", "min_sparse_tokens", "sink_tokens", "recent_tokens", "growth_reserve_tokens")
+        fixed = (
+            "resident_ratio",
+            "min_sparse_tokens",
+            "sink_tokens",
+            "recent_tokens",
+            "growth_reserve_tokens",
+        )
         changed = [name for name in fixed if getattr(config, name) != getattr(started_with, name)]
         if changed:
-            raise ConfigError(f"flashmemory.{changed[0]}: the scheduler's budgets are fixed at start and cannot be changed")
+            raise ConfigError(
+                f"flashmemory.{changed[0]}: the scheduler's budgets are fixed at start and cannot be changed"
+            )
         runtime = self._runtime()
         layer_names, num_logical_blocks = list(runtime.layer_names), runtime.num_logical_blocks
         runtime.release()
@@ -185,7 +193,7 @@ class ResidencyWorker:
         return writer
 
     def _physical_config(self, logical: KVCacheConfig, num_slots: int) -> KVCacheConfig:
-        """vLLM's KV cache configuration for S slots, everything else as the engine core resolved it."""
+        """VLLM's KV cache configuration for S slots, everything else as the engine core resolved it."""
         groups = logical.kv_cache_groups
         with self._without_block_override():
             device_bytes = num_slots * _pool_bytes_per_block(self.vllm_config, groups)

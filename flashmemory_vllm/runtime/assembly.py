@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.indexer.base import IndexGeometry, Selector
+from flashmemory_vllm.indexer.base import IndexGeometry
 from flashmemory_vllm.indexer.factory import create_selector, option_names
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
@@ -67,9 +67,13 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     anchors = shape.anchor_layers(config.anchor_layers, groups)
     layout = PageLayout(caches, groups)
     engine = _engine(layout, num_logical_blocks, config, shape.device)
-    selector = create_selector(config.selector, _geometry(config, shape, num_logical_blocks, shape.device), **_options(config))
+    selector = create_selector(
+        config.selector, _geometry(config, shape, num_logical_blocks, shape.device), **_options(config)
+    )
     planner = StepPlanner(
-        Geometry(num_logical_blocks, layout.num_slots, config.layer_groups, shape.block_size), budget, config.tau_steps
+        Geometry(num_logical_blocks, layout.num_slots, config.layer_groups, shape.block_size),
+        budget,
+        config.tau_steps,
     )
     page_elems = layout.page_view(0).shape[1]
     staging = torch.zeros((2, config.staging_blocks, page_elems), dtype=layout.dtype, device=shape.device)

@@ -58,14 +58,18 @@ class CapacityPlan:
     def describe(self) -> str:
         """One line for the log."""
         return (
-            f"{self.num_slots} slots ({self.slot_bytes / GIB:.3f} GiB on the device) for {self.num_logical_blocks} logical blocks "
-            f"({self.host_bytes / GIB:.3f} GiB on the host), index keys {self.index_bytes / GIB:.3f} GiB, "
+            f"{self.num_slots} slots ({self.slot_bytes / GIB:.3f} GiB on the device) for "
+            f"{self.num_logical_blocks} logical blocks ({self.host_bytes / GIB:.3f} GiB on the host), index keys {self.index_bytes / GIB:.3f} GiB, "
             f"staging {self.staging_bytes / GIB:.3f} GiB; the longest request reserves {self.request_slots} slots"
         )
 
 
 def plan_capacity(
-    memory: MemoryBudget, budget: BudgetPolicy, block_bytes: int, index_bytes_per_block: int, staging_bytes: int
+    memory: MemoryBudget,
+    budget: BudgetPolicy,
+    block_bytes: int,
+    index_bytes_per_block: int,
+    staging_bytes: int,
 ) -> CapacityPlan:
     """Size the device slots and the logical blocks.
 
@@ -83,37 +87,32 @@ def plan_capacity(
         ConfigError: one request of the longest length does not fit in the slots or in the host pool.
     """
     request_blocks = -(-budget.max_model_len // budget.block_size)
-    request_slots = budget.worst_case()
-    wanted = memory.max_num_seqs * request_blocks + 1
-    num_blocks = min(memory.host_bytes // block_bytes, wanted)
-    if num_blocks < request_blocks + 1:
+    most_blocks = min(memory.host_bytes // block_bytes, memory.max_num_seqs * request_blocks + 1)
+    if most_blocks < request_blocks + 1:
         raise ConfigError(
-            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.3f} GiB holds {num_blocks} blocks of {block_bytes} bytes, but one "
-            f"request of --max-model-len {budget.max_model_len} needs {request_blocks + 1} "
+            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.3f} GiB holds {most_blocks} blocks of {block_bytes} "
+            f"bytes, but one request of --max-model-len {budget.max_model_len} needs {request_blocks + 1} "
             f"({(request_blocks + 1) * block_bytes / GIB:.3f} GiB); give more host memory or lower --max-model-len"
         )
-    spendable = memory.device_bytes - staging_bytes
-    if memory.device_slots is None:
-        for_index = spendable - (request_slots + 1) * block_bytes
-        if index_bytes_per_block:
-            num_blocks = max(request_blocks + 1, min(num_blocks, for_index // index_bytes_per_block))
-        num_slots = min((spendable - num_blocks * index_bytes_per_block) // block_bytes, num_blocks)
-        option, given = "--kv-cache-memory-bytes", f"{memory.device_bytes / GIB:.3f} GiB of device memory"
-    else:
+    request_slots = budget.worst_case()
+    if memory.device_slots is not None:
+        num_blocks = most_blocks
         num_slots = min(memory.device_slots, num_blocks)
-        option, given = "flashmemory.device_slots", str(memory.device_slots)
+        given = f"flashmemory.device_slots: {memory.device_slots}"
+    else:
+        spendable = memory.device_bytes - staging_bytes
+        left_for_index = spendable - (request_slots + 1) * block_bytes
+        if index_bytes_per_block:
+            most_blocks = min(most_blocks, left_for_index // index_bytes_per_block)
+        num_blocks = max(request_blocks + 1, most_blocks)
+        num_slots = min((spendable - num_blocks * index_bytes_per_block) // block_bytes, num_blocks)
+        given = f"--kv-cache-memory-bytes: {memory.device_bytes / GIB:.3f} GiB of device memory"
     if num_slots - 1 < request_slots:
         needed = (request_slots + 1) * block_bytes + staging_bytes + (request_blocks + 1) * index_bytes_per_block
         raise ConfigError(
-            f"{option}: {given} makes {max(num_slots, 0)} slots, but one request of --max-model-len {budget.max_model_len} needs "
-            f"{request_slots + 1} ({needed / GIB:.3f} GiB with index keys and staging); give more, lower --max-model-len or "
-            f"--max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
+            f"{given} makes {max(num_slots, 0)} slots, but one request of --max-model-len {budget.max_model_len} needs "
+            f"{request_slots + 1} ({needed / GIB:.3f} GiB with index keys and staging); give more, lower --max-model-len "
+            f"or --max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
         )
-    return CapacityPlan(
-        num_slots=num_slots,
-        num_logical_blocks=num_blocks,
-        block_bytes=block_bytes,
-        index_bytes=num_blocks * index_bytes_per_block,
-        staging_bytes=staging_bytes,
-        request_slots=request_slots,
-    )
+    index_bytes = num_blocks * index_bytes_per_block
+    return CapacityPlan(num_slots, num_blocks, block_bytes, index_bytes, staging_bytes, request_slots)

@@ -65,7 +65,13 @@ class StreamedPrefill:
         ]
 
     def complete(
-        self, layer: int, group: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+        self,
+        layer: int,
+        group: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
     ) -> None:
         """Overwrite the streamed rows of one layer's attention output.
 
@@ -79,7 +85,12 @@ class StreamedPrefill:
         """
         for row in self._rows:
             history = PagedHistory(
-                self._engine, self._page_format, layer, row.block_ids[group], row.num_history_tokens, row.device_slots[group]
+                self._engine,
+                self._page_format,
+                layer,
+                row.block_ids[group],
+                row.num_history_tokens,
+                row.device_slots[group],
             )
             chunk = query[row.tokens]
             attended = stream_attention(

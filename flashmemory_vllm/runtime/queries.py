@@ -18,7 +18,15 @@ class QueryBuffer:
         device: where attention runs.
     """
 
-    def __init__(self, num_anchors: int, max_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_anchors: int,
+        max_rows: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self._queries = torch.zeros((num_anchors, max_rows, num_heads, head_dim), dtype=dtype, device=device)
         self._last_token = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._num_rows = 0

@@ -13,7 +13,15 @@ import torch
 from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import BoolArray, DueSelection, IntArray, Row, StepInput, StepPlan, WriteBacks
+from flashmemory_vllm.residency.types import (
+    BoolArray,
+    DueSelection,
+    IntArray,
+    Row,
+    StepInput,
+    StepPlan,
+    WriteBacks,
+)
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
 from flashmemory_vllm.runtime.report import Reporter
@@ -64,9 +72,9 @@ class RuntimeParts:
 class ResidencyRuntime:
     """Drives planner, transfers, tables and selector through the steps of one worker.
 
-        begin   scores that are due -> plan -> recalls (waited for) and prefetches (not waited for)
-        forward slot mappings translated, metadata compacted, queries captured, absent history streamed
-        end     full blocks written back and indexed, selectors started for requests that are due
+    begin   scores that are due -> plan -> recalls (waited for) and prefetches (not waited for)
+    forward slot mappings translated, metadata compacted, queries captured, absent history streamed
+    end     full blocks written back and indexed, selectors started for requests that are due
     """
 
     def __init__(self, parts: RuntimeParts) -> None:
@@ -86,7 +94,7 @@ class ResidencyRuntime:
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """vLLM's names of the attention layers, in depth order."""
+        """VLLM's names of the attention layers, in depth order."""
         return self._parts.shape.layer_names
 
     @property
@@ -150,7 +158,9 @@ class ResidencyRuntime:
         """
         return self._parts.tables.fill(self._rows, num_rows, seq_lens)
 
-    def attended(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
+    def attended(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+    ) -> None:
         """A layer's attention over its resident blocks is done: capture queries, complete streamed rows.
 
         Args:

@@ -59,7 +59,7 @@ class SelectionQueue:
         if on_cuda:
             scores_host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
             scores_host.copy_(scores, non_blocking=True)
-            landed = torch.cuda.Event()
+            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             landed.record()
         else:
             scores_host = scores

@@ -1,6 +1,7 @@
 """What the worker knows about the model's attention, translated once from vLLM's objects."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -48,9 +49,11 @@ class AttentionShape:
             ConfigError: more groups than layers.
         """
         if num_groups > self.num_layers:
-            raise ConfigError(f"flashmemory.layer_groups: {num_groups} given, allowed: 1 to {self.num_layers} (attention layers)")
+            raise ConfigError(
+                f"flashmemory.layer_groups: {num_groups} given, allowed: 1 to {self.num_layers} (attention layers)"
+            )
         bounds = [self.num_layers * group // num_groups for group in range(num_groups + 1)]
-        return tuple(tuple(range(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False))
+        return tuple(tuple(range(start, stop)) for start, stop in pairwise(bounds))
 
     def anchor_layers(self, given: tuple[int, ...] | None, groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """The layers whose queries and keys feed the selector.

@@ -89,7 +89,12 @@ def _request(run: EngineRun) -> dict[str, Any]:
     if run.flashmemory is not None:
         engine["attention_backend"] = "flashmemory"
         engine["additional_config"] = {"flashmemory": dict(run.flashmemory)}
-    return {"engine": engine, "rounds": run.rounds, "max_tokens": run.max_tokens, "ours": run.flashmemory is not None}
+    return {
+        "engine": engine,
+        "rounds": run.rounds,
+        "max_tokens": run.max_tokens,
+        "ours": run.flashmemory is not None,
+    }
 
 
 def _environment(run: EngineRun) -> dict[str, str]:

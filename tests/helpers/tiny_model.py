@@ -8,7 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 512
 
 
-def save_tiny_llama(folder: Path, *, num_layers: int = 4, num_kv_heads: int = 2, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny_llama(
+    folder: Path, *, num_layers: int = 4, num_kv_heads: int = 2, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write a seeded random Llama with grouped-query attention.
 
     Args:

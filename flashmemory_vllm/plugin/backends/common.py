@@ -28,7 +28,12 @@ class CompactedBuilder:
     vllm_config: "VllmConfig"
     layer_names: list[str]
 
-    def build(self, common_prefix_len: int, common_attn_metadata: "CommonAttentionMetadata", fast_build: bool = False) -> Any:
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: "CommonAttentionMetadata",
+        fast_build: bool = False,
+    ) -> Any:
         """Build the platform's metadata, one per layer group; group 0's carries the others."""
         base_build = super().build  # type: ignore[misc]
         runtime = runtime_of(self.vllm_config, self.layer_names[0])
@@ -73,7 +78,7 @@ class ResidentImpl:
         for what, refused in refusals.items():
             if refused:
                 raise UnsupportedError(
-                    f"model: an attention layer uses {what}; allowed with --attention-backend flashmemory: causal full attention"
+                    f"model: an attention layer uses {what}; --attention-backend flashmemory allows causal full attention"
                 )
 
     def bind(self, runtime: "ResidencyRuntime", layer_index: int, group: int) -> None:
@@ -103,7 +108,12 @@ class ResidentImpl:
         return result
 
     def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
         """As the platform's, into the slots of this layer's group."""
         if self.runtime is not None and self.group and self.runtime.in_step:

@@ -23,7 +23,7 @@ class FlashMemoryCpuBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """vLLM's name of this backend."""
+        """VLLM's name of this backend."""
         return BACKEND_NAME
 
     @staticmethod

@@ -1,7 +1,5 @@
 """The CUDA backend: vLLM's FlashAttention over compacted tables, block-outermost device layout."""
 
-from typing import TYPE_CHECKING
-
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -13,18 +11,12 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
 from flashmemory_vllm.plugin.register import BACKEND_NAME
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheSpec
-
 
 class FlashMemoryCudaBuilder(CompactedBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention metadata over compacted tables."""
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: "KVCacheSpec") -> AttentionCGSupport:
-        """Attention stays outside of CUDA graphs: streamed history and query capture run in Python."""
-        return AttentionCGSupport.NEVER
+    # Attention stays outside of CUDA graphs: streamed history and query capture run in Python.
+    _cudagraph_support = AttentionCGSupport.NEVER
 
 
 class FlashMemoryCudaImpl(ResidentImpl, FlashAttentionImpl):
@@ -36,7 +28,7 @@ class FlashMemoryCudaBackend(FlashAttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """vLLM's name of this backend."""
+        """VLLM's name of this backend."""
         return BACKEND_NAME
 
     @staticmethod

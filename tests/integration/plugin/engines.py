@@ -11,7 +11,7 @@ def make_vllm_config(
     backend: str = BACKEND_NAME,
     api_process_count: int = 1,
     api_process_rank: int = 0,
-) -> Any:  # noqa: ANN401 - stands for VllmConfig
+) -> Any:
     """Make a configuration.
 
     Args:

@@ -28,7 +28,7 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "flashmemory")
 
 
-def _make_client(vllm_config: Any) -> TestClient:  # noqa: ANN401 - stands for VllmConfig
+def _make_client(vllm_config: Any) -> TestClient:
     app = FastAPI()
     attach_endpoint_plugins(app, ("generate",))
     engine_client: Any = SimpleNamespace(vllm_config=vllm_config)

@@ -41,7 +41,7 @@ def _scraped(engine: int) -> float | None:
     return REGISTRY.get_sample_value("flashmemory:slots_used", {"model_name": "m", "engine": str(engine)})
 
 
-def _stats(*finished: object) -> Any:  # noqa: ANN401 - stands for IterationStats
+def _stats(*finished: object) -> Any:
     return SimpleNamespace(finished_requests=list(finished))
 
 
@@ -92,7 +92,7 @@ def test_an_idle_server_publishes_what_came_after_the_last_step(engine: int, wor
     [make_vllm_config(backend="FLASH_ATTN"), make_vllm_config(api_process_count=2, api_process_rank=1)],
     ids=["other backend", "second API server"],
 )
-def test_it_stays_silent(engine: int, worker: CounterWriter, config: Any) -> None:  # noqa: ANN401
+def test_it_stays_silent(engine: int, worker: CounterWriter, config: Any) -> None:
     worker.set("slots_used", 3)
     logger = FlashMemoryStatLogger(config, engine)
     logger.log_engine_initialized()

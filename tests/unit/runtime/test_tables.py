@@ -12,7 +12,16 @@ CPU = torch.device("cpu")
 
 def row(req_id: str, slots: list[int], computed: int, tokens: int, evicted: int) -> Row:
     table = np.array(slots, dtype=np.int32)
-    return Row(req_id, Phase.DECODE, computed, tokens, (table,), (np.arange(len(slots), dtype=np.int32),), (evicted,), (table[:0],))
+    return Row(
+        req_id,
+        Phase.DECODE,
+        computed,
+        tokens,
+        (table,),
+        (np.arange(len(slots), dtype=np.int32),),
+        (evicted,),
+        (table[:0],),
+    )
 
 
 def test_rows_and_lengths() -> None:

@@ -24,7 +24,7 @@ class InterpretedDriver(_base.DriverBase):
         """The only device."""
         return 0
 
-    def get_current_stream(self, device: int = 0) -> int:
+    def get_current_stream(self, _device: int = 0) -> int:
         """The only stream."""
         return 0
 
