@@ -56,7 +56,7 @@ class FlashMemoryConfig(BaseModel):
     )
     anchor_layers: LayerIndices | None = Field(
         default=None,
-        description="Layers whose queries and keys feed the selector. Unset: three, evenly spaced.",
+        description="Layers whose queries and keys feed the selector. Unset: three, at 1/3, 1/2 and 2/3 of the depth.",
     )
     aggregate: Aggregate = Field(
         default="max", description="How a block's scores over query heads and anchor layers become one."

@@ -22,9 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the `accuracy` command."""
     parser = subparsers.add_parser("accuracy", help="exact match of each selector, task and prompt length")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows; cells in it are kept")
-    parser.add_argument(
-        "--model", type=Path, default=reference_model_path(), help="folder. Default: the shipped model"
-    )
+    parser.add_argument("--model", type=Path, default=reference_model_path(), help="folder. Default: the shipped model")
     parser.add_argument(
         "--selectors",
         default=",".join(get_args(SelectorName)),
@@ -41,6 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--ratio", type=float, default=0.135, help="resident ratio. Default: 0.135")
     parser.add_argument("--tau", type=int, default=16, help="decode steps between selections. Default: 16")
     parser.add_argument("--groups", type=int, default=1, help="layer groups. Default: 1")
+    parser.add_argument("--anchor-layers", help="layers that feed the selector. Default: three, evenly spaced")
     parser.add_argument("--batch", type=int, default=64, help="requests that run at once. Default: 64")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block. Default: 16")
     parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
@@ -82,13 +81,12 @@ def make_plan(args: argparse.Namespace) -> "AccuracyPlan":
 
     for option in ("questions", "questions_per_context", "batch"):
         if getattr(args, option) < 1:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} is {getattr(args, option)}: allowed is 1 or more"
-            )
+            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}: allowed is 1 or more")
     selectors = _choices("--selectors", args.selectors, {name: name for name in get_args(SelectorName)})
     tasks = _choices("--tasks", args.tasks or ",".join(TASK_NAMES), {name: name for name in TASK_NAMES})
+    anchors = None if args.anchor_layers is None else _numbers("--anchor-layers", args.anchor_layers, smallest=0)
     return AccuracyPlan(
-        settings=settings_of(selectors, args.tau, args.ratio, args.groups),
+        settings=settings_of(selectors, args.tau, args.ratio, args.groups, anchors),
         tasks=tasks,
         lengths=_numbers("--tokens", args.tokens),
         num_questions=args.questions,
@@ -134,11 +132,11 @@ def _choices(option: str, text: str, allowed: Mapping[str, T]) -> tuple[T, ...]:
     return tuple(allowed[name] for name in dict.fromkeys(names))
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, smallest: int = 1) -> tuple[int, ...]:
     try:
         numbers = sorted({int(number) for number in text.split(",")})
     except ValueError:
         numbers = []
-    if not numbers or numbers[0] < 1:
-        raise ConfigError(f"{option} is {text!r}: allowed are positive integers, separated by commas")
+    if not numbers or numbers[0] < smallest:
+        raise ConfigError(f"{option} is {text!r}: allowed are integers from {smallest} up, separated by commas")
     return tuple(numbers)

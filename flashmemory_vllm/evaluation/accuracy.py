@@ -58,9 +58,11 @@ class Generator(Protocol):
         """Our metrics by name without the prefix, counted since the engine started."""
 
 
-def settings_of(selectors: Sequence[str], tau: int, ratio: float, groups: int) -> tuple[Setting, ...]:
-    """One setting for each selector, the dense baseline first and at a ratio of 1 in one layer group."""
-    settings = (Setting(name, tau, ratio, groups) for name in dict.fromkeys(selectors) if name != DENSE)
+def settings_of(
+    selectors: Sequence[str], tau: int, ratio: float, groups: int, anchors: tuple[int, ...] | None = None
+) -> tuple[Setting, ...]:
+    """One setting for each selector; the dense baseline comes first, at a ratio of 1 and in one layer group."""
+    settings = (Setting(name, tau, ratio, groups, anchors) for name in dict.fromkeys(selectors) if name != DENSE)
     dense = (Setting(DENSE, tau, 1.0, 1),) if DENSE in selectors else ()
     return (*dense, *settings)
 
@@ -159,9 +161,7 @@ class AccuracyRun:
             [sample.prompt_ids.tolist() for sample in samples], [len(sample.answer_ids) for sample in samples]
         )
         after = self._generator.counters()
-        num_right = sum(
-            answer == sample.answer_ids.tolist() for answer, sample in zip(answers, samples, strict=True)
-        )
+        num_right = sum(answer == sample.answer_ids.tolist() for answer, sample in zip(answers, samples, strict=True))
 
         def counted(name: str) -> float:
             return after.get(name, 0.0) - before.get(name, 0.0)

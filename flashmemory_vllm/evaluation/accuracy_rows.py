@@ -21,12 +21,14 @@ class Setting:
         tau: decode steps between two selections.
         ratio: resident blocks over all blocks of a request.
         groups: layer groups that choose sets of their own.
+        anchors: layers whose queries and keys feed the selector. Default: what our configuration chooses.
     """
 
     selector: str
     tau: int
     ratio: float
     groups: int
+    anchors: tuple[int, ...] | None = None
 
     def options(self) -> dict[str, object]:
         """The same as options of our configuration."""
@@ -35,6 +37,7 @@ class Setting:
             "tau_steps": self.tau,
             "resident_ratio": self.ratio,
             "layer_groups": self.groups,
+            "anchor_layers": self.anchors,
         }
 
 
@@ -47,10 +50,11 @@ class AccuracyRow:
         block_size: tokens in a KV block.
         task: name of the task.
         tokens: tokens of each prompt.
-        selector: see `Setting`, as are tau, ratio and groups.
+        selector: see `Setting`, as are tau, ratio, groups and anchors.
         tau: decode steps between two selections.
         ratio: resident ratio that was asked for.
         groups: layer groups.
+        anchors: anchor layers, None for the default.
         questions: how many were asked.
         accuracy: share of answers that are right from the first to the last token.
         dense_accuracy: that of dense attention on the same questions, if it was measured.
@@ -71,6 +75,7 @@ class AccuracyRow:
     tau: int
     ratio: float
     groups: int
+    anchors: tuple[int, ...] | None
     questions: int
     accuracy: float
     dense_accuracy: float | None
@@ -85,7 +90,7 @@ class AccuracyRow:
     @property
     def setting(self) -> Setting:
         """What was set for this row."""
-        return Setting(self.selector, self.tau, self.ratio, self.groups)
+        return Setting(self.selector, self.tau, self.ratio, self.groups, self.anchors)
 
     @property
     def questions_key(self) -> tuple[object, ...]:
@@ -108,10 +113,12 @@ def load_rows(path: Path) -> list[AccuracyRow]:
     if not path.exists():
         return []
     try:
-        return [AccuracyRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [AccuracyRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (TypeError, ValueError) as error:
         names = ", ".join(field.name for field in fields(AccuracyRow))
         raise ConfigError(f"{path} ({error}): allowed is a JSON list of objects with {names}") from None
+    # JSON has no tuples
+    return [replace(row, anchors=None if row.anchors is None else tuple(row.anchors)) for row in rows]
 
 
 def save_rows(path: Path, rows: Sequence[AccuracyRow]) -> None:
@@ -138,11 +145,12 @@ def format_tables(rows: Sequence[AccuracyRow]) -> str:
 def _table(rows: Sequence[AccuracyRow], num_tasks: int) -> str:
     """One table; a cell is empty unless each of `num_tasks` tasks has a row for it."""
     lengths = sorted({row.tokens for row in rows})
-    head = ["selector", "ratio", "tau", "groups", *(f"{tokens:,}" for tokens in lengths), "resident"]
+    head = ["selector", "ratio", "tau", "groups", "anchors", *(f"{tokens:,}" for tokens in lengths), "resident"]
     lines = [head, ["---"] * len(head)]
     for setting in dict.fromkeys(row.setting for row in rows):
         of_setting = [row for row in rows if row.setting == setting]
         line = [setting.selector, f"{setting.ratio:g}", str(setting.tau), str(setting.groups)]
+        line.append("default" if setting.anchors is None else " ".join(map(str, setting.anchors)))
         for tokens in lengths:
             cell = [row.accuracy for row in of_setting if row.tokens == tokens]
             line.append(f"{fmean(cell):.3f}" if len(cell) == num_tasks else "")

@@ -6,6 +6,7 @@ from vllm.platforms import current_platform
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.counter_files import announce_engine
 from flashmemory_vllm.plugin.seams import check_seams
 
@@ -52,6 +53,19 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     refuse_unsupported(vllm_config)
     choose_worker(vllm_config)
     announce_engine(vllm_config)
+
+
+def check_sizes(vllm_config: "VllmConfig") -> None:
+    """Refuse what cannot hold one request of the longest length; does nothing for other backends.
+
+    Args:
+        vllm_config: vLLM's configuration, with the block size that the platform has chosen.
+
+    Raises:
+        ConfigError: slots or host memory are too few, or more than there are.
+    """
+    if is_selected(vllm_config) and vllm_config.model_config is not None:
+        sizing.check_capacity(vllm_config, read_config(vllm_config))
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:
@@ -116,18 +130,16 @@ def _more_than_one(option: str, size: int) -> tuple[bool, str, object, str]:
 
 
 def _model_refusals(model: "ModelConfig") -> list[tuple[bool, str, object, str]]:
-    full_attention = "decoder-only models in which every layer has full attention"
-    window = model.get_sliding_window()
-    return [
-        (model.runner_type != "generate", "--runner", model.runner_type, "generate"),
-        (bool(model.use_mla), "model", f"{model.model} (multi-head latent attention)", full_attention),
-        (
-            bool(model.is_hybrid),
-            "model",
-            f"{model.model} (hybrid attention and state-space layers)",
-            full_attention,
-        ),
-        (bool(model.is_attention_free), "model", f"{model.model} (no attention)", full_attention),
-        (bool(model.is_encoder_decoder), "model", f"{model.model} (encoder-decoder)", full_attention),
-        (window is not None, "model", f"{model.model} (sliding window of {window} tokens)", full_attention),
-    ]
+    window, chunk = model.get_sliding_window(), model.attention_chunk_size
+    kinds = {
+        "multi-head latent attention": model.use_mla,
+        "hybrid attention and state-space layers": model.is_hybrid,
+        "no attention": model.is_attention_free,
+        "encoder-decoder": model.is_encoder_decoder,
+        "ALiBi position biases": model.uses_alibi,
+        f"sliding window of {window} tokens": window is not None,
+        f"attention in chunks of {chunk} tokens": chunk is not None,
+    }
+    allowed = "decoder-only models with plain full attention in every layer"
+    refusals = [(bool(refused), "model", f"{model.model} ({kind})", allowed) for kind, refused in kinds.items()]
+    return [(model.runner_type != "generate", "--runner", model.runner_type, "generate"), *refusals]

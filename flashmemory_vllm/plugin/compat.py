@@ -63,10 +63,11 @@ def wrap_platform_config_check() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: type, vllm_config: "VllmConfig") -> None:
-        from flashmemory_vllm.plugin.checks import prepare_config
+        from flashmemory_vllm.plugin.checks import check_sizes, prepare_config
 
         prepare_config(vllm_config)
         original(cls, vllm_config)
+        check_sizes(vllm_config)
 
     check_and_update_config.__flashmemory__ = True
     platform_cls.check_and_update_config = classmethod(check_and_update_config)

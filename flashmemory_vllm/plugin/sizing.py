@@ -1,5 +1,6 @@
 """Reads vLLM's objects and fills the sizes that our own code works with."""
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,8 @@ import torch
 from flashmemory_kernels.partial_attention import partial_attention as naive_partial_attention
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
@@ -64,15 +67,36 @@ def plan(
     """
     layers = attention_layers(vllm_config, list(specs))
     shape = attention_shape(vllm_config, layers, device)
-    workers = vllm_config.parallel_config.local_world_size
-    host_bytes = _host_bytes(config) // workers
-    if device.type == "cpu" and vllm_config.cache_config.kv_cache_memory_bytes is None:
+    return _plan(vllm_config, config, shape, budget_policy(vllm_config, config, specs), device_bytes)
+
+
+def check_capacity(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> None:
+    """Refuse sizes that cannot hold one request, as far as the options tell before a model is loaded.
+
+    Raises:
+        ConfigError: the sizes asked for do not fit.
+    """
+    device_bytes = vllm_config.cache_config.kv_cache_memory_bytes
+    shape = _announced_shape(vllm_config)
+    # What the worker has not measured yet limits nothing; `plan` has it
+    _plan(vllm_config, config, shape, budget_policy(vllm_config, config, {}), device_bytes or sys.maxsize)
+
+
+def _plan(
+    vllm_config: "VllmConfig",
+    config: FlashMemoryConfig,
+    shape: AttentionShape,
+    budget: BudgetPolicy,
+    device_bytes: int,
+) -> CapacityPlan:
+    host_bytes = _host_bytes(config) // vllm_config.parallel_config.local_world_size
+    if shape.device.type == "cpu" and vllm_config.cache_config.kv_cache_memory_bytes is None:
         # Device and host are the same memory here: the stock share is split so that slots hold the ratio of the pool.
         device_bytes = int(device_bytes * config.resident_ratio / (1 + config.resident_ratio))
         host_bytes = min(host_bytes, int(device_bytes / config.resident_ratio))
     return plan_capacity(
         MemoryBudget(device_bytes, host_bytes, config.device_slots, vllm_config.scheduler_config.max_num_seqs),
-        budget_policy(vllm_config, config, specs),
+        budget,
         shape.block_bytes,
         index_bytes_per_block(config, shape),
         staging_bytes(config, shape),
@@ -109,6 +133,21 @@ def attention_shape(vllm_config: "VllmConfig", layers: Mapping[str, Attention], 
         block_size=vllm_config.cache_config.block_size,
         dtype=first.kv_cache_torch_dtype,
         device=device,
+    )
+
+
+def _announced_shape(vllm_config: "VllmConfig") -> AttentionShape:
+    """The sizes that the model's configuration announces, before there are layers."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return AttentionShape(
+        layer_names=tuple(str(layer) for layer in range(model.get_num_layers(parallel))),
+        num_query_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        softmax_scale=1.0,
+        block_size=vllm_config.cache_config.block_size,
+        dtype=kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model),
+        device=torch.device(current_platform.device_type),
     )
 
 

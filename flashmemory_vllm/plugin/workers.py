@@ -96,8 +96,8 @@ class ResidencyWorker:
         self._attach_runtime(kv_cache_config.kv_cache_groups[0].layer_names, num_logical_blocks)
         compat.install_slot_translation(
             self.model_runner,
-            translate=lambda slot_mapping: self._runtime().translate_slots(slot_mapping),
-            rows=lambda req_ids: self._runtime().set_rows(req_ids),
+            translate=self._translate_slots,
+            rows=self._set_rows,
         )
 
     def flashmemory_reconfigure(self, options: dict[str, object]) -> None:
@@ -135,10 +135,12 @@ class ResidencyWorker:
         self._attach_runtime(layer_names, num_logical_blocks)
 
     def compile_or_warm_up_model(self) -> "CompilationTimes":
-        """As vLLM's; what its warm-up requests left behind is dropped."""
-        times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
-        if self.flashmemory_runtime is not None:
-            self.flashmemory_runtime.reset()
+        """As vLLM's. Its warm-up requests name physical blocks, below S, so they pass by the runtime."""
+        runtime, self.flashmemory_runtime = self.flashmemory_runtime, None
+        try:
+            times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
+        finally:
+            self.flashmemory_runtime = runtime
         return times
 
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
@@ -163,6 +165,14 @@ class ResidencyWorker:
         if self._counters is not None:
             self._counters.close()
         super().shutdown()  # type: ignore[misc]
+
+    def _translate_slots(self, slot_mapping: torch.Tensor) -> None:
+        if self.flashmemory_runtime is not None:
+            self.flashmemory_runtime.translate_slots(slot_mapping)
+
+    def _set_rows(self, req_ids: list[str]) -> None:
+        if self.flashmemory_runtime is not None:
+            self.flashmemory_runtime.set_rows(req_ids)
 
     def _runtime(self) -> "ResidencyRuntime":
         assert self.flashmemory_runtime is not None, "the KV cache is not initialised yet"

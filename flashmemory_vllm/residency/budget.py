@@ -47,9 +47,7 @@ class BudgetPolicy:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.resident_ratio <= 1.0:
-            raise ConfigError(
-                f"resident_ratio: {self.resident_ratio} is given, above 0 and at most 1 is allowed"
-            )
+            raise ConfigError(f"resident_ratio: {self.resident_ratio} is given, above 0 and at most 1 is allowed")
         for name, smallest in (
             ("block_size", 1),
             ("min_sparse_tokens", 0),
@@ -111,9 +109,7 @@ class BudgetPolicy:
 
     def worst_case(self) -> int:
         """The largest reserve of any request that is not longer than `max_model_len`."""
-        return max(
-            self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len)
-        )
+        return max(self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len))
 
     @property
     def _num_sink_blocks(self) -> int:

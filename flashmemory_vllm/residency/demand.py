@@ -57,9 +57,7 @@ class Demand:
         for row in self.dense_prefills:
             for group in groups:
                 recalls[group].extend(self._hold_history(slots, row, group))
-        prefetches = [
-            [slots.prefetch(group, blocks) for blocks in self.prefetches[group]] for group in groups
-        ]
+        prefetches = [[slots.prefetch(group, blocks) for blocks in self.prefetches[group]] for group in groups]
         return Granted(tuple(fresh), _merged(recalls), _merged(prefetches))
 
     def _hold_history(self, slots: SlotTable, row: ScheduledRequest, group: int) -> list[Copies]:

@@ -13,9 +13,7 @@ from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 
-def check_requests(
-    states: Iterable[RequestState], slots: SlotTable, policy: BudgetPolicy, unwritten: IntArray
-) -> None:
+def check_requests(states: Iterable[RequestState], slots: SlotTable, policy: BudgetPolicy, unwritten: IntArray) -> None:
     """Check pins, content and resident sets of all known requests; costs a pass over all their blocks.
 
     Args:
@@ -57,9 +55,7 @@ def _check_content(state: RequestState, slots: SlotTable, block_size: int, is_un
         if (slots.lut[group, ids[held]] < 0).any():
             raise IntegrityError(f"request {state.req_id} group {group}: held blocks without a slot")
         if rest and num_full not in held:
-            raise IntegrityError(
-                f"request {state.req_id} group {group}: partial block {ids[num_full]} is not held"
-            )
+            raise IntegrityError(f"request {state.req_id} group {group}: partial block {ids[num_full]} is not held")
 
 
 def _check_set(state: RequestState, group: int, held: IntArray, policy: BudgetPolicy) -> None:

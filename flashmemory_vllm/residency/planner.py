@@ -57,9 +57,7 @@ class StepPlanner:
         if tau < 1:
             raise ConfigError(f"tau: {tau} is given, at least 1 is allowed")
         if geometry.block_size != policy.block_size:
-            raise ConfigError(
-                f"block_size: the geometry has {geometry.block_size}, the policy {policy.block_size}"
-            )
+            raise ConfigError(f"block_size: the geometry has {geometry.block_size}, the policy {policy.block_size}")
         self._geometry = geometry
         self._policy = policy
         self._cadence = Cadence(policy, tau)
@@ -116,9 +114,7 @@ class StepPlanner:
             UnsupportedError: the scheduler does something this planner has no answer to.
         """
         if self._open is not None:
-            raise IntegrityError(
-                f"step {step_input.step} is planned while step {self._open.step} is not complete"
-            )
+            raise IntegrityError(f"step {step_input.step} is planned while step {self._open.step} is not complete")
         evictions_before = self._slots.num_evictions
         self._slots.begin_step()
         scheduled = self._requests.schedule(step_input)

@@ -76,9 +76,7 @@ class RequestRegistry:
                 f"request {new.req_id}: a prefix hit of {new.num_computed_tokens} tokens is given, "
                 f"allowed are multiples of the block size {self._geometry.block_size}"
             )
-        state = RequestState.begin(
-            new.req_id, new.prefill_len, new.num_computed_tokens, self._geometry.num_groups
-        )
+        state = RequestState.begin(new.req_id, new.prefill_len, new.num_computed_tokens, self._geometry.num_groups)
         self._states[new.req_id] = state
         return self._append(state, new.block_ids)[num_hits:]
 

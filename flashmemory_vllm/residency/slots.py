@@ -102,9 +102,7 @@ class SlotTable:
         """Give up a claim; blocks that nobody claims any more become cache, used last in this step."""
         slots = self._slots_of(group, blocks)
         if slots.size and self.pins[group, slots].min() <= 0:
-            raise IntegrityError(
-                f"group {group}: blocks {blocks[self.pins[group, slots] <= 0]} have no pin to give up"
-            )
+            raise IntegrityError(f"group {group}: blocks {blocks[self.pins[group, slots] <= 0]} have no pin to give up")
         self.pins[group, slots] -= 1
         self._last_use[group, slots] = self._clock
 
@@ -121,9 +119,7 @@ class SlotTable:
         """
         stale = self.host_valid[blocks] | (self.lut[group, blocks] != NOT_RESIDENT)
         if stale.any():
-            raise IntegrityError(
-                f"group {group}: blocks {blocks[stale]} are to be written but hold other content"
-            )
+            raise IntegrityError(f"group {group}: blocks {blocks[stale]} are to be written but hold other content")
         return self._hold(group, blocks, blocks)
 
     def hold(self, group: int, blocks: IntArray) -> Copies:
@@ -171,9 +167,7 @@ class SlotTable:
         """Raise IntegrityError unless all blocks have a valid host copy."""
         if not self.host_valid[blocks].all():
             lost = blocks[~self.host_valid[blocks]]
-            raise IntegrityError(
-                f"blocks {lost} are to be read but have neither a slot nor a valid host copy"
-            )
+            raise IntegrityError(f"blocks {lost} are to be read but have neither a slot nor a valid host copy")
 
     def check_integrity(self) -> None:
         """Check the conservation laws of slots and content; costs a pass over all tables.
@@ -196,13 +190,9 @@ class SlotTable:
         lut, owner = self.lut[group], self._owner[group]
         used, num_free = np.flatnonzero(owner != NO_OWNER), self._num_free[group]
         free = self._free[group, :num_free]
-        if (
-            used.size + num_free != owner.size - 1
-            or np.unique(np.concatenate((used, free))).size != owner.size - 1
-        ):
+        if used.size + num_free != owner.size - 1 or np.unique(np.concatenate((used, free))).size != owner.size - 1:
             raise IntegrityError(
-                f"group {group}: {used.size} used and {num_free} free slots are not "
-                f"the {owner.size - 1} there are"
+                f"group {group}: {used.size} used and {num_free} free slots are not the {owner.size - 1} there are"
             )
         if owner[NULL_SLOT] != NO_OWNER or lut[NULL_BLOCK] != NULL_SLOT:
             raise IntegrityError(
@@ -215,14 +205,10 @@ class SlotTable:
                 "are not each other's inverse"
             )
         if self.pins[group].min() < 0 or self.pins[group, owner == NO_OWNER].any():
-            raise IntegrityError(
-                f"group {group}: a pin count is negative, or a slot without a block is pinned"
-            )
+            raise IntegrityError(f"group {group}: a pin count is negative, or a slot without a block is pinned")
         loose = ~self.host_valid[owner[used]] & (self.pins[group, used] == 0)
         if loose.any():
-            raise IntegrityError(
-                f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned"
-            )
+            raise IntegrityError(f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned")
 
     def _slots_of(self, group: int, blocks: IntArray) -> IntArray:
         slots: IntArray = self.lut[group, blocks]

@@ -90,29 +90,33 @@ def plan_capacity(
     most_blocks = min(memory.host_bytes // block_bytes, memory.max_num_seqs * request_blocks + 1)
     if most_blocks < request_blocks + 1:
         raise ConfigError(
-            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.3f} GiB holds {most_blocks} blocks of {block_bytes} "
+            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.4g} GiB holds {most_blocks} blocks of {block_bytes} "
             f"bytes, but one request of --max-model-len {budget.max_model_len} needs {request_blocks + 1} "
-            f"({(request_blocks + 1) * block_bytes / GIB:.3f} GiB); give more host memory or lower --max-model-len"
+            f"({(request_blocks + 1) * block_bytes / GIB:.4g} GiB); give more host memory or lower --max-model-len"
         )
     request_slots = budget.worst_case()
-    if memory.device_slots is not None:
-        num_blocks = most_blocks
-        num_slots = min(memory.device_slots, num_blocks)
-        given = f"flashmemory.device_slots: {memory.device_slots}"
-    else:
-        spendable = memory.device_bytes - staging_bytes
-        left_for_index = spendable - (request_slots + 1) * block_bytes
-        if index_bytes_per_block:
-            most_blocks = min(most_blocks, left_for_index // index_bytes_per_block)
-        num_blocks = max(request_blocks + 1, most_blocks)
-        num_slots = min((spendable - num_blocks * index_bytes_per_block) // block_bytes, num_blocks)
-        given = f"--kv-cache-memory-bytes: {memory.device_bytes / GIB:.3f} GiB of device memory"
+    spendable = memory.device_bytes - staging_bytes
+    wanted_slots = request_slots + 1 if memory.device_slots is None else min(memory.device_slots, most_blocks)
+    left_for_index = spendable - wanted_slots * block_bytes
+    if index_bytes_per_block:
+        most_blocks = min(most_blocks, left_for_index // index_bytes_per_block)
+    num_blocks = max(request_blocks + 1, most_blocks)
+    affordable = max(0, spendable - num_blocks * index_bytes_per_block) // block_bytes
+    num_slots = min(affordable if memory.device_slots is None else memory.device_slots, num_blocks)
+    device = f"{memory.device_bytes} bytes of device memory"
+    slots_given = f"flashmemory.device_slots: {memory.device_slots}"
+    if num_slots > affordable:
+        raise ConfigError(
+            f"{slots_given} is more than the {affordable} that {device} leaves beside staging and the index keys of "
+            f"{num_blocks} blocks; give fewer, or raise --kv-cache-memory-bytes or --gpu-memory-utilization"
+        )
     if num_slots - 1 < request_slots:
         needed = (request_slots + 1) * block_bytes + staging_bytes + (request_blocks + 1) * index_bytes_per_block
+        given = f"--kv-cache-memory-bytes: {device}" if memory.device_slots is None else slots_given
         raise ConfigError(
-            f"{given} makes {max(num_slots, 0)} slots, but one request of --max-model-len {budget.max_model_len} needs "
-            f"{request_slots + 1} ({needed / GIB:.3f} GiB with index keys and staging); give more, lower --max-model-len "
-            f"or --max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
+            f"{given} makes {num_slots} slots, but one request of --max-model-len {budget.max_model_len} needs "
+            f"{request_slots + 1} ({needed} bytes with index keys and staging); give more, lower --max-model-len or "
+            f"--max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
         )
     index_bytes = num_blocks * index_bytes_per_block
     return CapacityPlan(num_slots, num_blocks, block_bytes, index_bytes, staging_bytes, request_slots)

@@ -59,14 +59,15 @@ class AttentionShape:
         """The layers whose queries and keys feed the selector.
 
         Args:
-            given: indices asked for, or None for the default: three a group, at 1/4, 1/2 and 3/4 of its depth.
+            given: indices asked for, or None for the default: three a group, at 1/3, 1/2 and 2/3 of its depth, where
+                models that were looked into keep the heads that retrieve.
             groups: layer indices of each layer group.
 
         Raises:
             ConfigError: an index is no attention layer, or a group is left without an anchor.
         """
         if given is None:
-            chosen = {group[len(group) * quarter // 4] for group in groups for quarter in (1, 2, 3)}
+            chosen = {group[len(group) * sixth // 6] for group in groups for sixth in (2, 3, 4)}
             return tuple(sorted(chosen))
         outside = [layer for layer in given if not 0 <= layer < self.num_layers]
         if outside:

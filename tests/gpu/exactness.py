@@ -6,7 +6,7 @@ same as the first. The device has slots for one round and the host for all, so t
 and the third finds its prompts in the prefix cache and has to recall them.
 
     steady      slots for a whole round: both engines schedule the same batches in every step
-    preempting  fewer slots and no reserve for growth: our engine preempts requests, vLLM's does not
+    preempting  fewer slots: our engine preempts requests, vLLM's does not
 
 The batch that a token is computed in changes the last bits of its logits. The text is therefore only certain to
 be the same where both engines run the same batches, or where fp32 keeps those bits far from any decision. vLLM's
@@ -31,7 +31,6 @@ from tests.helpers.engine import EngineResult, EngineRun, run_engine
 from tests.helpers.tiny_model import VOCABULARY, save_tiny_llama
 
 NUM_PROMPTS = 16
-NUM_TOKENS = 200
 PROMPT_LENS = (180, 420)
 NUM_LOGICAL_BLOCKS = 1024
 MAX_MODEL_LEN = 2048
@@ -49,11 +48,13 @@ class Regime:
         device: "cpu" or "cuda".
         mode: "eager", or "graphs" for compiled layers in CUDA graphs.
         dtype: dtype of weights, activations and KV cache.
+        num_tokens: tokens generated for each prompt.
     """
 
     device: str
     mode: Literal["eager", "graphs"]
     dtype: Literal["float32", "float16", "bfloat16"]
+    num_tokens: int
 
     def __str__(self) -> str:
         return f"{self.device}-{self.mode}-{self.dtype}"
@@ -64,11 +65,11 @@ class Regime:
 
 
 REGIMES = (
-    Regime("cpu", "eager", "float32"),
-    Regime("cuda", "eager", "bfloat16"),
-    Regime("cuda", "graphs", "bfloat16"),
-    Regime("cuda", "eager", "float16"),
-    Regime("cuda", "graphs", "float16"),
+    Regime("cpu", "eager", "float32", 48),
+    Regime("cuda", "eager", "bfloat16", 200),
+    Regime("cuda", "graphs", "bfloat16", 200),
+    Regime("cuda", "eager", "float16", 200),
+    Regime("cuda", "graphs", "float16", 200),
 )
 
 
@@ -124,6 +125,14 @@ class ExactnessRow:
     gpu: str
     versions: dict[str, str]
 
+    def __str__(self) -> str:
+        place = "" if self.first_divergence is None else f" (first at token {self.first_divergence})"
+        return (
+            f"{self.device} {self.mode} {self.dtype} {self.case}: {self.identical} of {self.texts} texts "
+            f"identical{place}; {self.evictions} evictions, {self.recalls} recalls, {self.prefix_hits} prefix hits, "
+            f"{self.preemptions} preemptions: {'; '.join(self.problems()) or 'as expected'}"
+        )
+
     def problems(self) -> list[str]:
         """What this row shows to be wrong, with the machinery or with the measurement."""
         steady = self.case == "steady"
@@ -149,10 +158,10 @@ def make_rounds(seed: int = 0) -> list[list[list[int]]]:
     return [first, second, first]
 
 
-def count_slots(case: Case, rounds: Sequence[Sequence[Sequence[int]]]) -> int:
+def count_slots(case: Case, num_tokens: int, rounds: Sequence[Sequence[Sequence[int]]]) -> int:
     """Device slots: for the largest round to its end, or for its prompts and half of what they generate."""
-    num_tokens = NUM_TOKENS if case == "steady" else NUM_TOKENS // 2
-    largest = max(sum(-(-(len(prompt) + num_tokens) // BLOCK_SIZE) for prompt in one) for one in rounds)
+    grown = num_tokens if case == "steady" else num_tokens // 2
+    largest = max(sum(-(-(len(prompt) + grown) // BLOCK_SIZE) for prompt in one) for one in rounds)
     return largest + 1
 
 
@@ -177,22 +186,23 @@ def make_run(regime: Regime, case: Case | None, model: Path, rounds: list[list[l
     if case is None:
         if regime.device == "cuda":
             engine["attention_backend"] = "FLASH_ATTN"
-        return EngineRun(model, rounds, NUM_TOKENS, engine=engine)
+        return EngineRun(model, rounds, regime.num_tokens, engine=engine)
     ours = {
         "resident_ratio": 1.0,
         "selector": "full",
-        "device_slots": count_slots(case, rounds),
-        "growth_reserve_tokens": NUM_TOKENS if case == "steady" else 0,
+        "device_slots": count_slots(case, regime.num_tokens, rounds),
+        # All prompts of a round are admitted at once
+        "growth_reserve_tokens": 0,
         "host_memory_gib": 0.25,
         "check_integrity": True,
     }
-    return EngineRun(model, rounds, NUM_TOKENS, flashmemory=ours, engine=engine)
+    return EngineRun(model, rounds, regime.num_tokens, flashmemory=ours, engine=engine)
 
 
 def compare(
     regime: Regime, case: Case, slots: int, stock: EngineResult, ours: EngineResult, provenance: Provenance
 ) -> ExactnessRow:
-    """Make the row of one case."""
+    """Make the row of one case, from what both engines returned."""
     pairs = [
         pair
         for stock_round, our_round in zip(stock.tokens, ours.tokens, strict=True)
@@ -205,11 +215,13 @@ def compare(
     ]
     counted = ours.counters
     return ExactnessRow(
-        **asdict(regime),
+        device=regime.device,
+        mode=regime.mode,
+        dtype=regime.dtype,
         case=case,
         prompts=len(stock.tokens[0]),
         rounds=len(stock.tokens),
-        tokens=len(pairs[0][0]),
+        tokens=regime.num_tokens,
         texts=len(pairs),
         identical=len(pairs) - len(diverged),
         first_divergence=min(diverged, default=None),
@@ -242,7 +254,7 @@ def measure(regime: Regime, provenance: Provenance, folder: Path, jobs: int = 1)
     with ThreadPoolExecutor(jobs) as pool:
         stock, *ours = pool.map(run_engine, runs)
     return [
-        compare(regime, case, count_slots(case, rounds), stock, result, provenance)
+        compare(regime, case, count_slots(case, regime.num_tokens, rounds), stock, result, provenance)
         for case, result in zip(CASES, ours, strict=True)
     ]
 
@@ -252,21 +264,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.exactness", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew")
     parser.add_argument("--jobs", type=int, default=1, help="engines that run at once. Default: 1")
+    parser.add_argument("--only", default="", help="regimes whose name has this in it. Default: all of the device's")
     parser.add_argument("--commit", help="commit to name in the rows, where git is not there to ask")
     args = parser.parse_args(argv)
     provenance = Provenance.collect(["python", "-m", "tests.gpu.exactness", *sys.argv[1:]], args.commit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    regimes = [regime for regime in REGIMES if regime.device == device and args.only in str(regime)]
     rows: list[ExactnessRow] = []
     with tempfile.TemporaryDirectory() as folder:
-        for regime in (regime for regime in REGIMES if regime.device == device):
+        for regime in regimes:
             rows += measure(regime, provenance, Path(folder), args.jobs)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
             for row in rows[-len(CASES) :]:
-                told = f"{regime} {row.case}: {row.identical} of {row.texts} texts identical, first divergence "
-                told += f"{row.first_divergence}, {row.evictions} evictions, {row.recalls} recalls, "
-                told += f"{row.prefix_hits} prefix hits, {row.preemptions} preemptions"
-                sys.stdout.write(f"{told}  {'; '.join(row.problems()) or 'as expected'}\n")
+                sys.stdout.write(f"{row}\n")
                 sys.stdout.flush()
     return int(any(row.problems() for row in rows))
 

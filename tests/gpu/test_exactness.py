@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashmemory_vllm.evaluation.provenance import Provenance
-from tests.gpu.exactness import CASES, REGIMES, Regime, measure
+from tests.gpu.exactness import REGIMES, Regime, measure
 
 
 def _parameter(regime: Regime) -> object:
@@ -19,9 +19,9 @@ def _parameter(regime: Regime) -> object:
 
 @pytest.mark.e2e
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("regime", map(_parameter, REGIMES))
 def test_our_text_is_that_of_vllms_own_backend(regime: Regime, tmp_path: Path) -> None:
     provenance = Provenance("pytest", "", "", {})
     for row in measure(regime, provenance, tmp_path):
-        assert row.problems() == [], row
-        assert row.case in CASES
+        assert row.problems() == [], str(row)

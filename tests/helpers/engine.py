@@ -11,9 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.helpers.entry_points import entry_point_folder
+from tests.helpers.oracle import Checked, Kind
 
 ROOT = Path(__file__).parents[2]
 TRITON_CPU = ROOT / "tests" / "tools" / "triton_cpu"
@@ -30,6 +31,9 @@ class EngineRun:
         flashmemory: our options, or None for the stock backend.
         engine: further arguments of `vllm.LLM`.
         runner: "v1" or "v2" (through Triton's interpreter on a CPU).
+        async_scheduling: schedule a step before the one before it has returned, which vLLM does not do on a CPU.
+        oracle: compare every attention output with `tests.helpers.oracle`.
+        reset_prefix_cache: forget all prefixes before each round.
         env: further environment variables.
     """
 
@@ -38,7 +42,10 @@ class EngineRun:
     max_tokens: int
     flashmemory: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
-    runner: str = "v1"
+    runner: Literal["v1", "v2"] = "v1"
+    async_scheduling: bool = False
+    oracle: bool = False
+    reset_prefix_cache: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -50,11 +57,19 @@ class EngineResult:
         tokens: generated ids by round and prompt.
         counters: our counters after the last round, empty for the stock backend.
         metrics: vLLM's own counters: preemptions, prefix_cache_hits.
+        model_runner: class of the model runner, with its module.
+        scheduler: class of the scheduler.
+        max_batches: batches that may be under way at once.
+        checked: what the oracle compared, by kind of row; empty without one.
     """
 
     tokens: list[list[list[int]]]
     counters: dict[str, float]
     metrics: dict[str, float]
+    model_runner: str
+    scheduler: str
+    max_batches: int
+    checked: dict[Kind, Checked]
 
 
 def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
@@ -74,8 +89,9 @@ def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
         env=_environment(run),
     )
     assert done.returncode == 0, f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-    last = done.stdout.strip().splitlines()[-1]
-    return EngineResult(**json.loads(last))
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    last["checked"] = {kind: Checked(**checked) for kind, checked in last["checked"].items()}
+    return EngineResult(**last)
 
 
 def _request(run: EngineRun) -> dict[str, Any]:
@@ -94,6 +110,9 @@ def _request(run: EngineRun) -> dict[str, Any]:
         "rounds": run.rounds,
         "max_tokens": run.max_tokens,
         "ours": run.flashmemory is not None,
+        "async_scheduling": run.async_scheduling,
+        "oracle": run.oracle,
+        "reset_prefix_cache": run.reset_prefix_cache,
     }
 
 
@@ -104,6 +123,10 @@ def _environment(run: EngineRun) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
+        # Threads that wait for each other spin: on cores shared with anything else, a tiny model is many times
+        # faster with one
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     if run.runner == "v2":
         paths.insert(0, str(TRITON_CPU))

@@ -64,13 +64,15 @@ class ResidentImpl:
         """As the platform's implementation; refuses what compaction would silently get wrong.
 
         Raises:
-            UnsupportedError: ALiBi, a sliding window, attention sinks, cross-layer KV sharing, or no decoder layer.
+            UnsupportedError: ALiBi, a sliding window, soft-capped logits, attention sinks, cross-layer KV sharing, or
+                no decoder layer.
         """
         super().__init__(*args, **kwargs)
         window = getattr(self, "sliding_window", None)
         refusals = {
             "ALiBi position biases": getattr(self, "alibi_slopes", None) is not None,
             f"a sliding window ({window})": window not in {None, -1, (-1, -1)},
+            "logit soft-capping": bool(getattr(self, "logits_soft_cap", 0)),
             "attention sinks": getattr(self, "sinks", None) is not None,
             "KV shared between layers": getattr(self, "kv_sharing_target_layer_name", None) is not None,
             "attention other than causal decoder self-attention": getattr(self, "attn_type", "decoder") != "decoder",

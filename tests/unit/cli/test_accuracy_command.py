@@ -15,7 +15,8 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def test_every_setting_is_one_that_our_configuration_allows() -> None:
-    args = parse("--ratio", "0.2", "--tau", "64", "--groups", "2")
+    args = parse("--ratio", "0.2", "--tau", "64", "--groups", "2", "--anchor-layers", "2,0")
+    assert {setting.anchors for setting in make_plan(args).settings} == {None, (0, 2)}
     for setting in make_plan(args).settings:
         FlashMemoryConfig.model_validate(setting.options())
     FlashMemoryConfig.model_validate(start_options(args, make_plan(args)))
@@ -45,6 +46,7 @@ def test_the_longest_answer_fits_behind_the_longest_prompt() -> None:
         (("--tasks", "multikey,riddle"), "--tasks has 'riddle': allowed is multikey, "),
         (("--tokens", "4k"), "--tokens is '4k'"),
         (("--tokens", "0,4096"), "--tokens is '0,4096'"),
+        (("--anchor-layers", "-1"), "--anchor-layers is '-1'"),
         (("--questions", "0"), "--questions is 0"),
         (("--questions-per-context", "-1"), "--questions-per-context is -1"),
     ],

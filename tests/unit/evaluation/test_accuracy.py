@@ -132,9 +132,7 @@ def test_a_finished_cell_is_not_asked_again(tmp_path: Path) -> None:
 
 def test_what_was_measured_survives_a_crash(tmp_path: Path) -> None:
     class Breaking(ReadingGenerator):
-        def generate(
-            self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | int
-        ) -> list[list[int]]:
+        def generate(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | int) -> list[list[int]]:
             if len(self.asked) == 5:
                 raise KeyboardInterrupt
             return super().generate(prompts, max_tokens)
@@ -149,7 +147,13 @@ def test_what_was_measured_survives_a_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [Setting("exact", 64, 0.125, 1), Setting("exact", 16, 0.25, 1), Setting("exact", 16, 0.125, 2)]
+    "setting",
+    [
+        Setting("exact", 64, 0.125, 1),
+        Setting("exact", 16, 0.25, 1),
+        Setting("exact", 16, 0.125, 2),
+        Setting("exact", 16, 0.125, 1, (2, 3)),
+    ],
 )
 def test_another_setting_is_another_cell(tmp_path: Path, setting: Setting) -> None:
     path = tmp_path / "rows.json"
@@ -157,6 +161,9 @@ def test_another_setting_is_another_cell(tmp_path: Path, setting: Setting) -> No
     generator = ReadingGenerator()
     assert len(run(generator, path, replace(PLAN, settings=(setting,)))) == NUM_CELLS + 4
     assert len(generator.asked) == 4
+    again = ReadingGenerator()
+    run(again, path, replace(PLAN, settings=(setting,)))
+    assert not again.asked
 
 
 def test_a_dense_baseline_that_comes_late_reaches_the_rows_before_it(tmp_path: Path) -> None:
@@ -168,9 +175,7 @@ def test_a_dense_baseline_that_comes_late_reaches_the_rows_before_it(tmp_path: P
 
 def test_a_right_beginning_is_no_right_answer(tmp_path: Path) -> None:
     class Babbling(ReadingGenerator):
-        def generate(
-            self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | int
-        ) -> list[list[int]]:
+        def generate(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | int) -> list[list[int]]:
             return [[*answer[:-1], words.STOP] for answer in super().generate(prompts, max_tokens)]
 
     assert {row.accuracy for row in run(Babbling(), tmp_path / "rows.json")} == {0.0}
@@ -181,23 +186,23 @@ def test_tables_hold_every_figure_and_leave_out_means_of_unfinished_lengths(tmp_
     rows.remove(row_of(rows, "exact", "tracking", 1200))
     assert format_tables(rows) == (
         "### multikey\n\n"
-        "| selector | ratio | tau | groups | 600 | 1,200 | resident |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| full | 1 | 16 | 1 | 1.000 | 1.000 | 100.0% |\n"
-        "| streaming | 0.125 | 16 | 1 | 1.000 | 1.000 | 12.5% |\n"
-        "| exact | 0.125 | 16 | 1 | 0.750 | 0.750 | 12.5% |\n\n"
+        "| selector | ratio | tau | groups | anchors | 600 | 1,200 | resident |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| full | 1 | 16 | 1 | default | 1.000 | 1.000 | 100.0% |\n"
+        "| streaming | 0.125 | 16 | 1 | default | 1.000 | 1.000 | 12.5% |\n"
+        "| exact | 0.125 | 16 | 1 | default | 0.750 | 0.750 | 12.5% |\n\n"
         "### tracking\n\n"
-        "| selector | ratio | tau | groups | 600 | 1,200 | resident |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| full | 1 | 16 | 1 | 1.000 | 1.000 | 100.0% |\n"
-        "| streaming | 0.125 | 16 | 1 | 1.000 | 1.000 | 12.5% |\n"
-        "| exact | 0.125 | 16 | 1 | 0.750 |  | 12.5% |\n\n"
+        "| selector | ratio | tau | groups | anchors | 600 | 1,200 | resident |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| full | 1 | 16 | 1 | default | 1.000 | 1.000 | 100.0% |\n"
+        "| streaming | 0.125 | 16 | 1 | default | 1.000 | 1.000 | 12.5% |\n"
+        "| exact | 0.125 | 16 | 1 | default | 0.750 |  | 12.5% |\n\n"
         "### mean over the tasks\n\n"
-        "| selector | ratio | tau | groups | 600 | 1,200 | resident |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| full | 1 | 16 | 1 | 1.000 | 1.000 | 100.0% |\n"
-        "| streaming | 0.125 | 16 | 1 | 1.000 | 1.000 | 12.5% |\n"
-        "| exact | 0.125 | 16 | 1 | 0.750 |  | 12.5% |"
+        "| selector | ratio | tau | groups | anchors | 600 | 1,200 | resident |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| full | 1 | 16 | 1 | default | 1.000 | 1.000 | 100.0% |\n"
+        "| streaming | 0.125 | 16 | 1 | default | 1.000 | 1.000 | 12.5% |\n"
+        "| exact | 0.125 | 16 | 1 | default | 0.750 |  | 12.5% |"
     )
 
 

@@ -65,9 +65,7 @@ class MemoryTwin:
     def check_host(self, block_id: int, tags: TagArray) -> None:
         """Assert that a full block's host copy is what was written."""
         for group in range(self._geometry.num_groups):
-            assert (self._host[block_id, group] == tags + group * GROUP_STRIDE).all(), (
-                f"block {block_id} lost"
-            )
+            assert (self._host[block_id, group] == tags + group * GROUP_STRIDE).all(), f"block {block_id} lost"
 
     def _load(self, copies: Copies, planner: StepPlanner) -> None:
         assert (planner.lut[copies.group, copies.blocks] == copies.slots).all()

@@ -143,9 +143,7 @@ class SchedulerTwin:
         new = [] if preempted else self._admit_waiting(tokens_left, scheduled)
         # Nobody preempted is scheduled: victims come from the end of the list, not yet served in this step.
         assert not set(preempted) & set(scheduled)
-        return StepInput(
-            self._step, frozenset(finished), tuple(preempted), tuple(new), tuple(running), scheduled
-        )
+        return StepInput(self._step, frozenset(finished), tuple(preempted), tuple(new), tuple(running), scheduled)
 
     def step_done(self, step: StepInput) -> None:
         """The step ran: requests whose tokens all have KV sample one more, or end."""
@@ -168,9 +166,7 @@ class SchedulerTwin:
         self.ledger.release(request.req_id)
         request.block_ids, request.num_computed = [], 0
 
-    def _make_room(
-        self, request: Request, num_tokens: int, preempted: list[str], scheduled: dict[str, int]
-    ) -> bool:
+    def _make_room(self, request: Request, num_tokens: int, preempted: list[str], scheduled: dict[str, int]) -> bool:
         total = request.num_computed + num_tokens
         while True:
             needed = cdiv(total, self._policy.block_size) - len(request.block_ids)
@@ -209,9 +205,7 @@ class SchedulerTwin:
             num_tokens = min(request.num_tokens - num_hit_tokens, tokens_left)
             self.ledger.commit(request.req_id, num_hit_tokens + num_tokens, request.prefill_len)
             self._grow(request, num_tokens)
-            new.append(
-                NewRequest(request.req_id, tuple(request.block_ids), num_hit_tokens, request.prefill_len)
-            )
+            new.append(NewRequest(request.req_id, tuple(request.block_ids), num_hit_tokens, request.prefill_len))
             scheduled[request.req_id] = num_tokens
             tokens_left -= num_tokens
         return new

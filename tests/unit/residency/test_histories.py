@@ -35,6 +35,7 @@ class World:
     extra_slots: int
     extra_blocks: int
     num_families: int
+    arrival_rate: float
     num_requests: int
     seed: int
 
@@ -60,6 +61,7 @@ def worlds(draw: st.DrawFn) -> World:
         extra_slots=draw(st.sampled_from([0, 2, 8, 20, 60])),
         extra_blocks=draw(st.sampled_from([10, 0, 60, 300])),
         num_families=draw(st.sampled_from([2, 1, 5])),
+        arrival_rate=draw(st.sampled_from([0.3, 0.03])),
         num_requests=draw(st.sampled_from([6, 1, 3, MOST_REQUESTS])),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
@@ -80,13 +82,14 @@ class History:
         self.memory = MemoryTwin(geometry, world.policy)
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)
         self.requests = {f"r{uid}": self._request(uid, world) for uid in range(world.num_requests)}
+        self.arrival_rate = world.arrival_rate
         self.arriving = list(self.requests.values())
         self.under_way: list[tuple[int, DueSelection]] = []
 
     def run(self) -> None:
         """Step until idle; every plan is executed and every invariant checked."""
         for step_number in range(MAX_STEPS):
-            while self.arriving and self.random.random() < 0.3:
+            while self.arriving and self.random.random() < self.arrival_rate:
                 self.scheduler.waiting.append(self.arriving.pop())
             if self.scheduler.is_idle and not self.arriving:
                 break
@@ -123,9 +126,7 @@ class History:
         arrived = [due for when, due in self.under_way if when <= step_number]
         self.under_way = [(when, due) for when, due in self.under_way if when > step_number]
         for due in arrived:
-            scores = self.scores.integers(0, 6, (self.geometry.num_groups, due.num_history_blocks)).astype(
-                np.float32
-            )
+            scores = self.scores.integers(0, 6, (self.geometry.num_groups, due.num_history_blocks)).astype(np.float32)
             scores[scores == 0] = np.nan
             self.planner.offer(Selection(due.req_id, scores))
 

@@ -13,9 +13,7 @@ def ids(*blocks: int) -> IntArray:
 
 
 def make_table(num_slots: int = 5, num_groups: int = 1) -> SlotTable:
-    table = SlotTable(
-        Geometry(num_logical_blocks=20, num_slots=num_slots, num_groups=num_groups, block_size=4)
-    )
+    table = SlotTable(Geometry(num_logical_blocks=20, num_slots=num_slots, num_groups=num_groups, block_size=4))
     table.begin_step()
     return table
 
@@ -47,6 +45,18 @@ def test_least_recently_used_goes_first() -> None:
     assert [block for block in range(1, 7) if table.lut[0, block] > 0] == [2, 3, 5, 6]
     assert table.num_evictions == 2
     table.check_integrity()
+
+
+def test_a_claim_counts_as_use_until_it_is_given_up() -> None:
+    table = make_table()
+    make_clean(table, ids(1, 2))
+    table.pin(0, ids(1))
+    table.begin_step()
+    make_clean(table, ids(3, 4))
+    table.begin_step()
+    table.unpin(0, ids(1))
+    table.hold_fresh(0, ids(5, 6, 7))
+    assert (table.lut[0, 1:5] > 0).tolist() == [True, False, False, False]
 
 
 def test_touched_blocks_go_last_and_in_order() -> None:

@@ -60,6 +60,11 @@ def test_too_few_explicit_slots_are_refused_by_name() -> None:
         plan(10**6, 5000, slots=50)
 
 
+def test_more_explicit_slots_than_the_device_holds_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory\.device_slots: 500 is more than the 400 "):
+        plan(400, 5000, slots=500)
+
+
 def test_logical_blocks_give_way_to_slots_when_index_keys_are_large() -> None:
     made = plan(800, 10**6, index=100)
     assert made.num_logical_blocks < 8 * 2048 + 1
@@ -71,10 +76,13 @@ def test_logical_blocks_give_way_to_slots_when_index_keys_are_large() -> None:
     host_blocks=st.integers(1, 20000),
     index=st.integers(0, 500),
     seqs=st.integers(1, 64),
+    slots=st.none() | st.integers(2, 5000),
 )
-def test_a_plan_never_spends_more_than_it_has(device_blocks: int, host_blocks: int, index: int, seqs: int) -> None:
+def test_a_plan_never_spends_more_than_it_has(
+    device_blocks: int, host_blocks: int, index: int, seqs: int, slots: int | None
+) -> None:
     try:
-        made = plan(device_blocks, host_blocks, index=index, seqs=seqs)
+        made = plan(device_blocks, host_blocks, slots=slots, index=index, seqs=seqs)
     except ConfigError:
         return
     assert made.slot_bytes + made.index_bytes <= device_blocks * BLOCK_BYTES

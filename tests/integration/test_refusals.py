@@ -1,0 +1,287 @@
+"""What cannot be served correctly is refused with one message that names the option, what was given and what is allowed.
+
+All of it before a model is loaded: the tests build the engine's configuration as `vllm serve` does, and stop there.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from pydantic import ValidationError
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
+
+import flashmemory_vllm
+from flashmemory_vllm.errors import ConfigError, FlashMemoryError, UnsupportedError
+from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.plugin.backends.cpu import FlashMemoryCpuImpl
+from flashmemory_vllm.plugin.checks import prepare_config
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "float32",
+}
+ALTERNATING = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
+LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+# By a name of ours: architecture, model type, what differs from SIZES, the reason we give
+OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "sliding window": ("MistralForCausalLM", "mistral", {"sliding_window": 1024}, "sliding window of 1024 tokens"),
+    "alternating windows": (
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        ALTERNATING | {"query_pre_attn_scalar": 16},
+        "sliding window of 512 tokens",
+    ),
+    "chunked attention": (
+        "Llama4ForCausalLM",
+        "llama4_text",
+        {"attention_chunk_size": 512, "num_local_experts": 2, "intermediate_size_mlp": 128},
+        "attention in chunks of 512 tokens",
+    ),
+    "latent attention": (
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        LATENT | {"num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4},
+        "multi-head latent attention",
+    ),
+    "state space": ("MambaForCausalLM", "mamba", {"state_size": 16}, "no attention"),
+    "hybrid": (
+        "JambaForCausalLM",
+        "jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+        "hybrid attention and state-space layers",
+    ),
+    "encoder-decoder": (
+        "WhisperForConditionalGeneration",
+        "whisper",
+        {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2},
+        "encoder-decoder",
+    ),
+    "alibi": ("BloomForCausalLM", "bloom", {"n_head": 4, "n_layer": 2, "seq_length": 2048}, "ALiBi position biases"),
+}
+OURS_AND_ALLOWED = [
+    (
+        {"resident_ration": 0.1},
+        "flashmemory.resident_ration is no option (given: 0.1): closest is flashmemory.resident_ratio, a number > 0 and <= 1",
+    ),
+    ({"tau_steps": "4"}, "flashmemory.tau_steps is '4': allowed is an integer >= 1"),
+    ({"resident_ratio": 0.0}, "flashmemory.resident_ratio is 0.0: allowed is a number > 0 and <= 1"),
+    ({"resident_ratio": 1.5}, "flashmemory.resident_ratio is 1.5: allowed is a number > 0 and <= 1"),
+    ({"tau_steps": 0}, "flashmemory.tau_steps is 0: allowed is an integer >= 1"),
+    ({"layer_groups": 3}, "flashmemory.layer_groups: 3 given, allowed: 1 to 2 (attention layers)"),
+    ({"anchor_layers": [0, 2]}, "flashmemory.anchor_layers: [2] given, allowed: 0 to 1"),
+]
+ENGINE_AND_ALLOWED: list[tuple[dict[str, Any], str, str]] = [
+    (
+        {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+        "--kv-transfer-config: set",
+        "no KV connector",
+    ),
+    (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        "--speculative-config: ngram",
+        "no speculative decoding",
+    ),
+    (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+        "--decode-context-parallel-size: 2",
+        "1",
+    ),
+    ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size: 2", "1"),
+    ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: 2", "1"),
+    ({"enable_dbo": True}, "--enable-dbo: True", "dual batch overlap off"),
+    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype: fp8", "auto, float16, bfloat16, float32"),
+    ({"runner": "pooling"}, "--runner: pooling", "generate"),
+]
+
+Configure = Callable[..., VllmConfig]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugin() -> None:
+    flashmemory_vllm.register()
+
+
+@pytest.fixture(autouse=True)
+def _inspect_models_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM looks at model classes in a subprocess each, to keep CUDA out of this one; that costs ten seconds each."""
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
+    """Write a model folder that has a configuration and no weights."""
+
+    def save(config: Mapping[str, Any]) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(SIZES | dict(config)))
+        return tmp_path
+
+    return save
+
+
+@pytest.fixture
+def llama(save_model: Callable[[Mapping[str, Any]], Path]) -> Path:
+    """A model that we serve."""
+    return save_model({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+
+
+def configure(model: Path, options: Mapping[str, Any] | None = None, **engine: Any) -> VllmConfig:
+    """The configuration that `vllm serve MODEL --attention-backend flashmemory` builds first."""
+    arguments: dict[str, Any] = {"block_size": 32, "skip_tokenizer_init": True, **engine}
+    additional = {"flashmemory": dict(options or {})}
+    return EngineArgs(
+        model=str(model), attention_backend="flashmemory", additional_config=additional, **arguments
+    ).create_engine_config()
+
+
+def refusal(model: Path, options: Mapping[str, Any] | None = None, **engine: Any) -> FlashMemoryError:
+    """The one error with which a configuration is refused; vLLM reports it as its own validation error."""
+    with pytest.raises(ValidationError) as caught:
+        configure(model, options, **engine)
+    (detail,) = caught.value.errors()
+    error = detail["ctx"]["error"]
+    assert isinstance(error, FlashMemoryError)
+    assert str(error) in str(caught.value)
+    return error
+
+
+def test_a_plain_model_is_accepted_and_gets_our_worker(llama: Path) -> None:
+    assert configure(llama).parallel_config.worker_cls == "flashmemory_vllm.plugin.workers.FlashMemoryCpuWorker"
+
+
+def test_another_backend_is_left_alone(llama: Path) -> None:
+    nonsense = {"flashmemory": {"no_such_option": 1}}
+    engine = EngineArgs(
+        model=str(llama), skip_tokenizer_init=True, kv_cache_dtype="fp8", additional_config=nonsense
+    ).create_engine_config()
+    assert "flashmemory" not in engine.parallel_config.worker_cls
+
+
+@pytest.mark.parametrize(("options", "message"), OURS_AND_ALLOWED, ids=lambda value: str(value)[:40])
+def test_our_options(llama: Path, options: dict[str, Any], message: str) -> None:
+    error = refusal(llama, options)
+    assert isinstance(error, ConfigError)
+    assert str(error) == message
+
+
+@pytest.mark.parametrize(("engine", "given", "allowed"), ENGINE_AND_ALLOWED, ids=lambda value: str(value)[:30])
+def test_engine_options(llama: Path, engine: dict[str, Any], given: str, allowed: str) -> None:
+    error = refusal(llama, **engine)
+    assert isinstance(error, UnsupportedError)
+    assert str(error) == f"{given} is not supported with --attention-backend flashmemory; allowed: {allowed}"
+
+
+def test_a_draft_model(llama: Path) -> None:
+    draft = {"model": str(llama), "num_speculative_tokens": 2}
+    assert str(refusal(llama, speculative_config=draft)).startswith("--speculative-config: draft_model is not supported")
+
+
+def test_hisparse(llama: Path) -> None:
+    """VLLM refuses it on a CPU before it asks us, so we are asked directly."""
+    config = configure(llama)
+    config.attention_config.hisparse_config = object()
+    with pytest.raises(UnsupportedError, match="hisparse_config: set is not supported .* allowed: no HiSparse"):
+        prepare_config(config)
+
+
+def test_another_worker_class(llama: Path) -> None:
+    message = str(refusal(llama, worker_cls="my.Worker"))
+    assert message.startswith("--worker-cls: my.Worker conflicts with --attention-backend flashmemory")
+    assert "flashmemory_vllm.plugin.workers.FlashMemoryCpuWorker" in message
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_models_with_other_attention(save_model: Callable[[Mapping[str, Any]], Path], kind: str) -> None:
+    architecture, model_type, sizes, reason = OTHER_MODELS[kind]
+    model = save_model({"architectures": [architecture], "model_type": model_type, **sizes})
+    assert str(refusal(model)) == (
+        f"model: {model} ({reason}) is not supported with --attention-backend flashmemory; "
+        "allowed: decoder-only models with plain full attention in every layer"
+    )
+
+
+def test_soft_capped_logits() -> None:
+    """No model's configuration tells; the layer does, before weights are loaded."""
+    with pytest.raises(UnsupportedError, match="uses logit soft-capping; allowed .* causal full attention"):
+        FlashMemoryCpuImpl(4, 32, 1.0, 2, None, None, "auto", logits_soft_cap=30.0)
+
+
+def test_more_host_memory_than_there_is(llama: Path) -> None:
+    message = str(refusal(llama, {"host_memory_gib": 100000.0}))
+    assert message.startswith("flashmemory.host_memory_gib: 100000.0 given, allowed: at most ")
+    assert f"(limited by {available_host_bytes().limited_by})" in message
+
+
+def test_host_memory_for_less_than_one_request(llama: Path) -> None:
+    assert str(refusal(llama, {"host_memory_gib": 0.001})) == (
+        "flashmemory.host_memory_gib: 0.001 GiB holds 65 blocks of 16384 bytes, but one request of --max-model-len 8192 "
+        "needs 257 (0.003922 GiB); give more host memory or lower --max-model-len"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "given"),
+    [
+        ({"device_slots": 20}, {}, "flashmemory.device_slots: 20 makes 20 slots"),
+        ({}, {"kv_cache_memory_bytes": 2 << 20}, "--kv-cache-memory-bytes: 2097152 bytes of device memory makes 31 slots"),
+    ],
+    ids=["slots", "bytes"],
+)
+def test_too_few_slots_for_one_request(
+    llama: Path, options: dict[str, Any], engine: dict[str, Any], given: str
+) -> None:
+    """One request needs 64 slots for the 2,047 tokens up to which it is dense, and the null slot."""
+    message = str(refusal(llama, options, **engine))
+    assert message.startswith(f"{given}, but one request of --max-model-len 8192 needs 66 (")
+    assert "give more, lower --max-model-len or --max-num-batched-tokens, or lower flashmemory.resident_ratio" in message
+
+
+def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
+    message = str(refusal(llama, {"device_slots": 250}, kv_cache_memory_bytes=4 << 20))
+    assert message.startswith("flashmemory.device_slots: 250 is more than the ")
+    assert "that 4194304 bytes of device memory leaves beside staging and the index keys" in message
+
+
+def test_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(UnsupportedError, match=r"installed version is 0\.33\.0, flashmemory-vllm supports 0\.32\.x"):
+        flashmemory_vllm.register()
+
+
+def test_a_vllm_function_with_other_parameters(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def execute_model(self: Worker, batch: object) -> None:
+        """Took `scheduler_output`."""
+
+    monkeypatch.setattr(Worker, "execute_model", execute_model)
+    message = str(refusal(llama))
+    assert message.startswith("vllm: this build differs from 0.32 where flashmemory hooks in: ")
+    assert "gpu_worker:Worker.execute_model has parameters ['self', 'batch']" in message
+
+
+def test_a_vllm_function_that_is_gone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.delattr(GPUModelRunner, "_get_slot_mappings")
+    assert "gpu_model_runner:GPUModelRunner._get_slot_mappings" in str(refusal(llama))
+
+
+def test_a_vllm_dataclass_without_a_field_of_ours(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.output import NewRequestData
+
+    fields = {name: field for name, field in NewRequestData.__dataclass_fields__.items() if name != "block_ids"}
+    monkeypatch.setattr(NewRequestData, "__dataclass_fields__", fields)
+    assert "sched.output:NewRequestData lacks ['block_ids']" in str(refusal(llama))

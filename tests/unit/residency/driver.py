@@ -1,0 +1,66 @@
+"""Drives a step planner by hand. Blocks hold 4 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.residency.types import Geometry, NewRequest, RunningRequest, Selection, StepInput, StepPlan
+
+BLOCK = 4
+
+
+class Driver:
+    """Drives a planner with as few words as possible; completes every plan."""
+
+    def __init__(
+        self, num_slots: int = 40, num_groups: int = 1, tau: int = 3, ratio: float = 0.25, min_sparse: int = 0
+    ) -> None:
+        # Sink of one block, recent of one: a sparse set of n blocks has max(3, ratio * n).
+        policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, 1, 400, 400, 0)
+        self.planner = StepPlanner(Geometry(200, num_slots, num_groups, BLOCK), policy, tau)
+        self.computed: dict[str, int] = {}
+        self._step = 0
+
+    def step(
+        self,
+        new: Sequence[NewRequest] = (),
+        finished: Sequence[str] = (),
+        preempted: Sequence[str] = (),
+        tokens: Mapping[str, int] | None = None,
+        **more_tokens: int,
+    ) -> StepPlan:
+        """Plan and complete one step; requests and their tokens come as keywords or as a mapping."""
+        num_tokens = {**(tokens or {}), **more_tokens}
+        self._step += 1
+        self.computed |= {one.req_id: one.num_computed_tokens for one in new}
+        fresh_ids = {one.req_id for one in new}
+        running = tuple(
+            RunningRequest(req_id, (), self.computed[req_id]) for req_id in num_tokens if req_id not in fresh_ids
+        )
+        plan = self.planner.plan(StepInput(self._step, finished, preempted, tuple(new), running, num_tokens))
+        self.planner.check_integrity()
+        self.planner.complete(plan)
+        self.planner.check_integrity()
+        for req_id, count in num_tokens.items():
+            self.computed[req_id] += count
+        return plan
+
+    def prefill(self, req_id: str, num_blocks: int, first_block: int = 1, spare_blocks: int = 4) -> StepPlan:
+        """Prefill a prompt of full blocks in one step; block ids are consecutive, some for growth."""
+        blocks = tuple(range(first_block, first_block + num_blocks + spare_blocks))
+        return self.step([NewRequest(req_id, blocks, 0, num_blocks * BLOCK)], tokens={req_id: num_blocks * BLOCK})
+
+    def offer(self, req_id: str, num_scored: int, best: Sequence[int]) -> None:
+        """A selection that likes the blocks given, the first one most, and all others by age."""
+        scores = -np.arange(num_scored, dtype=np.float32)
+        scores[list(best)] = 100 - np.arange(len(best))
+        groups = self.planner.lut.shape[0]
+        self.planner.offer(Selection(req_id, np.tile(scores, (groups, 1))))
+
+
+def positions(plan: StepPlan, req_id: str, group: int = 0) -> list[int]:
+    return [int(position) for position in plan.rows[req_id].positions[group]]

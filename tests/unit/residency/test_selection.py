@@ -1,0 +1,203 @@
+"""Resident sets of decode rows: when they are chosen, how they change, and who gives way to whom."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flashmemory_vllm.errors import IntegrityError, UnsupportedError
+from flashmemory_vllm.residency.types import NewRequest, Selection
+from tests.unit.residency.driver import BLOCK, Driver, positions
+
+
+def test_first_selection_is_due_at_the_end_of_prefill_and_recalled_at_once() -> None:
+    driver = Driver(num_slots=14)
+    driver.step([NewRequest("a", tuple(range(1, 15)), 0, 48)], a=44)
+    (due,) = driver.step(a=4).due
+    assert (due.req_id, due.first, due.num_history_blocks) == ("a", True, 12)
+    assert due.block_ids.tolist() == list(range(1, 13))
+    driver.prefill("b", 12, first_block=100)  # takes all slots but that of the block written last
+    driver.offer("a", 12, best=[4])
+    plan = driver.step(a=1, finished=["b"])
+    # 13 blocks, a quarter of them: the sink, the best one, and the tail.
+    assert positions(plan, "a") == [0, 4, 12]
+    assert plan.rows["a"].evicted_tokens == (10 * BLOCK,)
+    assert plan.recalls[0].blocks.tolist() == [1, 5]
+    assert plan.prefetches == ()
+    assert driver.planner.counters.missing_selections == 0
+
+
+def test_without_a_selection_the_newest_resident_blocks_are_taken() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    plan = driver.step(a=1)
+    assert positions(plan, "a") == [0, 11, 12]
+    assert plan.recalls == ()
+    assert driver.planner.counters.missing_selections == 1
+
+
+def test_later_selections_prefetch_while_the_best_old_blocks_stay() -> None:
+    driver = Driver(num_slots=28, ratio=0.4)  # five blocks of thirteen
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3, 5, 7])
+    assert positions(driver.step(a=1), "a") == [0, 3, 5, 7, 12]
+    driver.prefill("b", 22, first_block=100, spare_blocks=0)
+    driver.offer("a", 12, best=[9, 5, 10, 3])
+    plan = driver.step(a=1, finished=["b"])
+    # 9 and 10 are on their way; 3 ranks above 7, but two blocks are missing, so both fill in.
+    assert plan.prefetches[0].blocks.tolist() == [10, 11]
+    assert plan.recalls == ()
+    assert positions(plan, "a") == [0, 3, 5, 7, 12]
+    assert positions(driver.step(a=1), "a") == [0, 5, 9, 10, 12]
+    assert driver.planner.counters.prefetched_blocks == 2
+
+
+def test_resident_blocks_of_a_new_selection_join_at_once() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    driver.step(a=1)
+    driver.offer("a", 12, best=[6])
+    plan = driver.step(a=1)
+    assert positions(plan, "a") == [0, 6, 12]
+    assert plan.prefetches == plan.recalls == ()
+
+
+def test_leaving_blocks_give_way_when_slots_are_short() -> None:
+    driver = Driver(num_slots=14, ratio=0.4)
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3, 5, 7])
+    driver.step(a=1)
+    driver.prefill("b", 8, first_block=100, spare_blocks=0)  # all 13 slots are taken, 5 by a and 8 by b
+    driver.offer("a", 12, best=[9, 10, 11])
+    plan = driver.step(a=1)
+    assert plan.prefetches[0].blocks.tolist() == [10, 11, 12]
+    assert positions(plan, "a") == [0, 12]
+    assert positions(driver.step(a=1), "a") == [0, 9, 10, 11, 12]
+
+
+def test_the_worst_leaving_block_gives_way_first() -> None:
+    driver = Driver(num_slots=18, ratio=0.4)
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3, 5, 7])
+    driver.step(a=1)
+    driver.prefill("b", 12, first_block=100, spare_blocks=0)  # all 17 slots are taken, 5 by a and 12 by b
+    driver.offer("a", 12, best=[9, 3, 7, 5])
+    plan = driver.step(a=1)
+    # The set becomes 3, 7 and 9; the slot of 9 can only come from 5.
+    assert plan.prefetches[0].blocks.tolist() == [10]
+    assert positions(plan, "a") == [0, 3, 7, 12]
+    driver.step(a=1, finished=["b"])
+    driver.prefill("c", 11, first_block=130, spare_blocks=0)
+    driver.offer("a", 12, best=[10, 11, 7, 3, 9])
+    plan = driver.step(a=1)
+    # Two slots are needed: the one that is free, and that of 9, the worse of the two that leave.
+    assert plan.prefetches[0].blocks.tolist() == [11, 12]
+    assert positions(plan, "a") == [0, 3, 7, 12]
+
+
+def test_blocks_on_their_way_are_not_read_by_others() -> None:
+    driver = Driver(num_slots=40)
+    driver.prefill("a", 12)
+    driver.step(a=1)
+    # Takes the slots of all blocks of a but the three in its set: the first and the last two.
+    driver.prefill("b", 36, first_block=100, spare_blocks=0)
+    driver.offer("a", 12, best=[1])
+    plan = driver.step([NewRequest("c", (1, 2, 60), 8, 48)], finished=["b"], a=1, c=4)
+    assert plan.prefetches[0].blocks.tolist() == [2]
+    assert positions(plan, "c") == [2]
+    assert plan.rows["c"].streamed[0].tolist() == [1, 2]
+
+
+def test_dense_prefill_leaves_room_for_prefetches() -> None:
+    driver = Driver(num_slots=16, min_sparse=40)
+    driver.prefill("d", 8, first_block=50, spare_blocks=0)
+    driver.step(finished=["d"])
+    driver.prefill("a", 12)
+    driver.step(a=1)
+    driver.prefill("b", 12, first_block=100, spare_blocks=0)
+    driver.offer("a", 12, best=[1])
+    # Of 15 slots a holds two and prefetches one, e writes four and c one: seven are left for eight of history.
+    new = [NewRequest("c", (*range(50, 58), 70), 32, 34), NewRequest("e", (80, 81, 82, 83), 0, 16)]
+    plan = driver.step(new, finished=["b"], a=1, c=2, e=16)
+    assert plan.prefetches[0].blocks.tolist() == [2]
+    assert (positions(plan, "c"), plan.rows["c"].streamed[0].size) == ([8], 8)
+
+
+def test_growth_drops_the_lowest_scored_block() -> None:
+    driver = Driver(ratio=0.4)
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3, 5, 7])
+    assert positions(driver.step(a=4), "a") == [0, 3, 5, 7, 12]
+    # Block 12 has left the recent window; unscored, it ranks above all scored ones.
+    plan = driver.step(a=1)
+    assert positions(plan, "a") == [0, 3, 5, 12, 13]
+    assert plan.recalls == plan.prefetches == ()
+
+
+def test_a_row_without_changes_keeps_its_arrays() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    first = driver.step(a=1).rows["a"]
+    second = driver.step(a=1).rows["a"]
+    assert second.slots is first.slots
+    assert second.num_computed_tokens == 49
+    with pytest.raises(ValueError, match="read-only"):
+        second.slots[0][0] = 0
+
+
+def test_turning_sparse_is_announced_one_step_ahead() -> None:
+    driver = Driver(min_sparse=30)
+    assert driver.prefill("a", 7).due == ()
+    (due,) = driver.step(a=1).due
+    assert (due.first, due.num_history_blocks) == (True, 7)
+    driver.offer("a", 7, best=[2])
+    plan = driver.step(a=1)
+    assert positions(plan, "a") == [0, 2, 7]
+    assert driver.planner.counters.missing_selections == 0
+
+
+def test_requests_that_start_together_spread_out() -> None:
+    driver = Driver(num_slots=100, tau=3)
+    names = ["a", "b", "c", "d", "e"]
+    for index, name in enumerate(names):
+        driver.prefill(name, 10, first_block=1 + 20 * index)
+    due = [tuple(one.req_id for one in driver.step(tokens=dict.fromkeys(names, 1)).due) for _ in range(11)]
+    # Two of five in one step at most, and everybody once in three steps after the first round.
+    assert due[:5] == [(), (), ("a", "b"), ("c", "d"), ("e",)]
+    assert due[5:8] == due[8:11]
+    assert sorted(name for step in due[5:8] for name in step) == names
+
+
+def test_the_longest_waiting_is_scored_first() -> None:
+    driver = Driver(num_slots=100, tau=4)
+    for index, name in enumerate("abcde"):
+        driver.prefill(name, 10, first_block=1 + 20 * index)
+    driver.step(a=1, b=1, c=1, d=1)
+    due = [[one.req_id for one in driver.step(e=1, a=1, b=1, c=1, d=1).due] for _ in range(5)]
+    assert due == [[], [], ["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_groups_choose_on_their_own() -> None:
+    driver = Driver(num_groups=2)
+    driver.prefill("a", 12)
+    scores = np.zeros((2, 12), np.float32)
+    scores[0, 3] = scores[1, 8] = 1.0
+    scores[:, 5] = np.nan
+    driver.planner.offer(Selection("a", scores))
+    plan = driver.step(a=1)
+    assert positions(plan, "a", 0) == [0, 3, 12]
+    assert positions(plan, "a", 1) == [0, 8, 12]
+
+
+def test_a_decode_step_that_writes_more_than_the_budget_is_refused() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    with pytest.raises(UnsupportedError, match="a decode step of 16 tokens"):
+        driver.step(a=16)
+
+
+def test_scores_of_the_wrong_shape_are_refused() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    with pytest.raises(IntegrityError, match=r"shape \(1, 13\)"):
+        driver.planner.offer(Selection("a", np.zeros((1, 13), np.float32)))
