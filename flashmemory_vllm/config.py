@@ -97,7 +97,7 @@ class FlashMemoryConfig(BaseModel):
         description="Tokens of growth for which a running request has slots reserved as others are admitted.",
     )
     staging_blocks: int = Field(
-        default=64,
+        default=256,
         ge=1,
         description="Blocks in each of the two device buffers through which prefill streams host blocks.",
     )
@@ -112,7 +112,8 @@ class FlashMemoryConfig(BaseModel):
 
     poison_free_slots: bool = Field(
         False,
-        description="Fill slots that hold no block with NaN at each step, so that a stray read shows. For debugging.",
+        description="Fill slots that hold no block at each step, and staging before each fetch, with NaN, so that a "
+        "stray read shows. For debugging.",
     )
 
     @model_validator(mode="after")

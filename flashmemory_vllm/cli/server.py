@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -19,10 +20,11 @@ from prometheus_client.samples import Sample
 from flashmemory_vllm.errors import ConfigError, FlashMemoryError
 
 HOST = "127.0.0.1"
+MODEL_NAME = "reference"
 STOP_SECONDS = 30
 REQUEST_SECONDS = 900
-# vLLM prints the cause in the engine process, then the long echoes of two more processes
-LOG_TAIL_LINES = 80
+# vLLM prints the cause first, in the process where it arose, then long echoes in two more
+LOG_LINES = 60
 
 
 class Server:
@@ -32,12 +34,15 @@ class Server:
         model: folder of the model.
         config: YAML file for `vllm serve --config`.
         startup_seconds: how long to wait for health.
+        environment: environment variables of the server. Default: those of this process.
 
     Raises:
         ConfigError: on construction, a file is missing.
     """
 
-    def __init__(self, model: Path, config: Path, startup_seconds: float) -> None:
+    def __init__(
+        self, model: Path, config: Path, startup_seconds: float, environment: Mapping[str, str] | None = None
+    ) -> None:
         for path in (model / "config.json", config):
             if not path.is_file():
                 raise ConfigError(f"{path} does not exist: it is needed to start the server")
@@ -45,7 +50,8 @@ class Server:
         self._port = _free_port()
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", str(model), "--config", str(config)]
-        self._command += ["--host", HOST, "--port", str(self._port), "--served-model-name", "reference"]
+        self._command += ["--host", HOST, "--port", str(self._port), "--served-model-name", MODEL_NAME]
+        self._environment = dict(os.environ if environment is None else environment)
         # Outlives every block of code here: closed with the server
         self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._process: subprocess.Popen[str] | None = None
@@ -53,7 +59,12 @@ class Server:
     def __enter__(self) -> "Server":
         # A session of its own, so that its engine and workers can be stopped with it
         self._process = subprocess.Popen(
-            self._command, stdout=self._log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            self._command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=self._environment,
         )
         try:
             self._wait_until_healthy(self._process)
@@ -66,6 +77,11 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        return f"http://{HOST}:{self._port}"
 
     def read_metrics(self) -> dict[str, float]:
         """Value of every sample on `/metrics`, summed over labels."""
@@ -93,7 +109,7 @@ class Server:
         Returns:
             What the model wrote, without special tokens.
         """
-        body = {"model": "reference", "prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": MODEL_NAME, "prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0}
         answer = json.loads(self._request("POST", "/v1/completions", json.dumps(body)))
         text: str = answer["choices"][0]["text"]
         return text
@@ -108,20 +124,20 @@ class Server:
             connection.close()
         if response.status != http.client.OK:
             detail = content.decode()
-            raise FlashMemoryError(f"{method} {path} got status {response.status}: {detail}{self._tail()}")
+            raise FlashMemoryError(f"{method} {path} got status {response.status}: {detail}{self._log_excerpt()}")
         return content
 
     def _wait_until_healthy(self, process: "subprocess.Popen[str]") -> None:
         started = time.monotonic()
         while (waited := time.monotonic() - started) < self._startup_seconds:
             if process.poll() is not None:
-                raise FlashMemoryError(f"the server ended with code {process.returncode}{self._tail()}")
+                raise FlashMemoryError(f"the server ended with code {process.returncode}{self._log_excerpt()}")
             _show_progress(f"starting vllm serve: {waited:.0f} s")
             if self._is_healthy():
                 _show_progress(f"server is up after {waited:.0f} s\n")
                 return
             time.sleep(1)
-        raise FlashMemoryError(f"the server was not up after {self._startup_seconds:.0f} s{self._tail()}")
+        raise FlashMemoryError(f"the server was not up after {self._startup_seconds:.0f} s{self._log_excerpt()}")
 
     def _is_healthy(self) -> bool:
         try:
@@ -146,9 +162,12 @@ class Server:
         self._process = None
         self._log.close()
 
-    def _tail(self) -> str:
+    def _log_excerpt(self) -> str:
+        """The log from its first traceback on; without one, its end."""
         self._log.seek(0)
-        return "\n" + "".join(self._log.readlines()[-LOG_TAIL_LINES:])
+        lines = self._log.readlines()
+        first = next((index for index, line in enumerate(lines) if "Traceback (most" in line), -LOG_LINES)
+        return "\n" + "".join(lines[first:][:LOG_LINES])
 
 
 def _free_port() -> int:

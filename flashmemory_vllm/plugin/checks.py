@@ -13,8 +13,8 @@ from flashmemory_vllm.plugin.seams import check_seams
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-CPU_WORKER = "flashmemory_vllm.plugin.workers.FlashMemoryCpuWorker"
-CUDA_WORKER = "flashmemory_vllm.plugin.workers.FlashMemoryCudaWorker"
+CPU_WORKER = "flashmemory_vllm.plugin.workers.cpu.FlashMemoryCpuWorker"
+CUDA_WORKER = "flashmemory_vllm.plugin.workers.cuda.FlashMemoryCudaWorker"
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 

@@ -92,7 +92,14 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             queries=QueryBuffer(
                 len(anchors), max_num_seqs, shape.num_query_heads, shape.head_dim, shape.dtype, shape.device
             ),
-            prefill=StreamedPrefill(engine, page_format, (staging[0], staging[1]), shape.softmax_scale, attend),
+            prefill=StreamedPrefill(
+                engine,
+                page_format,
+                (staging[0], staging[1]),
+                shape.softmax_scale,
+                attend,
+                poison=config.poison_free_slots,
+            ),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,

@@ -59,7 +59,8 @@ class CapacityPlan:
         """One line for the log."""
         return (
             f"{self.num_slots} slots ({self.slot_bytes / GIB:.3f} GiB on the device) for "
-            f"{self.num_logical_blocks} logical blocks ({self.host_bytes / GIB:.3f} GiB on the host), index keys {self.index_bytes / GIB:.3f} GiB, "
+            f"{self.num_logical_blocks} logical blocks ({self.host_bytes / GIB:.3f} GiB on the host), "
+            f"index keys {self.index_bytes / GIB:.3f} GiB, "
             f"staging {self.staging_bytes / GIB:.3f} GiB; the longest request reserves {self.request_slots} slots"
         )
 
@@ -74,7 +75,7 @@ def plan_capacity(
     """Size the device slots and the logical blocks.
 
     The host sets the number of logical blocks, but never more than the running requests can fill, and never so
-    many that their index keys leave too few slots for the longest request.
+    many that their index keys leave too few slots for the longest request, or for the resident share of all blocks.
 
     Args:
         memory: what may be spent.
@@ -90,16 +91,19 @@ def plan_capacity(
     most_blocks = min(memory.host_bytes // block_bytes, memory.max_num_seqs * request_blocks + 1)
     if most_blocks < request_blocks + 1:
         raise ConfigError(
-            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.4g} GiB holds {most_blocks} blocks of {block_bytes} "
-            f"bytes, but one request of --max-model-len {budget.max_model_len} needs {request_blocks + 1} "
-            f"({(request_blocks + 1) * block_bytes / GIB:.4g} GiB); give more host memory or lower --max-model-len"
+            f"flashmemory.host_memory_gib: {memory.host_bytes / GIB:.4g} GiB holds {most_blocks} blocks of "
+            f"{block_bytes} bytes, but one request of --max-model-len {budget.max_model_len} needs "
+            f"{request_blocks + 1} ({(request_blocks + 1) * block_bytes / GIB:.4g} GiB); give more host memory or "
+            "lower --max-model-len"
         )
     request_slots = budget.worst_case()
     spendable = memory.device_bytes - staging_bytes
     wanted_slots = request_slots + 1 if memory.device_slots is None else min(memory.device_slots, most_blocks)
     left_for_index = spendable - wanted_slots * block_bytes
     if index_bytes_per_block:
-        most_blocks = min(most_blocks, left_for_index // index_bytes_per_block)
+        # Beyond these there would be blocks of which no running request could hold its share
+        balanced = int(spendable / (index_bytes_per_block + budget.resident_ratio * block_bytes))
+        most_blocks = min(most_blocks, left_for_index // index_bytes_per_block, balanced)
     num_blocks = max(request_blocks + 1, most_blocks)
     affordable = max(0, spendable - num_blocks * index_bytes_per_block) // block_bytes
     num_slots = min(affordable if memory.device_slots is None else memory.device_slots, num_blocks)

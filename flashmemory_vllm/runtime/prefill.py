@@ -29,6 +29,15 @@ class _StreamedRow:
     device_slots: tuple[torch.Tensor, ...]
 
 
+class _PoisonedHistory(PagedHistory):
+    """History that leaves NaN in staging wherever nothing was fetched."""
+
+    def fetch(self, start: int, count: int, out: torch.Tensor) -> None:
+        """As the other's, into pages that hold nothing else."""
+        out.fill_(torch.nan)
+        super().fetch(start, count, out)
+
+
 class StreamedPrefill:
     """Completes the attention of rows whose history does not lie in slots.
 
@@ -38,6 +47,7 @@ class StreamedPrefill:
         staging: two buffers [n, page_elems] on the device.
         scale: factor on `q . k`.
         attend: attention over a part of the keys.
+        poison: fill staging with NaN before each fetch. Default: False.
     """
 
     def __init__(
@@ -47,12 +57,14 @@ class StreamedPrefill:
         staging: tuple[torch.Tensor, torch.Tensor],
         scale: float,
         attend: PartialAttention,
+        poison: bool = False,
     ) -> None:
         self._engine = engine
         self._page_format = page_format
         self._staging = staging
         self._scale = scale
         self._attend = attend
+        self._history_cls = _PoisonedHistory if poison else PagedHistory
         self._rows: list[_StreamedRow] = []
 
     def set_rows(self, rows: Sequence[Row]) -> None:
@@ -84,7 +96,7 @@ class StreamedPrefill:
             output: [T, Hq, D] or [T, Hq * D].
         """
         for row in self._rows:
-            history = PagedHistory(
+            history = self._history_cls(
                 self._engine,
                 self._page_format,
                 layer,

@@ -102,6 +102,11 @@ class ResidencyRuntime:
         """N, logical blocks of the scheduler and of the host pool."""
         return self._parts.planner.geometry.num_logical_blocks
 
+    @property
+    def index_bytes_per_block(self) -> int:
+        """Device bytes of one logical block's index keys."""
+        return self._parts.selector.bytes_per_block()
+
     def group_of(self, layer: int) -> int:
         """The layer group of an attention layer."""
         return self._group_of[layer]

@@ -17,6 +17,8 @@ from tests.helpers.entry_points import entry_point_folder
 from tests.helpers.oracle import Checked, Kind
 
 ROOT = Path(__file__).parents[2]
+# vLLM and its libraries print to standard output too, even after the result.
+RESULT_MARK = "engine result: "
 TRITON_CPU = ROOT / "tests" / "tools" / "triton_cpu"
 
 
@@ -89,7 +91,9 @@ def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
         env=_environment(run),
     )
     assert done.returncode == 0, f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-    last = json.loads(done.stdout.strip().splitlines()[-1])
+    marked = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
+    assert marked, f"the engine printed no result:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    last = json.loads(marked[-1].removeprefix(RESULT_MARK))
     last["checked"] = {kind: Checked(**checked) for kind, checked in last["checked"].items()}
     return EngineResult(**last)
 

@@ -1,9 +1,11 @@
-"""The process behind `tests.helpers.engine.run_engine`: JSON on standard input, JSON as the last line of output."""
+"""The process behind `tests.helpers.engine.run_engine`: JSON on standard input, one marked line of JSON on output."""
 
 import json
 import sys
 from dataclasses import asdict
 from typing import Any
+
+from tests.helpers.engine import RESULT_MARK
 
 
 def main() -> None:
@@ -19,9 +21,7 @@ def main() -> None:
     if request["async_scheduling"]:
         _force_async_scheduling()
     llm = LLM(**request["engine"])
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False
-    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
     tokens = []
     for prompts in request["rounds"]:
         if request["reset_prefix_cache"]:
@@ -35,7 +35,7 @@ def main() -> None:
         "checked": {kind: asdict(checked) for kind, checked in oracle.checked.items()},
         **_machinery(llm),
     }
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
+    sys.stdout.write(f"\n{RESULT_MARK}{json.dumps(result)}\n")
 
 
 def _force_async_scheduling() -> None:
@@ -45,14 +45,14 @@ def _force_async_scheduling() -> None:
     platform_cls = type(current_platform)
     original = platform_cls.check_and_update_config
 
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401, ARG001
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ARG001
         original(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
     platform_cls.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _machinery(llm: Any) -> dict[str, Any]:  # noqa: ANN401 - vllm is imported late
+def _machinery(llm: Any) -> dict[str, Any]:
     """What really ran: with multiprocessing off the whole engine lies in this process."""
     core = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner)
@@ -63,18 +63,16 @@ def _machinery(llm: Any) -> dict[str, Any]:  # noqa: ANN401 - vllm is imported l
     }
 
 
-def _counters(llm: Any) -> dict[str, float]:  # noqa: ANN401 - vllm is imported late
+def _counters(llm: Any) -> dict[str, float]:
     from flashmemory_vllm.observability.counters import CounterReader
     from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 
     return CounterReader(engine_counters_directory(llm.llm_engine.vllm_config)).read()
 
 
-def _metrics(llm: Any) -> dict[str, float]:  # noqa: ANN401 - vllm is imported late
+def _metrics(llm: Any) -> dict[str, float]:
     wanted = {"vllm:num_preemptions": "preemptions", "vllm:prefix_cache_hits": "prefix_cache_hits"}
-    found = {
-        wanted[metric.name]: float(metric.value) for metric in llm.get_metrics() if metric.name in wanted
-    }
+    found = {wanted[metric.name]: float(metric.value) for metric in llm.get_metrics() if metric.name in wanted}
     return {name: found.get(name, 0.0) for name in wanted.values()}
 
 

@@ -1,4 +1,4 @@
-"""What cannot be served correctly is refused with one message that names the option, what was given and what is allowed.
+"""What cannot be served correctly is refused with one message: the option, what was given and what is allowed.
 
 All of it before a model is loaded: the tests build the engine's configuration as `vllm serve` does, and stop there.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import vllm
 from pydantic import ValidationError
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
@@ -72,8 +72,8 @@ OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }
 OURS_AND_ALLOWED = [
     (
-        {"resident_ration": 0.1},
-        "flashmemory.resident_ration is no option (given: 0.1): closest is flashmemory.resident_ratio, a number > 0 and <= 1",
+        {"tau_step": 4},
+        "flashmemory.tau_step is no option (given: 4): closest is flashmemory.tau_steps, an integer >= 1",
     ),
     ({"tau_steps": "4"}, "flashmemory.tau_steps is '4': allowed is an integer >= 1"),
     ({"resident_ratio": 0.0}, "flashmemory.resident_ratio is 0.0: allowed is a number > 0 and <= 1"),
@@ -139,7 +139,7 @@ def llama(save_model: Callable[[Mapping[str, Any]], Path]) -> Path:
 
 def configure(model: Path, options: Mapping[str, Any] | None = None, **engine: Any) -> VllmConfig:
     """The configuration that `vllm serve MODEL --attention-backend flashmemory` builds first."""
-    arguments: dict[str, Any] = {"block_size": 32, "skip_tokenizer_init": True, **engine}
+    arguments: dict[str, Any] = {"block_size": 32, "dtype": "float32", "skip_tokenizer_init": True, **engine}
     additional = {"flashmemory": dict(options or {})}
     return EngineArgs(
         model=str(model), attention_backend="flashmemory", additional_config=additional, **arguments
@@ -158,7 +158,7 @@ def refusal(model: Path, options: Mapping[str, Any] | None = None, **engine: Any
 
 
 def test_a_plain_model_is_accepted_and_gets_our_worker(llama: Path) -> None:
-    assert configure(llama).parallel_config.worker_cls == "flashmemory_vllm.plugin.workers.FlashMemoryCpuWorker"
+    assert configure(llama).parallel_config.worker_cls == "flashmemory_vllm.plugin.workers.cpu.FlashMemoryCpuWorker"
 
 
 def test_another_backend_is_left_alone(llama: Path) -> None:
@@ -185,21 +185,22 @@ def test_engine_options(llama: Path, engine: dict[str, Any], given: str, allowed
 
 def test_a_draft_model(llama: Path) -> None:
     draft = {"model": str(llama), "num_speculative_tokens": 2}
-    assert str(refusal(llama, speculative_config=draft)).startswith("--speculative-config: draft_model is not supported")
+    message = str(refusal(llama, speculative_config=draft))
+    assert message.startswith("--speculative-config: draft_model is not supported")
 
 
 def test_hisparse(llama: Path) -> None:
     """VLLM refuses it on a CPU before it asks us, so we are asked directly."""
     config = configure(llama)
     config.attention_config.hisparse_config = object()
-    with pytest.raises(UnsupportedError, match="hisparse_config: set is not supported .* allowed: no HiSparse"):
+    with pytest.raises(UnsupportedError, match=r"hisparse_config: set is not supported .* allowed: no HiSparse"):
         prepare_config(config)
 
 
 def test_another_worker_class(llama: Path) -> None:
     message = str(refusal(llama, worker_cls="my.Worker"))
     assert message.startswith("--worker-cls: my.Worker conflicts with --attention-backend flashmemory")
-    assert "flashmemory_vllm.plugin.workers.FlashMemoryCpuWorker" in message
+    assert "flashmemory_vllm.plugin.workers.cpu.FlashMemoryCpuWorker" in message
 
 
 @pytest.mark.parametrize("kind", OTHER_MODELS)
@@ -212,9 +213,10 @@ def test_models_with_other_attention(save_model: Callable[[Mapping[str, Any]], P
     )
 
 
-def test_soft_capped_logits() -> None:
+def test_soft_capped_logits(llama: Path) -> None:
     """No model's configuration tells; the layer does, before weights are loaded."""
-    with pytest.raises(UnsupportedError, match="uses logit soft-capping; allowed .* causal full attention"):
+    refused = pytest.raises(UnsupportedError, match=r"uses logit soft-capping; allowed .* causal full attention")
+    with set_current_vllm_config(configure(llama)), refused:
         FlashMemoryCpuImpl(4, 32, 1.0, 2, None, None, "auto", logits_soft_cap=30.0)
 
 
@@ -226,16 +228,16 @@ def test_more_host_memory_than_there_is(llama: Path) -> None:
 
 def test_host_memory_for_less_than_one_request(llama: Path) -> None:
     assert str(refusal(llama, {"host_memory_gib": 0.001})) == (
-        "flashmemory.host_memory_gib: 0.001 GiB holds 65 blocks of 16384 bytes, but one request of --max-model-len 8192 "
-        "needs 257 (0.003922 GiB); give more host memory or lower --max-model-len"
+        "flashmemory.host_memory_gib: 0.001 GiB holds 65 blocks of 16384 bytes, but one request of --max-model-len "
+        "8192 needs 257 (0.003922 GiB); give more host memory or lower --max-model-len"
     )
 
 
 @pytest.mark.parametrize(
     ("options", "engine", "given"),
     [
-        ({"device_slots": 20}, {}, "flashmemory.device_slots: 20 makes 20 slots"),
-        ({}, {"kv_cache_memory_bytes": 2 << 20}, "--kv-cache-memory-bytes: 2097152 bytes of device memory makes 31 slots"),
+        ({"device_slots": 20}, {}, "flashmemory.device_slots: 20 makes 20"),
+        ({}, {"kv_cache_memory_bytes": 4 << 20}, "--kv-cache-memory-bytes: 4194304 bytes of device memory makes 63"),
     ],
     ids=["slots", "bytes"],
 )
@@ -244,8 +246,8 @@ def test_too_few_slots_for_one_request(
 ) -> None:
     """One request needs 64 slots for the 2,047 tokens up to which it is dense, and the null slot."""
     message = str(refusal(llama, options, **engine))
-    assert message.startswith(f"{given}, but one request of --max-model-len 8192 needs 66 (")
-    assert "give more, lower --max-model-len or --max-num-batched-tokens, or lower flashmemory.resident_ratio" in message
+    assert message.startswith(f"{given} slots, but one request of --max-model-len 8192 needs 66 (")
+    assert "give more, lower --max-model-len or --max-num-batched-tokens, or lower flashmemory.resident_r" in message
 
 
 def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:

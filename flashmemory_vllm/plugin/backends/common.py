@@ -80,7 +80,8 @@ class ResidentImpl:
         for what, refused in refusals.items():
             if refused:
                 raise UnsupportedError(
-                    f"model: an attention layer uses {what}; --attention-backend flashmemory allows causal full attention"
+                    f"model: an attention layer uses {what}; "
+                    "allowed with --attention-backend flashmemory: causal full attention"
                 )
 
     def bind(self, runtime: "ResidencyRuntime", layer_index: int, group: int) -> None:

@@ -71,6 +71,11 @@ def test_logical_blocks_give_way_to_slots_when_index_keys_are_large() -> None:
     assert made.num_slots - 1 >= made.request_slots
 
 
+def test_slots_are_the_resident_share_of_the_blocks_that_have_index_keys() -> None:
+    made = plan(2000, 10**6, index=100)
+    assert made.num_slots == pytest.approx(0.135 * made.num_logical_blocks, abs=1)
+
+
 @given(
     device_blocks=st.integers(1, 5000),
     host_blocks=st.integers(1, 20000),

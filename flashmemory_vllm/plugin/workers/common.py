@@ -1,4 +1,4 @@
-"""Our workers: vLLM's CPU and CUDA workers with a residency runtime under the model runner."""
+"""What our workers add to vLLM's: a residency runtime under the model runner."""
 
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -9,8 +9,6 @@ from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
@@ -100,7 +98,7 @@ class ResidencyWorker:
             rows=self._set_rows,
         )
 
-    def flashmemory_reconfigure(self, options: dict[str, object]) -> None:
+    def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
         """Replace the runtime by one with other options; for evaluation, between requests.
 
         The scheduler keeps the slot budgets it started with, so they bound what may be asked for. Its prefix cache
@@ -108,6 +106,9 @@ class ResidencyWorker:
 
         Args:
             options: replaces the options given at start, except for those not named.
+
+        Returns:
+            Device bytes of the new selector's index keys for each logical block.
 
         Raises:
             ConfigError: an option is wrong, or would let a request use more slots than the scheduler reserves.
@@ -133,6 +134,7 @@ class ResidencyWorker:
         runtime.release()
         self.flashmemory_config = config
         self._attach_runtime(layer_names, num_logical_blocks)
+        return self._runtime().index_bytes_per_block
 
     def compile_or_warm_up_model(self) -> "CompilationTimes":
         """As vLLM's. Its warm-up requests name physical blocks, below S, so they pass by the runtime."""
@@ -224,16 +226,3 @@ class ResidencyWorker:
             yield
         finally:
             cache_config.num_gpu_blocks_override = override
-
-
-class FlashMemoryCpuWorker(ResidencyWorker, CPUWorker):
-    """The CPU worker: the "device" is a bounded tensor, the host pool another one."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's CPU worker, which would otherwise ignore the selected backend."""
-        compat.override_cpu_backend()
-        super().__init__(*args, **kwargs)
-
-
-class FlashMemoryCudaWorker(ResidencyWorker, Worker):
-    """The CUDA worker."""

@@ -1,0 +1,50 @@
+"""`/metrics` and `/flashmemory/stats` of a running server: every documented metric, and the same numbers."""
+
+import time
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from flashmemory_vllm.cli.server import MODEL_NAME, Server
+from flashmemory_vllm.observability.metrics import METRICS, PREFIX
+
+LABELS = {"model_name": MODEL_NAME, "engine": "0"}
+PUBLISH_SECONDS = 15
+
+
+def scrape(server: Server) -> dict[str, float]:
+    """Our metrics by name without the prefix; each has one sample, with vLLM's own labels, of the right type."""
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)}
+    values = {}
+    for spec in METRICS:
+        family = families[spec.full_name.removesuffix("_total")]
+        (sample,) = [sample for sample in family.samples if sample.name == spec.full_name]
+        assert (family.type, sample.labels) == (spec.kind, LABELS)
+        values[spec.name] = sample.value
+    assert {name for name in families if name.startswith(PREFIX)} == {
+        spec.full_name.removesuffix("_total") for spec in METRICS
+    }
+    return values
+
+
+def read_stats(server: Server) -> dict[str, float]:
+    """The one engine's counters as JSON."""
+    (engine,) = httpx.get(f"{server.url}/flashmemory/stats").json()["engines"]
+    assert engine["engine"] == 0
+    values: dict[str, float] = engine["values"]
+    return values
+
+
+def test_every_documented_metric_is_there_and_both_agree(server: Server) -> None:
+    server.complete([1, *range(200, 3200)], max_tokens=40)
+    end = time.monotonic() + PUBLISH_SECONDS
+    while (scraped := scrape(server)) != (stats := read_stats(server)) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert scraped == stats
+    assert stats["slots_total"] == 143
+    assert 0 < stats["slots_used"] <= 143
+    for counted in ("written_back_blocks", "written_back_bytes", "selections", "decode_context_blocks", "evictions"):
+        assert stats[f"{counted}_total"] > 0, counted
+    share = stats["decode_resident_blocks_total"] / stats["decode_context_blocks_total"]
+    assert share == pytest.approx(0.135, abs=0.02)
