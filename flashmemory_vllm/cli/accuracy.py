@@ -108,6 +108,8 @@ def engine_arguments(args: argparse.Namespace, plan: "AccuracyPlan") -> dict[str
     }
     if args.gpu_memory_bytes is not None:
         arguments["kv_cache_memory_bytes"] = args.gpu_memory_bytes
+        # vLLM refuses to start when less than this share of the device is free, though the size is given.
+        arguments["gpu_memory_utilization"] = 0.1
     return arguments
 
 

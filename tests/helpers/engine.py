@@ -62,6 +62,7 @@ class EngineResult:
         model_runner: class of the model runner, with its module.
         scheduler: class of the scheduler.
         max_batches: batches that may be under way at once.
+        compilation: vLLM's compilation mode.
         checked: what the oracle compared, by kind of row; empty without one.
     """
 
@@ -71,6 +72,7 @@ class EngineResult:
     model_runner: str
     scheduler: str
     max_batches: int
+    compilation: str
     checked: dict[Kind, Checked]
 
 

@@ -60,6 +60,7 @@ def _machinery(llm: Any) -> dict[str, Any]:
         "model_runner": f"{runner.__module__}.{runner.__qualname__}",
         "scheduler": type(core.scheduler).__name__,
         "max_batches": core.batch_queue_size,
+        "compilation": core.vllm_config.compilation_config.mode.name,
     }
 
 
