@@ -49,7 +49,7 @@ class FlashMemoryConfig(BaseModel):
         description="Decode steps between two selections of a request. 16 suits untrained selectors.",
     )
     selector: SelectorName = Field(
-        default="exact",
+        default="h2o",
         description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
         "bounds, `mean` by mean keys, `h2o` by the attention they received. `streaming` keeps sink and "
         "recent tokens only; `random` and `full` (everything) are the baselines.",

@@ -39,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--ratio", type=float, default=0.135, help="resident ratio. Default: 0.135")
     parser.add_argument("--tau", type=int, default=16, help="decode steps between selections. Default: 16")
     parser.add_argument("--groups", type=int, default=1, help="layer groups. Default: 1")
-    parser.add_argument("--anchor-layers", help="layers that feed the selector. Default: three, evenly spaced")
+    parser.add_argument("--anchor-layers", help="layers that feed the selector. Default: three, in the middle third")
     parser.add_argument("--batch", type=int, default=64, help="requests that run at once. Default: 64")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block. Default: 16")
     parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
@@ -47,6 +47,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--gpu-memory-bytes", type=int, help="device memory for KV. Default: vLLM's share")
     parser.add_argument("--host-memory-gib", type=float, help="GiB of host memory for KV. Default: half")
     parser.add_argument("--commit", help="commit to name in the rows, where git is not there to ask")
+    parser.add_argument("--table", action="store_true", help="print the tables of the rows there are, measure nothing")
     parser.set_defaults(run=run)
 
 
@@ -54,8 +55,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the file lacks, then print the tables."""
     from flashmemory_vllm.evaluation import vocabulary
     from flashmemory_vllm.evaluation.accuracy import AccuracyRun
-    from flashmemory_vllm.evaluation.accuracy_rows import format_tables
+    from flashmemory_vllm.evaluation.accuracy_rows import format_tables, load_rows
     from flashmemory_vllm.evaluation.provenance import Provenance
+
+    if args.table:
+        print(format_tables(load_rows(args.out)))
+        return 0
     from flashmemory_vllm.plugin.offline import OfflineGenerator
 
     plan = make_plan(args)
