@@ -67,7 +67,7 @@ METRICS = (
         "prefetched_blocks_total",
         "counter",
         "blocks",
-        "How many recalls were done before anything waited for them?",
+        "How many of the recalled blocks came in while decode went on?",
     ),
     MetricSpec(
         "streamed_blocks_total",
@@ -75,6 +75,7 @@ METRICS = (
         "blocks",
         "How many host blocks did prefill read through its buffers?",
     ),
+    MetricSpec("streamed_bytes_total", "counter", "bytes", "How much did streaming load the host link?"),
     MetricSpec("selections_total", "counter", "selections", "How often was a resident set chosen anew?"),
     MetricSpec(
         "missing_selections_total",

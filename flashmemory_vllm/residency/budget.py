@@ -95,21 +95,33 @@ class BudgetPolicy:
         wanted = cdiv(self.recent_tokens, self.block_size)
         return max(1, min(wanted, budget // 4, budget - self.sink_blocks(num_tokens) - 1))
 
-    def reserve(self, num_tokens: int, prefill_end: int) -> int:
-        """Slots to reserve for a request: the most it may use from now until it has grown by the reserve.
+    def need(self, num_tokens: int, prefill_end: int) -> int:
+        """Slots that the planner may use for a request in a step.
 
         Args:
             num_tokens: tokens of the request after the step that is being scheduled.
             prefill_end: tokens that dense prefill computes; the request decodes once `num_tokens` is above.
         """
-        tokens_now = max(num_tokens, prefill_end)
-        tokens_later = max(tokens_now, min(tokens_now + self.growth_reserve_tokens, self.max_model_len))
-        decode = self._largest_decode_budget(tokens_now, tokens_later)
-        return decode if num_tokens > prefill_end else max(decode, self._largest_chunk(tokens_later))
+        return self._slots_until(num_tokens, prefill_end, growth_tokens=0)
+
+    def reserve(self, num_tokens: int, prefill_end: int) -> int:
+        """Slots to reserve for a request: what it needs now and until it has grown by the reserve.
+
+        Args:
+            num_tokens: as for `need`, like `prefill_end`.
+            prefill_end: see there.
+        """
+        return self._slots_until(num_tokens, prefill_end, self.growth_reserve_tokens)
 
     def worst_case(self) -> int:
         """The largest reserve of any request that is not longer than `max_model_len`."""
         return max(self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len))
+
+    def _slots_until(self, num_tokens: int, prefill_end: int, growth_tokens: int) -> int:
+        tokens_now = max(num_tokens, prefill_end)
+        tokens_later = max(tokens_now, min(tokens_now + growth_tokens, self.max_model_len))
+        decode = self._largest_decode_budget(tokens_now, tokens_later)
+        return decode if num_tokens > prefill_end else max(decode, self._largest_chunk(tokens_later))
 
     @property
     def _num_sink_blocks(self) -> int:
@@ -165,31 +177,38 @@ class SlotLedger:
         return self._refused
 
     def can_admit(self, req_id: str, num_tokens: int, prefill_end: int) -> bool:
-        """Whether the reserve of the request fits; what it has reserved already counts as free."""
-        others = self._reserved - self._reserves.get(req_id, 0)
-        fits = others + self._policy.reserve(num_tokens, prefill_end) <= self._capacity
+        """Whether the request fits; what it has reserved already counts as free.
+
+        A request that is not admitted yet must fit with its growth, a running one only as it is now: nobody is
+        preempted for growth that may never come.
+        """
+        need = self._policy.need if req_id in self._reserves else self._policy.reserve
+        fits = need(num_tokens, prefill_end) <= self._room_for(req_id)
         self._refused += not fits
         return fits
 
     def commit(self, req_id: str, num_tokens: int, prefill_end: int) -> None:
-        """Reserve for the request, in place of what it had reserved before.
+        """Reserve for the request and as much of its growth as there is room for, in place of its last reserve.
 
         Raises:
-            IntegrityError: the reserve does not fit; `can_admit` was not asked or its answer not heeded.
+            IntegrityError: the request does not fit; `can_admit` was not asked or its answer not heeded.
         """
-        reserve = self._policy.reserve(num_tokens, prefill_end)
-        others = self._reserved - self._reserves.get(req_id, 0)
-        if others + reserve > self._capacity:
+        need, room = self._policy.need(num_tokens, prefill_end), self._room_for(req_id)
+        if need > room:
             raise IntegrityError(
-                f"request {req_id} reserves {reserve} slots next to {others} of other requests, "
+                f"request {req_id} needs {need} slots next to {self._capacity - room} of other requests, "
                 f"but there are {self._capacity}"
             )
+        reserve = min(room, self._policy.reserve(num_tokens, prefill_end))
+        self._reserved += reserve - self._reserves.get(req_id, 0)
         self._reserves[req_id] = reserve
-        self._reserved = others + reserve
 
     def release(self, req_id: str) -> None:
         """Return what the request has reserved; a request that never reserved has nothing to return."""
         self._reserved -= self._reserves.pop(req_id, 0)
+
+    def _room_for(self, req_id: str) -> int:
+        return self._capacity - self._reserved + self._reserves.get(req_id, 0)
 
     def check_integrity(self) -> None:
         """Compare the total with its parts.

@@ -32,7 +32,7 @@ class Reporter:
         """Write every counter and gauge."""
         usage, planned, moved = self._planner.usage(), self._planner.counters, self._engine.counters
         totals = {
-            "recalled_blocks_total": planned.recalled_blocks,
+            "recalled_blocks_total": planned.recalled_blocks + planned.prefetched_blocks,
             "prefetched_blocks_total": planned.prefetched_blocks,
             "written_back_blocks_total": planned.written_back_blocks,
             "evictions_total": planned.evictions,
@@ -42,6 +42,7 @@ class Reporter:
             "decode_context_blocks_total": planned.decode_context_blocks,
             "streamed_blocks_total": planned.streamed_blocks,
             "recalled_bytes_total": moved.bytes_h2d,
+            "streamed_bytes_total": moved.bytes_streamed,
             "written_back_bytes_total": moved.bytes_d2h,
             "late_recalls_total": moved.late_fences,
             "stall_seconds_total": self._stall_seconds,

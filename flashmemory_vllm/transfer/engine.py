@@ -21,12 +21,14 @@ class TransferCounters:
     """Totals since start; the worker reports them.
 
     Attributes:
-        bytes_h2d: host to device, recalls and gathers.
+        bytes_h2d: host to slots, recalls and prefetches.
+        bytes_streamed: host to staging buffers, gathers.
         bytes_d2h: device to host, write-backs.
         late_fences: fences at which issued copies had not landed yet, so that the device waited.
     """
 
     bytes_h2d: int = 0
+    bytes_streamed: int = 0
     bytes_d2h: int = 0
     late_fences: int = 0
 
@@ -60,7 +62,7 @@ class TransferEngine(ABC):
         """Copy a layer's pages of host blocks (int64 [n] on the device) to the first rows of `out`."""
         if len(blocks):
             self._gather_layer(layer, blocks, out)
-            self.counters.bytes_h2d += len(blocks) * self.layout.layer_bytes(layer)
+            self.counters.bytes_streamed += len(blocks) * self.layout.layer_bytes(layer)
 
     @abstractmethod
     def fence(self) -> None:

@@ -125,7 +125,7 @@ def test_ledger_counts_an_old_reserve_as_free() -> None:
     assert ledger.can_admit("a", 4096, 4096)
     assert not ledger.can_admit("b", 16, 16)
     assert ledger.refused == 1
-    with pytest.raises(IntegrityError, match="request b reserves 33 slots next to 256"):
+    with pytest.raises(IntegrityError, match="request b needs 1 slots next to 256"):
         ledger.commit("b", 16, 16)
     ledger.commit("a", 4096, 4095)
     assert ledger.reserved == policy.decode_budget(4096)
@@ -133,4 +133,19 @@ def test_ledger_counts_an_old_reserve_as_free() -> None:
     ledger.release("a")
     ledger.release("a")
     assert ledger.reserved == 0
+    ledger.check_integrity()
+
+
+def test_a_running_request_is_not_refused_for_growth_that_may_never_come() -> None:
+    policy = make_policy(min_sparse_tokens=10**6, growth_reserve_tokens=1024, max_model_len=2048)
+    ledger = SlotLedger(policy.worst_case() + 1, policy)
+    ledger.commit("a", 17, 16)
+    ledger.commit("b", 17, 16)
+    left = ledger.capacity - ledger.reserved
+    assert left < policy.reserve(17, 16)
+    assert not ledger.can_admit("c", 17, 16)
+    longer = 17 + 1024
+    assert ledger.can_admit("a", longer, 16)
+    ledger.commit("a", longer, 16)
+    assert ledger.reserved == ledger.capacity
     ledger.check_integrity()
