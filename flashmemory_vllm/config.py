@@ -111,7 +111,7 @@ class FlashMemoryConfig(BaseModel):
     )
 
     poison_free_slots: bool = Field(
-        False,
+        default=False,
         description="Fill slots that hold no block at each step, and staging before each fetch, with NaN, so that a "
         "stray read shows. For debugging.",
     )

@@ -37,7 +37,7 @@ class Residency:
     Attributes:
         ratio: mean share of the request's blocks that decode attended to.
         num_blocks: blocks of the request.
-        num_slots: blocks that the device tensor has room for.
+        num_slots: blocks that the device tensor has room for, the reserved one included.
     """
 
     ratio: float
@@ -78,7 +78,7 @@ def measure(before: dict[str, float], after: dict[str, float], num_blocks: int) 
     )
     if not context:
         raise ConfigError("no decode step was counted: the server must run --attention-backend flashmemory")
-    return Residency(resident / context, num_blocks, int(after[f"{PREFIX}slots_total"]))
+    return Residency(resident / context, num_blocks, int(after[f"{PREFIX}slots_total"]) + 1)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,20 +8,17 @@ from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.counter_files import announce_engine
+from flashmemory_vllm.plugin.names import BACKEND_NAME, CPU_WORKER, CUDA_WORKER
 from flashmemory_vllm.plugin.seams import check_seams
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-CPU_WORKER = "flashmemory_vllm.plugin.workers.cpu.FlashMemoryCpuWorker"
-CUDA_WORKER = "flashmemory_vllm.plugin.workers.cuda.FlashMemoryCudaWorker"
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def is_selected(vllm_config: "VllmConfig") -> bool:
     """Whether this engine runs the flashmemory backend."""
-    from flashmemory_vllm.plugin.register import BACKEND_NAME
-
     backend = vllm_config.attention_config.backend
     return backend is not None and backend.name == BACKEND_NAME
 

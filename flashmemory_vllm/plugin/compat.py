@@ -15,14 +15,15 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.plugin.names import CPU_BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SUPPORTED_VLLM = "0.32."
-CPU_BACKEND_PATH = "flashmemory_vllm.plugin.backends.cpu.FlashMemoryCpuBackend"
 
 Translate = Callable[[torch.Tensor], None]
+ConfigHook = Callable[["VllmConfig"], None]
 
 
 def check_vllm_version() -> None:
@@ -48,13 +49,17 @@ def make_enum_member_picklable(member: AttentionBackendEnum, recreate: Callable[
     member.__reduce_ex__ = lambda _protocol: (recreate, ())
 
 
-def wrap_platform_config_check() -> None:
-    """Validate our configuration and choose our worker when the backend is selected.
+def wrap_platform_config_check(before: ConfigHook, after: ConfigHook) -> None:
+    """Validate our configuration and choose our worker around the platform's own check.
 
     Symptom: there is no plugin hook between parsing and executor creation, so `--attention-backend
     flashmemory` alone would run vLLM's own worker, and unsupported combinations would surface late or never.
     Cure: wrap the platform's own `check_and_update_config`, which vLLM calls once per VllmConfig.
     Remove when vLLM lets an attention backend validate a VllmConfig and name a worker class.
+
+    Args:
+        before: called first, when nothing of the platform is decided yet.
+        after: called last, when the platform has chosen, say, the block size.
     """
     platform_cls = type(current_platform)
     original = platform_cls.check_and_update_config.__func__
@@ -63,13 +68,11 @@ def wrap_platform_config_check() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: type, vllm_config: "VllmConfig") -> None:
-        from flashmemory_vllm.plugin.checks import check_sizes, prepare_config
-
-        prepare_config(vllm_config)
+        before(vllm_config)
         original(cls, vllm_config)
-        check_sizes(vllm_config)
+        after(vllm_config)
 
-    check_and_update_config.__flashmemory__ = True
+    check_and_update_config.__flashmemory__ = True  # type: ignore[attr-defined]
     platform_cls.check_and_update_config = classmethod(check_and_update_config)
 
 
@@ -80,7 +83,7 @@ def override_cpu_backend() -> None:
     CPU_ATTN. Cure: vLLM's own override of that member, in our worker process only.
     Remove when the CPU platform honours `--attention-backend`.
     """
-    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND_PATH)
+    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
 
 
 def install_slot_translation(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:

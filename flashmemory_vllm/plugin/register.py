@@ -5,15 +5,15 @@ command line is parsed), the engine core, each worker, and the model-inspection 
 therefore be idempotent and cheap: no model code is imported, no device is touched.
 """
 
-from vllm.logger import init_logger
+from typing import TYPE_CHECKING
+
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from flashmemory_vllm.plugin import compat
+from flashmemory_vllm.plugin.names import BACKEND_NAME, CUDA_BACKEND
 
-logger = init_logger(__name__)
-
-BACKEND_NAME = "FLASHMEMORY"
-CUDA_BACKEND_PATH = "flashmemory_vllm.plugin.backends.cuda.FlashMemoryCudaBackend"
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def register() -> None:
@@ -24,12 +24,24 @@ def register() -> None:
     """
     compat.check_vllm_version()
     backend_member()
-    compat.wrap_platform_config_check()
+    compat.wrap_platform_config_check(before=_prepare_config, after=_check_sizes)
 
 
 def backend_member() -> AttentionBackendEnum:
     """Return vLLM's enum member for this backend, registering it on first use."""
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
-        register_backend(BACKEND_NAME, CUDA_BACKEND_PATH)
+        register_backend(BACKEND_NAME, CUDA_BACKEND)
         compat.make_enum_member_picklable(AttentionBackendEnum[BACKEND_NAME], backend_member)
     return AttentionBackendEnum[BACKEND_NAME]
+
+
+def _prepare_config(vllm_config: "VllmConfig") -> None:
+    from flashmemory_vllm.plugin.checks import prepare_config
+
+    prepare_config(vllm_config)
+
+
+def _check_sizes(vllm_config: "VllmConfig") -> None:
+    from flashmemory_vllm.plugin.checks import check_sizes
+
+    check_sizes(vllm_config)

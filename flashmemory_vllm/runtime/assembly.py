@@ -65,45 +65,48 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     """
     groups = shape.layer_groups(config.layer_groups)
     anchors = shape.anchor_layers(config.anchor_layers, groups)
-    layout = PageLayout(caches, groups)
-    engine = _engine(layout, num_logical_blocks, config, shape.device)
-    selector = create_selector(
-        config.selector, _geometry(config, shape, num_logical_blocks, shape.device), **_options(config)
-    )
-    planner = StepPlanner(
-        Geometry(num_logical_blocks, layout.num_slots, config.layer_groups, shape.block_size),
-        budget,
-        config.tau_steps,
-    )
-    page_elems = layout.page_view(0).shape[1]
-    staging = torch.zeros((2, config.staging_blocks, page_elems), dtype=layout.dtype, device=shape.device)
+    engine = _engine(PageLayout(caches, groups), num_logical_blocks, config, shape.device)
+    geometry = Geometry(num_logical_blocks, engine.layout.num_slots, config.layer_groups, shape.block_size)
+    index_geometry = _geometry(config, shape, num_logical_blocks, shape.device)
+    selector = create_selector(config.selector, index_geometry, **_options(config))
     width = -(-budget.max_model_len // shape.block_size) + 1
     return ResidencyRuntime(
         RuntimeParts(
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=planner,
+            planner=StepPlanner(geometry, budget, config.tau_steps),
             engine=engine,
             page_format=page_format,
             selector=selector,
             selections=SelectionQueue(selector, config.selection_delay_steps),
             tables=StepTables(config.layer_groups, max_num_seqs, width, shape.device),
-            queries=QueryBuffer(
-                len(anchors), max_num_seqs, shape.num_query_heads, shape.head_dim, shape.dtype, shape.device
-            ),
-            prefill=StreamedPrefill(
-                engine,
-                page_format,
-                (staging[0], staging[1]),
-                shape.softmax_scale,
-                attend,
-                poison=config.poison_free_slots,
-            ),
+            queries=QueryBuffer(len(anchors), max_num_seqs, shape),
+            prefill=_prefill(engine, page_format, shape, attend, config),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
         )
+    )
+
+
+def _prefill(
+    engine: TransferEngine,
+    page_format: PageFormat,
+    shape: AttentionShape,
+    attend: PartialAttention,
+    config: FlashMemoryConfig,
+) -> StreamedPrefill:
+    layout = engine.layout
+    page_elems = layout.page_view(0).shape[1]
+    staging = torch.zeros((2, config.staging_blocks, page_elems), dtype=layout.dtype, device=layout.device)
+    return StreamedPrefill(
+        engine,
+        page_format,
+        (staging[0], staging[1]),
+        shape.softmax_scale,
+        attend,
+        poison=config.poison_free_slots,
     )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from flashmemory_vllm.runtime.shape import AttentionShape
+
 
 class QueryBuffer:
     """Persistent queries [A, R, Hq, D]; row r is the batch row r of the step that ran last.
@@ -12,23 +14,13 @@ class QueryBuffer:
     Args:
         num_anchors: A.
         max_rows: most rows of a batch, padding included.
-        num_heads: query heads of this rank.
-        head_dim: elements of a query.
-        dtype: the model's dtype.
-        device: where attention runs.
+        shape: the model's attention layers.
     """
 
-    def __init__(
-        self,
-        num_anchors: int,
-        max_rows: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._queries = torch.zeros((num_anchors, max_rows, num_heads, head_dim), dtype=dtype, device=device)
-        self._last_token = torch.zeros(max_rows, dtype=torch.int64, device=device)
+    def __init__(self, num_anchors: int, max_rows: int, shape: AttentionShape) -> None:
+        size = (num_anchors, max_rows, shape.num_query_heads, shape.head_dim)
+        self._queries = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self._last_token = torch.zeros(max_rows, dtype=torch.int64, device=shape.device)
         self._num_rows = 0
 
     def set_rows(self, num_tokens: Sequence[int]) -> None:

@@ -1,9 +1,9 @@
 """Recomputes every attention output of a running engine from the logical KV, and compares.
 
-The oracle knows nothing of slots. It keeps every key and value under its logical block, as vLLM's own slot
-mapping says before we translate it, and reads a row's history through vLLM's own block table. A prefill row must
-equal softmax over all earlier tokens; a decode row, softmax over the tokens of exactly the blocks in the row's
-resident set, the one thing that the oracle takes from the planner.
+The oracle knows nothing of slots. It keeps every key and value under its logical block, as vLLM's own slot mapping
+says before we translate it, and reads a row's history through vLLM's own block table. A prefill row must equal
+softmax over all earlier tokens; a decode row, softmax over the tokens of exactly the blocks in its resident set, the
+one thing that the oracle takes from the planner.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Checked:
     Attributes:
         rows: batch rows, each counted once for all its layers.
         outputs: attention outputs, one for each row and layer.
-        max_error: largest deviation of an output from the oracle's, relative to the largest element of it;
-            NaN if any output was not finite.
+        max_error: largest deviation of an output from the oracle's, relative to the largest element of that; NaN if
+            any output was not finite.
     """
 
     rows: int = 0
@@ -46,122 +46,130 @@ class Checked:
         """Count one output."""
         self.rows += is_first_layer
         self.outputs += 1
-        # Never back from NaN
+        # numpy's maximum, unlike Python's, never comes back from NaN
         self.max_error = float(np.maximum(self.max_error, error))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """One step as vLLM sees it: `block_table` [R, W], `bounds` [R + 1] of the rows' tokens, `seq_lens` [R]."""
+    """One step as vLLM sees it.
+
+    Attributes:
+        block_table: int64 [R, W] logical blocks of the rows.
+        token_bounds: [R + 1] where the rows' tokens begin and end.
+        seq_lens: [R] tokens of the rows, those of this step included.
+        block_size: tokens in a block.
+    """
 
     block_table: torch.Tensor
-    bounds: list[int]
+    token_bounds: list[int]
     seq_lens: list[int]
+    block_size: int
 
 
 class AttentionOracle:
     """Watches the engine of this process; install before it is built.
 
     Attributes:
-        checked: the outcome so far, by kind of row.
+        checked: the outcome so far, by kind of row. Kinds of prefill tell where history came from: slots, the host,
+            or the host and blocks that another row wrote in the very step.
     """
 
     def __init__(self) -> None:
         self.checked: dict[Kind, Checked] = {}
         self._slots = torch.empty(0, dtype=torch.int64)
         self._rows: Sequence[Row] = ()
-        self._batch = _Batch(torch.empty(0), [], [])
+        self._batch = _Batch(torch.empty(0), [], [], 1)
         self._history: dict[int, torch.Tensor] = {}
 
     def install(self) -> None:
-        """Look over the shoulder of our builder, runtime and attention implementation."""
+        """Look over the shoulder of our runtime, metadata builder and attention implementation."""
         from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
 
-        _before(ResidencyRuntime, "translate_slots", self._see_slots)
-        _before(StepTables, "fill", self._see_rows)
-        _before(CompactedBuilder, "build", self._see_batch)
-        _before(ResidentImpl, "do_kv_cache_update", self._see_keys)
-        _after(ResidentImpl, "forward", self._check)
+        _watch(ResidencyRuntime, "translate_slots", before=self.see_slots)
+        _watch(CompactedBuilder, "build", before=self.see_batch)
+        _watch(StepTables, "fill", before=self.see_rows)
+        _watch(ResidentImpl, "do_kv_cache_update", before=self.see_keys)
+        _watch(ResidentImpl, "forward", after=self.check)
 
-    def _see_slots(self, call: Call) -> None:
+    def see_slots(self, call: Call) -> None:
+        """Keep vLLM's slot mapping, which is still logical."""
         self._slots = call.slot_mapping.clone().reshape(-1)
 
-    def _see_rows(self, call: Call) -> None:
-        self._rows = call.rows
-
-    def _see_batch(self, call: Call) -> None:
+    def see_batch(self, call: Call) -> None:
+        """Keep vLLM's block table and lengths, which are still logical."""
         metadata = call.common_attn_metadata
         num_rows = metadata.num_reqs
         self._batch = _Batch(
             metadata.block_table_tensor[:num_rows].long(),
             metadata.query_start_loc[: num_rows + 1].tolist(),
             metadata.seq_lens[:num_rows].tolist(),
+            call.self.kv_cache_spec.block_size,
         )
 
-    def _see_keys(self, call: Call) -> None:
+    def see_rows(self, call: Call) -> None:
+        """Learn the resident sets."""
+        self._rows = call.rows
+
+    def see_keys(self, call: Call) -> None:
+        """Keep the keys and values [T, Hkv, D] of a layer."""
         impl = call.self
         if not _in_step(impl):
             return
         is_token = self._slots >= 0
         both = torch.stack((call.key, call.value), dim=1)[: len(self._slots)][is_token]
         if impl.layer_index not in self._history:
-            num_tokens = impl.runtime.num_logical_blocks * _block_size(impl)
+            num_tokens = impl.runtime.num_logical_blocks * self._batch.block_size
             # Whatever was never written is NaN, so that reading it shows
             self._history[impl.layer_index] = torch.full((num_tokens, *both.shape[1:]), torch.nan)
         self._history[impl.layer_index][self._slots[is_token]] = both.float()
 
-    def _check(self, call: Call) -> None:
+    def check(self, call: Call) -> None:
+        """Compare a layer's output, row by row."""
         impl, query = call.self, call.query
         if not _in_step(impl):
             return
         outputs = call.output.view_as(query)
         for index, row in enumerate(self._rows):
-            tokens = slice(*self._batch.bounds[index : index + 2])
-            positions = self._positions(impl, index, row)
-            history = self._history[impl.layer_index][self._logical_slots(impl, index, positions)]
-            end = self._batch.seq_lens[index]
-            queries = torch.arange(end - (tokens.stop - tokens.start), end)
-            hidden = positions[None, :] > queries[:, None]
-            expected = _attention(query[tokens], history[:, 0], history[:, 1], hidden, impl.scale)
-            error = float((outputs[tokens].double() - expected).abs().max() / expected.abs().max())
-            checked = self.checked.setdefault(self._kind(impl, index, row), Checked())
+            start, stop = self._batch.token_bounds[index : index + 2]
+            seq_len = self._batch.seq_lens[index]
+            positions = self._positions(index, row, impl.group)
+            history = self._history[impl.layer_index][self._logical_slots(index, positions)]
+            hidden = positions[None, :] > torch.arange(seq_len - (stop - start), seq_len)[:, None]
+            expected = _attention(query[start:stop], history[:, 0], history[:, 1], hidden, impl.scale)
+            error = float((outputs[start:stop].double() - expected).abs().max() / expected.abs().max())
+            checked = self.checked.setdefault(self._kind(index, row, impl.group), Checked())
             checked.add(error, is_first_layer=impl.layer_index == 0)
 
-    def _positions(self, impl: Any, index: int, row: Row) -> torch.Tensor:
+    def _positions(self, index: int, row: Row, group: int) -> torch.Tensor:
         """Tokens that a row is to attend to: int64 positions in its request, ascending."""
         every = torch.arange(self._batch.seq_lens[index])
         if row.phase is Phase.PREFILL:
             return every
-        blocks = torch.from_numpy(row.positions[impl.group].astype(np.int64))
-        return every[torch.isin(every // _block_size(impl), blocks)]
+        blocks = torch.from_numpy(row.positions[group].astype(np.int64))
+        return every[torch.isin(every // self._batch.block_size, blocks)]
 
-    def _logical_slots(self, impl: Any, index: int, positions: torch.Tensor) -> torch.Tensor:
-        size = _block_size(impl)
+    def _logical_slots(self, index: int, positions: torch.Tensor) -> torch.Tensor:
+        size = self._batch.block_size
         return self._batch.block_table[index, positions // size] * size + positions % size
 
-    def _kind(self, impl: Any, index: int, row: Row) -> Kind:
+    def _kind(self, index: int, row: Row, group: int) -> Kind:
         if row.phase is Phase.DECODE:
-            return "sparse_decode" if row.evicted_tokens[impl.group] else "dense_decode"
-        if not len(row.streamed[impl.group]):
+            return "sparse_decode" if row.evicted_tokens[group] else "dense_decode"
+        if not len(row.streamed[group]):
             return "prefill"
-        history = self._logical_slots(impl, index, torch.arange(row.num_computed_tokens))
-        is_new = torch.isin(history, self._slots).any()
-        return "same_step_prefill" if is_new else "streamed_prefill"
+        history = self._logical_slots(index, torch.arange(row.num_computed_tokens))
+        return "same_step_prefill" if torch.isin(history, self._slots).any() else "streamed_prefill"
 
 
 def _in_step(impl: Any) -> bool:
     return impl.runtime is not None and impl.runtime.in_step
 
 
-def _block_size(impl: Any) -> int:
-    size: int = impl.runtime._parts.shape.block_size
-    return size
-
-
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Softmax attention in float64: [T, Hq, D] over [K, Hkv, D], where `hidden` [T, K] is masked."""
+    """Softmax attention in float64: [T, Hq, D] over [K, Hkv, D]; `hidden` [T, K] is what a query must not see."""
     num_queries, num_heads, head_dim = query.shape
     grouped = query.double().view(num_queries, key.shape[1], -1, head_dim)
     scores = scale * torch.einsum("tgrd,kgd->grtk", grouped, key.double())
@@ -169,30 +177,24 @@ def _attention(
     return torch.einsum("grtk,kgd->tgrd", weights, value.double()).reshape(num_queries, num_heads, head_dim)
 
 
-def _before(owner: type, name: str, look: Callable[[Call], None]) -> None:
-    """Let `look` see each call of a method first."""
+def _watch(
+    owner: type,
+    name: str,
+    before: Callable[[Call], None] | None = None,
+    after: Callable[[Call], None] | None = None,
+) -> None:
+    """Show each call of a method to `before` first, or to `after` once it has filled its output."""
     original = getattr(owner, name)
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        look(_call(original, args, kwargs))
-        return original(*args, **kwargs)
-
-    setattr(owner, name, method)
-
-
-def _after(owner: type, name: str, look: Callable[[Call], None]) -> None:
-    """Let `look` see each call of a method when it is done, with what it wrote into its arguments."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
+        call = SimpleNamespace(**signature.bind(*args, **kwargs).arguments)
+        if before is not None:
+            before(call)
         result = original(*args, **kwargs)
-        look(_call(original, args, kwargs))
+        if after is not None:
+            after(call)
         return result
 
     setattr(owner, name, method)
-
-
-def _call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    return SimpleNamespace(**inspect.signature(method).bind(*args, **kwargs).arguments)

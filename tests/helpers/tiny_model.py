@@ -1,5 +1,6 @@
 """A random Llama of a few hundred thousand parameters: greedy text from it changes with any wrong byte of KV."""
 
+import random
 from pathlib import Path
 
 import torch
@@ -40,3 +41,16 @@ def save_tiny_llama(
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder)
     return folder
+
+
+def random_prompts(count: int, shortest: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens, none of them special.
+
+    Args:
+        count: how many.
+        shortest: least tokens of a prompt.
+        longest: most tokens of a prompt.
+        seed: of lengths and tokens.
+    """
+    rng = random.Random(seed)
+    return [[rng.randrange(2, VOCABULARY) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]

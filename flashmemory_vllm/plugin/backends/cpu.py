@@ -7,7 +7,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
-from flashmemory_vllm.plugin.register import BACKEND_NAME
+from flashmemory_vllm.plugin.names import BACKEND_NAME
 
 
 class FlashMemoryCpuBuilder(CompactedBuilder, CPUAttentionMetadataBuilder):

@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
-from flashmemory_vllm.plugin.register import BACKEND_NAME
+from flashmemory_vllm.plugin.names import BACKEND_NAME
 
 
 class FlashMemoryCudaBuilder(CompactedBuilder, FlashAttentionMetadataBuilder):

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from flashmemory_vllm.plugin.register import BACKEND_NAME
+from flashmemory_vllm.plugin.names import BACKEND_NAME
 
 
 def make_vllm_config(

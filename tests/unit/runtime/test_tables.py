@@ -5,6 +5,7 @@ import torch
 
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
 
 CPU = torch.device("cpu")
@@ -44,7 +45,8 @@ def test_tables_keep_their_memory_between_steps() -> None:
 
 
 def test_queries_of_each_rows_last_token_are_kept() -> None:
-    buffer = QueryBuffer(2, 4, 3, 8, torch.float32, CPU)
+    shape = AttentionShape(("layer",), 3, 1, 8, 1.0, 16, torch.float32, CPU)
+    buffer = QueryBuffer(2, 4, shape)
     query = torch.randn(6, 3, 8)
     buffer.set_rows([4, 2])
     buffer.capture(1, query)

@@ -1,0 +1,45 @@
+"""What a user sees when a server starts: the demo's verdict, and the reason when a worker refuses."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flashmemory_vllm.cli.server import Server
+from flashmemory_vllm.errors import FlashMemoryError
+from flashmemory_vllm.reference import reference_model_path
+from tests.e2e.conftest import CONFIG, ROOT, STARTUP_SECONDS
+
+
+def test_the_demo_finds_its_needle(environment: dict[str, str]) -> None:
+    demo = subprocess.run(
+        [sys.executable, "-m", "flashmemory_vllm.cli.app", "demo"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    asked, question, model, right, resident, device = demo.stdout.splitlines()
+    assert asked.endswith("in 16,384 tokens")
+    assert question.startswith("question      ASK ")
+    assert f"right answer  {model.removeprefix('model         ')}   (the same)" == right
+    assert re.fullmatch(r"resident      69 of 512 blocks: 13\.[45]% of its KV", resident)
+    assert device == "device        144 slots: 3.6 times smaller than this request's KV"
+
+
+def test_what_only_a_worker_can_tell_is_still_readable(environment: dict[str, str], tmp_path: Path) -> None:
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"num-gpu-blocks-override": 100_000}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    server = Server(reference_model_path(), path, STARTUP_SECONDS, environment)
+    with pytest.raises(FlashMemoryError) as refused, server:
+        pytest.fail("the server must not start")
+    message = str(refused.value)
+    assert message.startswith("the server ended with code 1\n")
+    assert "ConfigError: --num-gpu-blocks-override: 100000 logical blocks, the host pool holds " in message
+    assert "raise flashmemory.host_memory_gib or lower the override" in message
