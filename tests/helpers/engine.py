@@ -19,6 +19,9 @@ from tests.helpers.oracle import Checked, Kind
 ROOT = Path(__file__).parents[2]
 # vLLM and its libraries print to standard output too, even after the result.
 RESULT_MARK = "engine result: "
+# vLLM's model runners on a CPU, as `EngineResult.model_runner` names them.
+V1_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
+V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 TRITON_CPU = ROOT / "tests" / "tools" / "triton_cpu"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.engine import EngineResult, EngineRun, run_engine
+from tests.helpers.engine import V1_RUNNER, V2_RUNNER, EngineResult, EngineRun, run_engine
 from tests.helpers.tiny_model import random_prompts, save_tiny_llama
 
 pytestmark = [
@@ -23,8 +23,6 @@ pytestmark = [
 ]
 
 BLOCK_SIZE = 32
-V1_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
-V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 
 Models = Callable[..., Path]
 

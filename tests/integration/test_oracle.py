@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.engine import EngineResult, EngineRun, run_engine
+from tests.helpers.engine import V1_RUNNER, V2_RUNNER, EngineResult, EngineRun, run_engine
 from tests.helpers.tiny_model import random_prompts, save_tiny_llama
 
 pytestmark = [
@@ -23,7 +23,6 @@ pytestmark = [
 
 TOLERANCE = 1e-5
 BLOCK_SIZE = 32
-V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def _sparse_run(model: Path, rounds: list[list[list[int]]], max_tokens: int, **o
 
 
 def _long_run(model: Path, **options: Any) -> EngineRun:
-    """Twelve prompts in two rounds; half of the second round's are the first's."""
+    """Two rounds of eight prompts; half of the second round's are the first's."""
     first = random_prompts(8, 300, 500)
     second = [*random_prompts(4, 300, 500, seed=1), *first[:4]]
     return _sparse_run(model, [first, second], 120, device_slots=34, **options)
@@ -77,8 +76,10 @@ def _check(result: EngineResult, sparse_rows: int) -> None:
     assert result.checked["streamed_prefill"].rows > 0
     counted = result.counters
     assert counted["decode_resident_blocks_total"] < 0.5 * counted["decode_context_blocks_total"]
-    for name in ("evictions_total", "recalled_blocks_total", "prefetched_blocks_total", "streamed_blocks_total"):
-        assert counted[name] > 0, name
+    assert counted["evictions_total"] > 0
+    assert counted["streamed_blocks_total"] > 0
+    # Some are waited for, others land while the set before is in force
+    assert counted["recalled_blocks_total"] > counted["prefetched_blocks_total"] > 0
     assert counted["missing_selections_total"] == 0
     assert result.metrics["prefix_cache_hits"] > 0
     assert result.metrics["preemptions"] > 0
@@ -92,6 +93,7 @@ def one_group(model: Path) -> EngineResult:
 
 def test_one_layer_group(one_group: EngineResult) -> None:
     _check(one_group, sparse_rows=1000)
+    assert one_group.model_runner == V1_RUNNER
 
 
 def test_two_layer_groups(model: Path) -> None:

@@ -86,7 +86,8 @@ class ResidencyWorker:
         if num_logical_blocks > capacity.num_logical_blocks:
             raise ConfigError(
                 f"--num-gpu-blocks-override: {num_logical_blocks} logical blocks, the host pool holds "
-                f"{capacity.num_logical_blocks}; raise flashmemory.host_memory_gib or lower the override"
+                f"{capacity.num_logical_blocks}; lower the override, or raise what limits the pool: "
+                "flashmemory.host_memory_gib or --max-num-seqs"
             )
         num_slots = min(capacity.num_slots, num_logical_blocks)
         super().initialize_from_config(self._physical_config(kv_cache_config, num_slots))  # type: ignore[misc]
