@@ -25,9 +25,7 @@ class HostMemory:
     limited_by: str
 
 
-def available_host_bytes(
-    proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")
-) -> HostMemory:
+def available_host_bytes(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> HostMemory:
     """How much host memory is left under the tightest of all limits.
 
     Args:
@@ -54,9 +52,7 @@ def _cgroup_rest(proc: Path, root: Path) -> Iterator[HostMemory]:
             yield from _climb(root, path, limit_name="memory.max", usage_name="memory.current", version="v2")
             # Where v1 and v2 are mounted side by side, v2 lives one level down
             unified = root / "unified"
-            yield from _climb(
-                unified, path, limit_name="memory.max", usage_name="memory.current", version="v2"
-            )
+            yield from _climb(unified, path, limit_name="memory.max", usage_name="memory.current", version="v2")
         elif "memory" in controllers.split(","):
             yield from _climb(
                 root / "memory",

@@ -99,9 +99,7 @@ def _broken_rules(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=_name)
 def test_package_imports_go_downward(path: Path) -> None:
     part = _part(path)
-    assert part in MAY_IMPORT or not part, (
-        f"{_name(path)} belongs to no layer: give {part!r} a row in this test"
-    )
+    assert part in MAY_IMPORT or not part, f"{_name(path)} belongs to no layer: give {part!r} a row in this test"
     assert list(_broken_rules(path)) == []
 
 

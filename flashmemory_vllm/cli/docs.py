@@ -85,9 +85,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--folder", type=Path, default=Path("docs"), help="folder of the pages. Default: docs"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("docs"), help="folder of the pages. Default: docs")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     parser.set_defaults(run=run)
 

@@ -24,9 +24,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint if there is one")
     train.add_argument("--seed", type=int, default=0, help="seed of weights and data. Default: 0")
     train.add_argument("--max-minutes", type=float, default=8.0, help="wall-clock of training. Default: 8")
-    train.add_argument(
-        "--max-steps", type=int, default=0, help="steps at most; 0 leaves only the clock. Default: 0"
-    )
+    train.add_argument("--max-steps", type=int, default=0, help="steps at most; 0 leaves only the clock. Default: 0")
     train.add_argument("--max-tokens", type=int, default=32768, help="longest context. Default: 32768")
     train.add_argument("--tokens-per-step", type=int, default=65536, help="tokens of a batch. Default: 65536")
     train.add_argument("--lr", type=float, default=1e-3, help="peak learning rate. Default: 0.001")
@@ -35,18 +33,12 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--num-layers", type=int, default=6, help="decoder layers. Default: 6")
     train.set_defaults(run=run_train)
     evaluate = commands.add_parser("evaluate", help="dense accuracy for each task and length")
-    evaluate.add_argument(
-        "--model", type=Path, default=reference_model_path(), help="Default: the shipped model"
-    )
+    evaluate.add_argument("--model", type=Path, default=reference_model_path(), help="Default: the shipped model")
     evaluate.set_defaults(run=run_evaluate)
     for command in (train, evaluate):
         command.add_argument("--device", default="cuda", help="torch device. Default: cuda")
-        command.add_argument(
-            "--questions", type=int, default=200, help="questions of each cell. Default: 200"
-        )
-        command.add_argument(
-            "--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768], help="prompt tokens"
-        )
+        command.add_argument("--questions", type=int, default=200, help="questions of each cell. Default: 200")
+        command.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768], help="prompt tokens")
     commands.add_parser("path", help="print the folder of the shipped model").set_defaults(run=run_path)
 
 

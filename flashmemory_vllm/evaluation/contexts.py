@@ -93,9 +93,7 @@ def _spell_items(shape: ContextShape, keys: Ids, values: Ids) -> list[Ids]:
     targets = plain_keys[:, shape.num_needles :]
 
     def spell(*parts: int | npt.NDArray[np.integer], like: Ids) -> Ids:
-        columns = [
-            part if isinstance(part, np.ndarray) and part.ndim == 3 else _column(part, like) for part in parts
-        ]
+        columns = [part if isinstance(part, np.ndarray) and part.ndim == 3 else _column(part, like) for part in parts]
         return np.concatenate(columns, axis=-1)
 
     return [
@@ -119,9 +117,7 @@ def _scatter_starts(
     return starts
 
 
-def build_contexts(
-    rng: np.random.Generator, batch_size: int, num_tokens: int, shape: ContextShape
-) -> ContextBatch:
+def build_contexts(rng: np.random.Generator, batch_size: int, num_tokens: int, shape: ContextShape) -> ContextBatch:
     """Build a batch of random contexts that hold the same kinds of facts.
 
     Args:
@@ -137,15 +133,11 @@ def build_contexts(
         ConfigError: the facts do not fit into `num_tokens`.
     """
     if shape.fact_tokens > num_tokens:
-        raise ConfigError(
-            f"context of {num_tokens} tokens is too short: its facts take {shape.fact_tokens} tokens"
-        )
+        raise ConfigError(f"context of {num_tokens} tokens is too short: its facts take {shape.fact_tokens} tokens")
     num_plain = shape.num_needles + shape.num_chains
     keys = _unique_keys(rng, batch_size, num_plain + shape.num_groups + shape.num_chains)
     num_values = num_plain + shape.num_groups * VALUES_PER_GROUP
-    value_words = rng.integers(
-        0, words.NUM_VALUE_WORDS, (batch_size, num_values, VALUE_WORDS), dtype=np.int32
-    )
+    value_words = rng.integers(0, words.NUM_VALUE_WORDS, (batch_size, num_values, VALUE_WORDS), dtype=np.int32)
     values = words.VALUE_0 + value_words
     items = _spell_items(shape, keys, values)
     lengths = np.concatenate([np.full(kind.shape[1], kind.shape[2], np.int64) for kind in items])

@@ -111,9 +111,7 @@ def facts_per_question(task: TaskName) -> int:
 
 def num_facts(task: TaskName, shape: ContextShape) -> int:
     """How many facts of the kind that a task asks for a context has."""
-    return {"needle": shape.num_needles, "group": shape.num_groups, "chain": shape.num_chains}[
-        fact_kind(task)
-    ]
+    return {"needle": shape.num_needles, "group": shape.num_groups, "chain": shape.num_chains}[fact_kind(task)]
 
 
 def ask(task: TaskName, context: ContextBatch, first_fact: int) -> QuestionBatch:
@@ -201,9 +199,7 @@ def iter_samples(
         asked = [ask(task, context, fact) for fact in facts]
         samples = [sample for question in asked for sample in _to_samples(context, question, chat=chat)]
         # question-major to context-major, so that the questions of a context follow each other
-        samples = [
-            samples[i::num_contexts][j] for i in range(num_contexts) for j in range(questions_per_context)
-        ]
+        samples = [samples[i::num_contexts][j] for i in range(num_contexts) for j in range(questions_per_context)]
         yield samples[:remaining]
         remaining -= len(samples)
 

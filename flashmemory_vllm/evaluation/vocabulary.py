@@ -9,9 +9,7 @@ SPECIAL_WORDS = ("<pad>", "<bos>", "<end>", "<user>", "<assistant>", "<system>",
 PAD, BOS, END, USER, ASSISTANT, SYSTEM, UNK = range(len(SPECIAL_WORDS))
 
 _CONTROL_WORDS = (".", "NEEDLE", "LET", "ASK", "EACH", "LIST", "TRACE", "LATER")
-STOP, NEEDLE, LET, ASK, EACH, LIST, TRACE, LATER = range(
-    len(SPECIAL_WORDS), len(SPECIAL_WORDS) + len(_CONTROL_WORDS)
-)
+STOP, NEEDLE, LET, ASK, EACH, LIST, TRACE, LATER = range(len(SPECIAL_WORDS), len(SPECIAL_WORDS) + len(_CONTROL_WORDS))
 
 NUM_ORDINALS = 8
 NUM_COUNTS = 160

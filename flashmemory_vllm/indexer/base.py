@@ -45,8 +45,7 @@ class IndexGeometry:
     def __post_init__(self) -> None:
         if self.num_query_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_query_heads must be a multiple of num_kv_heads ({self.num_kv_heads}); "
-                f"got {self.num_query_heads}"
+                f"num_query_heads must be a multiple of num_kv_heads ({self.num_kv_heads}); got {self.num_query_heads}"
             )
         if len(self.layer_groups) != len(self.anchor_layers):
             raise ConfigError(

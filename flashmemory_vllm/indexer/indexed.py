@@ -67,9 +67,7 @@ class IndexedSelector(Selector):
     def _log_mass(self, request: ScoringRequest) -> list[torch.Tensor]:
         """Per anchor layer the log-mass of each block, float32 [Hq, n]."""
         if request.queries is None:
-            raise ConfigError(
-                f"selector {self.name!r} needs queries; request {request.req_id!r} came without"
-            )
+            raise ConfigError(f"selector {self.name!r} needs queries; request {request.req_id!r} came without")
         return [
             score_blocks(self._expand(query), rows, request.block_ids, self.geometry.softmax_scale)
             for query, rows in zip(request.queries, self.index, strict=True)

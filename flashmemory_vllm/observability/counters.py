@@ -98,16 +98,12 @@ class CounterWriter:
             IntegrityError: another living process writes this file.
         """
         if name != SCHEDULER and not name.removeprefix(_WORKER_PREFIX).isdecimal():
-            raise ConfigError(
-                f"writer name is {name!r}: allowed is {SCHEDULER!r} or {worker_name(0)!r} and so on"
-            )
+            raise ConfigError(f"writer name is {name!r}: allowed is {SCHEDULER!r} or {worker_name(0)!r} and so on")
         _remove_stale(directory.parent)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / f"{name}{SUFFIX}"
         if path.exists() and is_written(path):
-            raise IntegrityError(
-                f"{path} is written by another living process: allowed is one writer for each file"
-            )
+            raise IntegrityError(f"{path} is written by another living process: allowed is one writer for each file")
         # Filled and locked under another name, so that no reader meets a half-made or unlocked file
         partial = path.with_suffix(".partial")
         file = FileIO(partial, "w+")
@@ -209,9 +205,7 @@ def read_capacity(directory: Path) -> Capacity:
     workers = [file.capacity for file in living_files(directory) if file.name != SCHEDULER]
     num_published = sum(capacity.num_slots > 0 for capacity in workers)
     if not workers or num_published < len(workers):
-        raise IntegrityError(
-            f"{num_published} of {len(workers)} workers in {directory} published their capacity"
-        )
+        raise IntegrityError(f"{num_published} of {len(workers)} workers in {directory} published their capacity")
     return Capacity(
         num_slots=min(capacity.num_slots for capacity in workers),
         num_logical_blocks=min(capacity.num_logical_blocks for capacity in workers),

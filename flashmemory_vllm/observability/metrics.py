@@ -37,9 +37,7 @@ class MetricSpec:
 
 
 METRICS = (
-    MetricSpec(
-        "resident_blocks", "gauge", "blocks", "How many blocks of the running requests are on the device?"
-    ),
+    MetricSpec("resident_blocks", "gauge", "blocks", "How many blocks of the running requests are on the device?"),
     MetricSpec("total_blocks", "gauge", "blocks", "How many blocks do the running requests have in all?"),
     MetricSpec(
         "resident_ratio",
@@ -52,16 +50,10 @@ METRICS = (
     MetricSpec("slots_total", "gauge", "slots", "How many device slots are there?"),
     MetricSpec("host_blocks_used", "gauge", "blocks", "How many blocks have a valid copy in host memory?"),
     MetricSpec("host_blocks_total", "gauge", "blocks", "How many blocks can host memory hold?"),
-    MetricSpec(
-        "recalled_blocks_total", "counter", "blocks", "How many blocks came back from host to device?"
-    ),
+    MetricSpec("recalled_blocks_total", "counter", "blocks", "How many blocks came back from host to device?"),
     MetricSpec("recalled_bytes_total", "counter", "bytes", "How much did recalls load the host link?"),
-    MetricSpec(
-        "written_back_blocks_total", "counter", "blocks", "How many blocks were copied from device to host?"
-    ),
-    MetricSpec(
-        "written_back_bytes_total", "counter", "bytes", "How much did write-backs load the host link?"
-    ),
+    MetricSpec("written_back_blocks_total", "counter", "blocks", "How many blocks were copied from device to host?"),
+    MetricSpec("written_back_bytes_total", "counter", "bytes", "How much did write-backs load the host link?"),
     MetricSpec("evictions_total", "counter", "blocks", "How many blocks gave up their slot?"),
     MetricSpec(
         "prefetched_blocks_total",

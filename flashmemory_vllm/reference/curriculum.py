@@ -57,15 +57,12 @@ class Curriculum:
     def plan(self, step: int) -> BatchPlan:
         """The batch of a step: half the time the current length, otherwise any shorter one."""
         rng = np.random.default_rng([self.seed, step, 1])
-        shorter = [
-            _SHORTEST_LEN << power for power in range((self.num_tokens // _SHORTEST_LEN).bit_length() - 1)
-        ]
+        shorter = [_SHORTEST_LEN << power for power in range((self.num_tokens // _SHORTEST_LEN).bit_length() - 1)]
         num_tokens = self.num_tokens
         if shorter and rng.random() >= _CURRENT_LENGTH_CHANCE:
             num_tokens = int(rng.choice(shorter))
         weights = tuple(
-            (task, _BASE_WEIGHTS[task] * (1 + _LAG_WEIGHT * (1 - self.accuracy.get(task, 0.0))))
-            for task in TASK_NAMES
+            (task, _BASE_WEIGHTS[task] * (1 + _LAG_WEIGHT * (1 - self.accuracy.get(task, 0.0)))) for task in TASK_NAMES
         )
         return BatchPlan(max(1, self.tokens_per_step // num_tokens), num_tokens, weights)
 

@@ -130,9 +130,7 @@ def _affordable(tasks: list[TaskName], shape: ContextShape) -> list[TaskName]:
     return kept
 
 
-def _assemble(
-    plan: BatchPlan, context: ContextBatch, asked: list[QuestionBatch], *, chat: bool
-) -> TrainingBatch:
+def _assemble(plan: BatchPlan, context: ContextBatch, asked: list[QuestionBatch], *, chat: bool) -> TrainingBatch:
     """Lay out context, questions and answers, and point at the answer tokens."""
 
     def marker(token: int) -> Ids:
@@ -180,9 +178,7 @@ def build_batch(plan: BatchPlan, seed: int, step: int) -> TrainingBatch:
 class Prefetcher:
     """Builds batches ahead in worker threads; plans are asked for when a batch is begun."""
 
-    def __init__(
-        self, seed: int, first_step: int, make_plan: Callable[[int], BatchPlan], depth: int = 4
-    ) -> None:
+    def __init__(self, seed: int, first_step: int, make_plan: Callable[[int], BatchPlan], depth: int = 4) -> None:
         self._seed = seed
         self._make_plan = make_plan
         self._pool = ThreadPoolExecutor(max_workers=max(1, depth // 2))

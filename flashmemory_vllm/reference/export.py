@@ -49,9 +49,7 @@ def export_model(model: ReferenceModel, folder: Path) -> None:
     write_tokenizer(folder, model.config.max_position_embeddings)
 
 
-def write_card(
-    folder: Path, settings: TrainSettings, result: TrainResult, cells: Sequence[AccuracyCell]
-) -> None:
+def write_card(folder: Path, settings: TrainSettings, result: TrainResult, cells: Sequence[AccuracyCell]) -> None:
     """Write the model card and `evaluation.json`: how the weights came about and what they can do."""
     cuda = settings.device.startswith("cuda")
     num_parameters = sum(parameter.numel() for parameter in result.model.parameters())

@@ -178,7 +178,5 @@ class ReferenceModel(nn.Module):
     def load(cls, folder: Path, device: str) -> "ReferenceModel":
         """Load an exported checkpoint, its weights widened to fp32 without change."""
         model = cls(ReferenceConfig.load(folder))
-        model.load_state_dict(
-            {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-        )
+        model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
         return model.to(device).eval()

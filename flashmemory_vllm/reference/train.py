@@ -85,9 +85,7 @@ def _to_device(array: object, device: str) -> Tensor:
 def exact_match(predicted: Tensor, labels: Tensor, batch: TrainingBatch) -> Tensor:
     """Share of rows `[S]` in which every token of each answer span is right, given `[B, P]` tokens."""
     lengths = torch.tensor([span.stop - span.start for span in batch.spans])
-    span_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(
-        labels.device, non_blocking=True
-    )
+    span_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(labels.device, non_blocking=True)
     wrong = torch.zeros(len(labels), len(lengths), device=labels.device)
     wrong.index_add_(1, span_of, (predicted != labels).float())
     return (wrong == 0).float().mean(dim=0)
@@ -179,9 +177,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         logits = self.model(_to_device(batch.tokens, device), _to_device(batch.positions, device), dtype)
-        token_loss = functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), reduction="none"
-        ).view_as(labels)
+        token_loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(
+            labels
+        )
         loss = (token_loss * weights).sum() / weights.sum()
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -197,9 +195,7 @@ class Trainer:
             before = self.accuracy.get((task, num_tokens), share)
             self.accuracy[task, num_tokens] = _LOG_DECAY * before + (1 - _LOG_DECAY) * share
         if self.curriculum.observe(num_tokens, by_task, self.clock_share):
-            self.report(
-                f"step {self.step}: on to {self.curriculum.num_tokens} tokens at {self.seconds:.0f} s"
-            )
+            self.report(f"step {self.step}: on to {self.curriculum.num_tokens} tokens at {self.seconds:.0f} s")
 
     def _write_log(self) -> None:
         lengths = sorted({num_tokens for _, num_tokens in self.accuracy})

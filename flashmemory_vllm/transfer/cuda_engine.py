@@ -29,9 +29,7 @@ class CudaTransferEngine(TransferEngine):
     def __init__(self, layout: PageLayout, pool: HostPool) -> None:
         super().__init__(layout, pool)
         if not pool.pages.is_pinned():
-            raise ConfigError(
-                "the CUDA transfer engine needs a pinned host pool; got pageable memory (pin=False)"
-            )
+            raise ConfigError("the CUDA transfer engine needs a pinned host pool; got pageable memory (pin=False)")
         self._copy_stream = torch.cuda.Stream(layout.device)  # type: ignore[no-untyped-call]
         self._landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
 

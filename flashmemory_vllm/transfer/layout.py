@@ -99,14 +99,10 @@ class PageLayout:
         given = (cache.shape[0], cache.dtype, cache.device)
         expected = (self.num_slots, self.dtype, self.device)
         if given != expected:
-            raise ConfigError(
-                f"layer {layer}: KV cache has (slots, dtype, device) {given}; layer 0 has {expected}"
-            )
+            raise ConfigError(f"layer {layer}: KV cache has (slots, dtype, device) {given}; layer 0 has {expected}")
         page_elems = prod(cache.shape[1:])
         inner = sorted(
-            (stride, size)
-            for size, stride in zip(cache.shape[1:], cache.stride()[1:], strict=True)
-            if size > 1
+            (stride, size) for size, stride in zip(cache.shape[1:], cache.stride()[1:], strict=True) if size > 1
         )
         dense = 1
         for stride, size in inner:

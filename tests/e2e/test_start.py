@@ -42,4 +42,4 @@ def test_what_only_a_worker_can_tell_is_still_readable(environment: dict[str, st
     message = str(refused.value)
     assert message.startswith("the server ended with code 1\n")
     assert "ConfigError: --num-gpu-blocks-override: 100000 logical blocks, the host pool holds " in message
-    assert "raise flashmemory.host_memory_gib or lower the override" in message
+    assert "lower the override, or raise what limits the pool: flashmemory.host_memory_gib or --max-num-seqs" in message

@@ -12,9 +12,7 @@ def make_pool(case: CopyCase, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """[N, page_elems], a slice out of wider rows, of random bits (NaN patterns among them)."""
     generator = torch.Generator().manual_seed(seed)
     row_bytes = case.row_elems * dtype.itemsize
-    rows = torch.randint(256, (case.num_pool_pages, row_bytes), generator=generator, dtype=torch.uint8).view(
-        dtype
-    )
+    rows = torch.randint(256, (case.num_pool_pages, row_bytes), generator=generator, dtype=torch.uint8).view(dtype)
     start = case.row_elems - case.page_elems
     return rows[:, start:]
 
@@ -24,9 +22,7 @@ def bits(pages: torch.Tensor) -> torch.Tensor:
 
 
 def random_ids(case: CopyCase, seed: int) -> torch.Tensor:
-    return torch.randperm(case.num_pool_pages, generator=torch.Generator().manual_seed(seed))[
-        : case.num_pages
-    ]
+    return torch.randperm(case.num_pool_pages, generator=torch.Generator().manual_seed(seed))[: case.num_pages]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,9 +25,7 @@ def test_op_folder_is_complete(op: str, file: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_a_test_and_a_row_in_the_table(op: str) -> None:
     assert (Path(__file__).parent / f"test_{op}.py").is_file()
-    row = next(
-        line for line in (KERNELS / "README.md").read_text().splitlines() if line.startswith(f"| `{op}`")
-    )
+    row = next(line for line in (KERNELS / "README.md").read_text().splitlines() if line.startswith(f"| `{op}`"))
     has_kernel = (KERNELS / "flashmemory_kernels" / op / "kernel.py").is_file()
     assert ("`kernel.py`" in row) == has_kernel
 

@@ -22,9 +22,7 @@ def test_weights_are_those_of_the_union(case: MergeCase) -> None:
     out, lse = merge_attention(out_a, lse_a, out_b, lse_b)
     mass_a, mass_b = lse_a.double().exp(), lse_b.double().exp()
     share = (mass_a / (mass_a + mass_b)).T.unsqueeze(-1)
-    torch.testing.assert_close(
-        out.double(), share * out_a + (1 - share) * out_b, rtol=RTOL_FP32, atol=RTOL_FP32
-    )
+    torch.testing.assert_close(out.double(), share * out_a + (1 - share) * out_b, rtol=RTOL_FP32, atol=RTOL_FP32)
     torch.testing.assert_close(lse.double(), (mass_a + mass_b).log(), rtol=RTOL_FP32, atol=RTOL_FP32)
 
 

@@ -18,18 +18,14 @@ TOL_LSE_BF16: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-4}
 TOL_BF16: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2}
 
 
-def inputs(
-    case: AttentionCase, dtype: torch.dtype, num_keys: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(case: AttentionCase, dtype: torch.dtype, num_keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(case.num_tokens, case.num_heads, case.head_dim, generator=generator)
     key, value = torch.randn(2, num_keys, case.num_kv_heads, case.head_dim, generator=generator)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
-) -> torch.Tensor:
+def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
     """Textbook attention in float64, [T, H, D]."""
     repeat = query.shape[1] // key.shape[1]
     keys, values = (x.double().repeat_interleave(repeat, dim=1) for x in (key, value))

@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[2]
 def test_kernel_matches_specification(op: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
     command = [sys.executable, str(Path(__file__).with_name("interpreted_cases.py")), op]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "cases agree" in result.stdout

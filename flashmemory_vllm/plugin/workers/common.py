@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from flashmemory_vllm.runtime.capacity import CapacityPlan
     from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 
-logger = init_logger(__name__)
+# vLLM sets up handlers for the names below its own only.
+logger = init_logger("vllm.flashmemory")
 
 
 class ResidencyWorker:

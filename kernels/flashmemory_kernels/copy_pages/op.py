@@ -69,9 +69,7 @@ def _check_ids(
 
 def _check_gpu_pages(name: str, pages: torch.Tensor, device: torch.device) -> None:
     if not pages.is_pinned() if pages.device.type == "cpu" else pages.device != device:
-        raise ValueError(
-            f"{name}: expected pinned host memory or device {device}, got unpinned or {pages.device}"
-        )
+        raise ValueError(f"{name}: expected pinned host memory or device {device}, got unpinned or {pages.device}")
     word_bytes = 4
     for what, elems in (
         ("page", pages.shape[1]),

@@ -30,18 +30,12 @@ def merge_attention_kernel(
     weight_a = tl.exp(lse_a - top)
     weight_b = tl.exp(lse_b - top)
     total = tl.where(both_empty, 1.0, weight_a + weight_b)
-    tl.store(
-        p_lse + i_head * stride_loh + i_token * stride_lot, tl.where(both_empty, empty, top + tl.log(total))
-    )
+    tl.store(p_lse + i_head * stride_loh + i_token * stride_lot, tl.where(both_empty, empty, top + tl.log(total)))
 
     i_dim = tl.arange(0, BLOCK_D)
     m_dim = i_dim < D
-    out_a = tl.load(p_out_a + i_token * stride_at + i_head * stride_ah + i_dim, m_dim, other=0.0).to(
-        tl.float32
-    )
-    out_b = tl.load(p_out_b + i_token * stride_bt + i_head * stride_bh + i_dim, m_dim, other=0.0).to(
-        tl.float32
-    )
+    out_a = tl.load(p_out_a + i_token * stride_at + i_head * stride_ah + i_dim, m_dim, other=0.0).to(tl.float32)
+    out_b = tl.load(p_out_b + i_token * stride_bt + i_head * stride_bh + i_dim, m_dim, other=0.0).to(tl.float32)
     # The buffer of a part of weight 0 may hold NaN, and NaN * 0 is NaN.
     out_a = tl.where(weight_a > 0, out_a * weight_a, 0.0)
     out_b = tl.where(weight_b > 0, out_b * weight_b, 0.0)

@@ -23,9 +23,7 @@ def partial_attention_cpu(
         scale=scale,
     )
     # out [g, Hkv, T, D] and lse [g, Hkv, T]; query head h = kv_head * g + member.
-    return out.permute(2, 1, 0, 3).reshape(query.shape), lse.transpose(0, 1).reshape(
-        num_heads, num_tokens
-    ).float()
+    return out.permute(2, 1, 0, 3).reshape(query.shape), lse.transpose(0, 1).reshape(num_heads, num_tokens).float()
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

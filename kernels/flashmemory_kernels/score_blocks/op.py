@@ -6,9 +6,7 @@ from flashmemory_kernels.common import expect_device, expect_dtype, expect_shape
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
 
 
-def score_blocks(
-    query: torch.Tensor, index: torch.Tensor, block_ids: torch.Tensor, scale: float
-) -> torch.Tensor:
+def score_blocks(query: torch.Tensor, index: torch.Tensor, block_ids: torch.Tensor, scale: float) -> torch.Tensor:
     """Log-mass of blocks under one query: `log sum_r exp(scale * q . index[block, r])` per query head.
 
     With a block's own keys as rows this is the exact logarithm of its unnormalised attention mass, so a

@@ -24,12 +24,8 @@ def test_one_api_server_shares_its_instance_id_with_the_engine() -> None:
 def test_several_api_servers_find_the_engine_of_their_launcher() -> None:
     engine = make_vllm_config("launcher", api_process_count=2, api_process_rank=-1)
     announce_engine(engine)
-    api_servers = [
-        make_vllm_config(f"own{rank}", api_process_count=2, api_process_rank=rank) for rank in range(2)
-    ]
-    assert {engine_counters_directory(config) for config in api_servers} == {
-        engine_counters_directory(engine)
-    }
+    api_servers = [make_vllm_config(f"own{rank}", api_process_count=2, api_process_rank=rank) for rank in range(2)]
+    assert {engine_counters_directory(config) for config in api_servers} == {engine_counters_directory(engine)}
 
 
 def test_a_launcher_started_by_another_announces_its_own_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,9 +31,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.fixture
 def worker(engine: int) -> Iterator[CounterWriter]:
     """The counters of that engine's one worker."""
-    with CounterWriter.create(
-        engine_counters_directory(make_vllm_config(), engine), worker_name(0)
-    ) as writer:
+    with CounterWriter.create(engine_counters_directory(make_vllm_config(), engine), worker_name(0)) as writer:
         yield writer
 
 
@@ -51,9 +49,7 @@ def test_vllm_accepts_it() -> None:
 
 @pytest.mark.parametrize("method", ["record", "log", "log_engine_initialized"])
 def test_signatures_are_vllms(method: str) -> None:
-    ours, theirs = (
-        inspect.signature(getattr(cls, method)) for cls in (FlashMemoryStatLogger, StatLoggerBase)
-    )
+    ours, theirs = (inspect.signature(getattr(cls, method)) for cls in (FlashMemoryStatLogger, StatLoggerBase))
     assert list(ours.parameters) == list(theirs.parameters)
 
 

@@ -32,9 +32,7 @@ def _copy_pages(folder: Path) -> None:
         (folder / name).write_text((COMMITTED / name).read_text())
 
 
-def test_check_fails_on_a_stale_page_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_fails_on_a_stale_page_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _copy_pages(tmp_path)
     page = tmp_path / "metrics.md"
     stale = page.read_text().replace("flashmemory:evictions_total", "flashmemory:old_name")

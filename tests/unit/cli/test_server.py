@@ -64,9 +64,7 @@ def test_the_block_starts_when_the_server_is_healthy_and_stops_it(
     assert not _is_running(tmp_path)
 
 
-def test_an_error_inside_the_block_stops_the_server(
-    make_server: Callable[[str], Server], tmp_path: Path
-) -> None:
+def test_an_error_inside_the_block_stops_the_server(make_server: Callable[[str], Server], tmp_path: Path) -> None:
     with pytest.raises(FlashMemoryError, match="status 500: too long"), make_server(SERVING) as server:
         server.complete([1, 2], max_tokens=1)
     assert not _is_running(tmp_path)
@@ -78,9 +76,7 @@ def test_a_server_that_dies_is_told_with_the_end_of_its_log(make_server: Callabl
         pytest.fail("the block must not be entered")
 
 
-def test_a_server_that_never_gets_healthy_is_stopped(
-    make_server: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_a_server_that_never_gets_healthy_is_stopped(make_server: Callable[..., Server], tmp_path: Path) -> None:
     hanging = make_server("import time; time.sleep(600)", startup_seconds=1.5)
     with pytest.raises(FlashMemoryError, match="was not up after"), hanging:
         pytest.fail("the block must not be entered")

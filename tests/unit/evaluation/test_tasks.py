@@ -90,9 +90,7 @@ def test_late_generates_long_before_it_answers() -> None:
     assert LATE_COUNT >= 128
     for sample in make_samples("late", NUM_TOKENS, 5, seed=2):
         [needle] = _spans(sample)
-        assert sample.answer_ids[:LATE_COUNT].tolist() == list(
-            range(words.COUNT_0, words.COUNT_0 + LATE_COUNT)
-        )
+        assert sample.answer_ids[:LATE_COUNT].tolist() == list(range(words.COUNT_0, words.COUNT_0 + LATE_COUNT))
         assert sample.answer_ids[LATE_COUNT:].tolist() == [*needle[1:6], words.END]
         assert _question(sample)[1:] == needle[1:3]
 

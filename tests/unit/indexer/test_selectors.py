@@ -19,9 +19,7 @@ TOL: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 INDEXED = ("mean", "bounds", "exact", "h2o")
 
 
-def make_geometry(
-    layer_groups: tuple[int, ...] = (0, 0, 0), dtype: torch.dtype = torch.float32
-) -> IndexGeometry:
+def make_geometry(layer_groups: tuple[int, ...] = (0, 0, 0), dtype: torch.dtype = torch.float32) -> IndexGeometry:
     return IndexGeometry(
         num_logical_blocks=N,
         block_size=BS,

@@ -65,16 +65,12 @@ def test_values_are_summed_over_processes(directory: Path, other_process: "subpr
         other_process.communicate("end\n")
 
 
-def test_a_process_that_ends_takes_its_file_along(
-    directory: Path, other_process: "subprocess.Popen[str]"
-) -> None:
+def test_a_process_that_ends_takes_its_file_along(directory: Path, other_process: "subprocess.Popen[str]") -> None:
     other_process.communicate("end\n")
     assert not directory.exists()
 
 
-def test_the_file_of_a_killed_process_is_not_read(
-    directory: Path, other_process: "subprocess.Popen[str]"
-) -> None:
+def test_the_file_of_a_killed_process_is_not_read(directory: Path, other_process: "subprocess.Popen[str]") -> None:
     other_process.kill()
     other_process.communicate()
     assert list(directory.glob("*.bin"))
@@ -98,9 +94,7 @@ def test_a_new_writer_leaves_the_files_of_living_processes(
     other_process.communicate("end\n")
 
 
-def test_capacity_is_the_smallest_over_the_workers(
-    directory: Path, other_process: "subprocess.Popen[str]"
-) -> None:
+def test_capacity_is_the_smallest_over_the_workers(directory: Path, other_process: "subprocess.Popen[str]") -> None:
     with (
         CounterWriter.create(directory, worker_name(0)) as worker,
         CounterWriter.create(directory, SCHEDULER),

@@ -92,10 +92,7 @@ def test_lagging_tasks_come_up_more_often() -> None:
 
 def test_the_command_writes_a_whole_checkpoint(tmp_path: Path) -> None:
     args = ["train", "--out", str(tmp_path), "--device", "cpu", "--num-layers", "1", "--max-tokens", "128"]
-    assert (
-        main([*args, "--tokens-per-step", "512", "--max-steps", "3", "--questions", "2", "--lengths", "1024"])
-        == 0
-    )
+    assert main([*args, "--tokens-per-step", "512", "--max-steps", "3", "--questions", "2", "--lengths", "1024"]) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "evaluation.json"}
     assert "| multikey (chat) |" in (tmp_path / "README.md").read_text()

@@ -83,9 +83,7 @@ def test_streamed_is_dense(
     history = make_history(page_format, keys[:num_history], values[:num_history], generator, num_on_device)
     staging = torch.full((2, staging_blocks, PAGE_ELEMS), torch.nan)
 
-    out = stream_attention(
-        query, keys[num_history:], values[num_history:], history, SCALE, (staging[0], staging[1])
-    )
+    out = stream_attention(query, keys[num_history:], values[num_history:], history, SCALE, (staging[0], staging[1]))
 
     expected = dense(query, keys, values)
     assert out.dtype == query.dtype
@@ -134,7 +132,5 @@ def test_history_that_its_pages_do_not_hold_is_refused(num_tokens: int, num_slot
     engine = CpuTransferEngine(layout, HostPool(4, layout))
     page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
     slots = torch.arange(num_slots) if num_slots else None
-    with pytest.raises(
-        IntegrityError, match=f"a history of {num_tokens} tokens has .* got 2 host and {num_slots} "
-    ):
+    with pytest.raises(IntegrityError, match=f"a history of {num_tokens} tokens has .* got 2 host and {num_slots} "):
         PagedHistory(engine, page_format, 0, torch.arange(2), num_tokens, slots)
