@@ -61,6 +61,12 @@ class FlashMemoryConfig(BaseModel):
     aggregate: Aggregate = Field(
         default="max", description="How a block's scores over query heads and anchor layers become one."
     )
+    score_threshold: float | None = Field(
+        default=None,
+        ge=0,
+        description="Blocks that a selection scores below this get no slot, though the ratio leaves room. Scores are "
+        "shares of attention in 0 to 1, of all selections so far with `h2o`. Unset: the ratio alone decides.",
+    )
     sink_tokens: int = Field(default=64, ge=0, description="Tokens at the start of a request that are always resident.")
     recent_tokens: int = Field(default=256, ge=1, description="Newest tokens of a request that are always resident.")
     min_sparse_tokens: int = Field(

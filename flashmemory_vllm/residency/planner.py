@@ -13,6 +13,8 @@ prefetches have landed. In every other step a decode row is the table of the ste
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
@@ -48,12 +50,13 @@ class StepPlanner:
         geometry: sizes of the paged memory.
         policy: slots of a request; the same that the scheduler's ledger follows.
         tau: decode steps between two selections of a request.
+        score_threshold: blocks that a selection scores below get no slot, though there may be room. Default: none.
 
     Raises:
         ConfigError: `tau` is below 1, or geometry and policy disagree on the block size.
     """
 
-    def __init__(self, geometry: Geometry, policy: BudgetPolicy, tau: int) -> None:
+    def __init__(self, geometry: Geometry, policy: BudgetPolicy, tau: int, score_threshold: float = -inf) -> None:
         if tau < 1:
             raise ConfigError(f"tau: {tau} is given, at least 1 is allowed")
         if geometry.block_size != policy.block_size:
@@ -64,7 +67,7 @@ class StepPlanner:
         self._counters = Counters()
         self._slots = SlotTable(geometry)
         self._requests = RequestRegistry(geometry, self._slots)
-        self._settler = Settler(policy, self._slots, self._counters)
+        self._settler = Settler(policy, self._slots, self._counters, score_threshold)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
         self._lut_view.flags.writeable = False

@@ -63,6 +63,14 @@ def best(positions: IntArray, scores: FloatArray, count: int) -> IntArray:
     return positions[is_best]
 
 
+def worth_a_slot(positions: IntArray, scores: FloatArray, threshold: float) -> IntArray:
+    """The positions whose score reaches the threshold, and those that are newer than the scoring."""
+    num_scored = int(np.searchsorted(positions, scores.size))
+    is_worth = np.ones(positions.size, np.bool_)
+    is_worth[:num_scored] = scores[positions[:num_scored]] >= threshold
+    return positions[is_worth]
+
+
 def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
     """The positions in ascending rank; see `best`."""
     num_scored = int(np.searchsorted(positions, scores.size))

@@ -7,7 +7,7 @@ import numpy as np
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.demand import Demand
-from flashmemory_vllm.residency.ranking import Frame, best, difference, worst_to_best
+from flashmemory_vllm.residency.ranking import Frame, best, difference, worst_to_best, worth_a_slot
 from flashmemory_vllm.residency.requests import ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import NOTHING, Counters, IntArray, Phase
@@ -16,10 +16,11 @@ from flashmemory_vllm.residency.types import NOTHING, Counters, IntArray, Phase
 class Settler:
     """Settles one row at a time: pins what has slots, unpins what it gives up, demands what is missing."""
 
-    def __init__(self, policy: BudgetPolicy, slots: SlotTable, counters: Counters) -> None:
+    def __init__(self, policy: BudgetPolicy, slots: SlotTable, counters: Counters, score_threshold: float) -> None:
         self._policy = policy
         self._slots = slots
         self._counters = counters
+        self._score_threshold = score_threshold
 
     def settle(self, row: ScheduledRequest, demand: Demand) -> None:
         """Bring the sets of a row up to date. A decode row that goes on in the same block has nothing to do.
@@ -58,7 +59,12 @@ class Settler:
         elif state.kept_all and not keeps_all:
             self._counters.missing_selections += 1
         for group in range(len(state.held)):
-            candidates = frame.candidates() if is_selected or keeps_all else self._at_hand(row, frame, group)
+            if keeps_all:
+                candidates = frame.candidates()
+            elif is_selected:
+                candidates = worth_a_slot(frame.candidates(), state.scores_of(group), self._score_threshold)
+            else:
+                candidates = self._at_hand(row, frame, group)
             target = frame.with_best(candidates, state.scores_of(group), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
             may_wait = frame if is_selected and state.is_decoding else None

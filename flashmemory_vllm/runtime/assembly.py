@@ -1,6 +1,7 @@
 """Puts a worker's runtime together from its configuration and its allocated KV cache."""
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 
@@ -75,7 +76,9 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=StepPlanner(geometry, budget, config.tau_steps),
+            planner=StepPlanner(
+                geometry, budget, config.tau_steps, -inf if config.score_threshold is None else config.score_threshold
+            ),
             engine=engine,
             page_format=page_format,
             selector=selector,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 import numpy as np
 
@@ -17,11 +18,17 @@ class Driver:
     """Drives a planner with as few words as possible; completes every plan."""
 
     def __init__(
-        self, num_slots: int = 40, num_groups: int = 1, tau: int = 3, ratio: float = 0.25, min_sparse: int = 0
+        self,
+        num_slots: int = 40,
+        num_groups: int = 1,
+        tau: int = 3,
+        ratio: float = 0.25,
+        min_sparse: int = 0,
+        threshold: float = -inf,
     ) -> None:
         # Sink of one block, recent of one: a sparse set of n blocks has max(3, ratio * n).
         policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, 1, 400, 400, 0)
-        self.planner = StepPlanner(Geometry(200, num_slots, num_groups, BLOCK), policy, tau)
+        self.planner = StepPlanner(Geometry(200, num_slots, num_groups, BLOCK), policy, tau, threshold)
         self.computed: dict[str, int] = {}
         self._step = 0
 

@@ -189,6 +189,13 @@ def test_groups_choose_on_their_own() -> None:
     assert positions(plan, "a", 1) == [0, 8, 12]
 
 
+def test_blocks_below_the_threshold_get_no_slot_though_there_is_room() -> None:
+    driver = Driver(num_slots=28, ratio=0.4, threshold=99.0)  # five blocks of thirteen
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3, 5, 7])  # scored 100, 99 and 98
+    assert positions(driver.step(a=1), "a") == [0, 3, 5, 12]
+
+
 def test_a_decode_step_that_writes_more_than_the_budget_is_refused() -> None:
     driver = Driver()
     driver.prefill("a", 12)
