@@ -53,11 +53,12 @@ def _force_async_scheduling() -> None:
 
 
 def _machinery(llm: Any) -> dict[str, Any]:
-    """What really ran: with multiprocessing off the whole engine lies in this process."""
+    """What really ran: the engine lies in this process, and so does its worker if there is only one."""
     core = llm.llm_engine.engine_core.engine_core
-    runner = type(core.model_executor.driver_worker.worker.model_runner)
+    driver = getattr(core.model_executor, "driver_worker", None)
+    runner = type(driver.worker.model_runner) if driver is not None else None
     return {
-        "model_runner": f"{runner.__module__}.{runner.__qualname__}",
+        "model_runner": "" if runner is None else f"{runner.__module__}.{runner.__qualname__}",
         "scheduler": type(core.scheduler).__name__,
         "max_batches": core.batch_queue_size,
         "compilation": core.vllm_config.compilation_config.mode.name,

@@ -124,3 +124,12 @@ def test_model_runner_v2(models: Models, is_async: bool, scheduler: str, max_bat
     _check_same_text(ours, theirs)
     assert ours.model_runner == V2_RUNNER
     assert (ours.scheduler, ours.max_batches) == (scheduler, max_batches)
+
+
+def test_two_tensor_parallel_ranks(models: Models) -> None:
+    """Each rank has slots, a host pool and resident sets of its own, for its own heads; gauges and counters add up."""
+    one = _short_run(models())
+    stock = replace(one, engine={**one.engine, "tensor_parallel_size": 2})
+    theirs, ours = run_engine(stock), run_engine(_with_slots(stock, SHORT_SLOTS))
+    _check_same_text(ours, theirs)
+    assert ours.counters["slots_total"] == 2 * (SHORT_SLOTS - 1)
