@@ -1,5 +1,7 @@
 """Virtual memory for vLLM's KV cache: `vllm serve MODEL --attention-backend flashmemory`."""
 
+import logging
+
 __version__ = "0.1.0"
 
 
@@ -7,8 +9,12 @@ def register() -> None:
     """Make the `flashmemory` attention backend known to vLLM.
 
     vLLM calls this through the `vllm.general_plugins` entry point in every one of its processes: API server,
-    engine core, workers and the subprocess that inspects the model. It may run more than once in a process.
+    engine core, workers and the subprocess that inspects the model. It may run more than once in a process. A vLLM
+    in which the backend cannot even be registered goes on without it: who does not select it shall not notice it.
     """
-    from flashmemory_vllm.plugin.register import register as register_backend
+    try:
+        from flashmemory_vllm.plugin.register import register as register_backend
 
-    register_backend()
+        register_backend()
+    except (ImportError, AttributeError) as error:
+        logging.getLogger("vllm.flashmemory").warning("flashmemory is not available, it needs vLLM 0.32: %s", error)

@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.plugin import sizing
+from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.counter_files import announce_engine
 from flashmemory_vllm.plugin.names import BACKEND_NAME, CPU_WORKER, CUDA_WORKER
 from flashmemory_vllm.plugin.seams import check_seams
@@ -45,6 +46,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     """
     if not is_selected(vllm_config):
         return
+    check_vllm_version()
     check_seams()
     read_config(vllm_config)
     refuse_unsupported(vllm_config)

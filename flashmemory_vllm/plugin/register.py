@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Make `--attention-backend flashmemory` known to this process.
-
-    Raises:
-        UnsupportedError: the installed vLLM is not a version this plugin was written for.
-    """
-    compat.check_vllm_version()
+    """Make `--attention-backend flashmemory` known to this process; whether vLLM fits is tested once it is selected."""
     backend_member()
     compat.wrap_platform_config_check(before=_prepare_config, after=_check_sizes)
 

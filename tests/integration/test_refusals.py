@@ -257,10 +257,16 @@ def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
     assert "that 4194304 bytes of device memory leaves beside staging and the index keys" in message
 
 
-def test_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_vllm(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(UnsupportedError, match=r"installed version is 0\.33\.0, flashmemory-vllm supports 0\.32\.x"):
-        flashmemory_vllm.register()
+    assert str(refusal(llama)) == "vllm: installed version is 0.33.0, flashmemory-vllm supports 0.32.x"
+
+
+def test_another_vllm_goes_on_without_us(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    flashmemory_vllm.register()
+    other = EngineArgs(model=str(llama), skip_tokenizer_init=True).create_engine_config()
+    assert "flashmemory" not in str(other.parallel_config.worker_cls)
 
 
 def test_a_vllm_function_with_other_parameters(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
