@@ -109,8 +109,11 @@ class FlashMemoryManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
     def _count_refusal(self, request_id: str) -> None:
-        """Count a request once for each time it starts waiting, not once for each step that it waits."""
-        if request_id not in self._refused:
+        """Count a request once for each time it starts waiting, not once for each step that it waits.
+
+        A running one that is refused room to grow is not counted: it preempts, which vLLM counts.
+        """
+        if request_id not in self._refused and not self._ledger.is_admitted(request_id):
             self._refused.add(request_id)
             self._counters.add("refused_admissions_total", 1)
 

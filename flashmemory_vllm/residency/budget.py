@@ -176,13 +176,17 @@ class SlotLedger:
         """Times `can_admit` said no."""
         return self._refused
 
+    def is_admitted(self, req_id: str) -> bool:
+        """Whether the request has slots reserved."""
+        return req_id in self._reserves
+
     def can_admit(self, req_id: str, num_tokens: int, prefill_end: int) -> bool:
         """Whether the request fits; what it has reserved already counts as free.
 
         A request that is not admitted yet must fit with its growth, a running one only as it is now: nobody is
         preempted for growth that may never come.
         """
-        need = self._policy.need if req_id in self._reserves else self._policy.reserve
+        need = self._policy.need if self.is_admitted(req_id) else self._policy.reserve
         fits = need(num_tokens, prefill_end) <= self._room_for(req_id)
         self._refused += not fits
         return fits
