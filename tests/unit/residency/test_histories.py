@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
@@ -169,6 +170,7 @@ class History:
         )
 
 
+@pytest.mark.timeout(4 * 3600 if IS_THOROUGH else 600)
 @settings(
     max_examples=NUM_HISTORIES,
     deadline=None,
