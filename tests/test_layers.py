@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "evaluation": {"indexer", "residency", "reference", KERNELS},
     "training": {"indexer", "residency", "evaluation", "reference", KERNELS},
     "plugin": {"runtime", "transfer", "indexer", "residency", "observability", KERNELS},
-    "cli": {"reference", "evaluation", "training", "observability"},
+    "cli": {"runtime", "reference", "evaluation", "training", "observability"},
 }
 # What only one part may import, and what pure parts may import beside the standard library.
 ONLY_IN = {"vllm": {"plugin"}}

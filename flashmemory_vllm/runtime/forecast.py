@@ -1,0 +1,154 @@
+"""What a server would size and serve, worked out without one by the code that sizes it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.residency.budget import BudgetPolicy, SlotLedger, cdiv
+from flashmemory_vllm.runtime.assembly import index_bytes_per_block, staging_bytes
+from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_capacity
+from flashmemory_vllm.runtime.shape import AttentionShape
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """The sizes of a model that decide about memory; filled from its configuration.
+
+    Attributes:
+        num_layers: attention layers.
+        num_query_heads: query heads.
+        num_kv_heads: KV heads.
+        head_dim: elements of a key.
+        dtype: dtype of weights, keys and values.
+    """
+
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def shape(self, block_size: int) -> AttentionShape:
+        """The attention layers of a server of one rank; nothing is allocated, so that any device does."""
+        return AttentionShape(
+            layer_names=tuple(str(layer) for layer in range(self.num_layers)),
+            num_query_heads=self.num_query_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            softmax_scale=1.0,
+            block_size=block_size,
+            dtype=self.dtype,
+            device=torch.device("cpu"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSizes:
+    """What the server is started with; filled from the command line.
+
+    Attributes:
+        device_bytes: device memory for slots, index keys and staging together.
+        context_tokens: most tokens of a request, and those of each request that is counted.
+        max_num_seqs: most requests that run at once.
+        max_num_batched_tokens: most tokens of one step.
+        block_size: tokens in a block.
+    """
+
+    device_bytes: int
+    context_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What fits.
+
+    Attributes:
+        capacity: the sizes that the server would log.
+        request_kv_bytes: KV of one request of the context, in whole blocks.
+        request_decode_slots: slots that such a request decodes with.
+        num_requests: requests of the context that decode at once.
+        limited_by: what keeps one more from decoding.
+        dense_num_requests: requests whose KV fits into the same device memory with stock vLLM.
+    """
+
+    capacity: CapacityPlan
+    request_kv_bytes: int
+    request_decode_slots: int
+    num_requests: int
+    limited_by: str
+    dense_num_requests: int
+
+
+def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) -> Forecast:
+    """Size a server as its worker does, and count the requests of the longest context that it decodes at once.
+
+    Args:
+        model: sizes of the model.
+        config: our options; `host_memory_gib` must be given, since there is no machine to measure.
+        server: what the server is started with.
+
+    Raises:
+        ConfigError: the sizes do not fit, or there is no host memory given.
+    """
+    if config.host_memory_gib is None:
+        raise ConfigError("flashmemory.host_memory_gib is not given: a plan needs it, allowed is a number > 0")
+    shape = model.shape(server.block_size)
+    budget = BudgetPolicy(
+        block_size=server.block_size,
+        resident_ratio=config.resident_ratio,
+        min_sparse_tokens=config.min_sparse_tokens,
+        sink_tokens=config.sink_tokens,
+        recent_tokens=config.recent_tokens,
+        max_num_batched_tokens=server.max_num_batched_tokens,
+        max_model_len=server.context_tokens,
+        growth_reserve_tokens=config.growth_reserve_tokens,
+    )
+    host_bytes = int(config.host_memory_gib * GIB)
+    capacity = plan_capacity(
+        MemoryBudget(server.device_bytes, host_bytes, config.device_slots, server.max_num_seqs),
+        budget,
+        shape.block_bytes,
+        index_bytes_per_block(config, shape),
+        staging_bytes(config, shape),
+    )
+    request_blocks = cdiv(server.context_tokens, server.block_size)
+    by_blocks = (capacity.num_logical_blocks - 1) // request_blocks
+    by_slots = _requests_in_slots(capacity.num_slots, budget, at_most=server.max_num_seqs)
+    # Stock vLLM keeps one block for itself, too
+    dense_blocks = max(0, server.device_bytes // shape.block_bytes - 1)
+    if min(by_slots, by_blocks) == server.max_num_seqs:
+        limit = "--max-num-seqs"
+    elif by_slots <= by_blocks:
+        limit = "device slots"
+    elif capacity.num_logical_blocks == host_bytes // shape.block_bytes:
+        limit = "host blocks"
+    else:
+        limit = "host blocks, by the device memory of their index keys"
+    return Forecast(
+        capacity=capacity,
+        request_kv_bytes=request_blocks * shape.block_bytes,
+        request_decode_slots=budget.decode_budget(server.context_tokens),
+        num_requests=min(by_slots, by_blocks),
+        limited_by=limit,
+        dense_num_requests=dense_blocks // request_blocks,
+    )
+
+
+def _requests_in_slots(num_slots: int, budget: BudgetPolicy, at_most: int) -> int:
+    """Requests that the scheduler's ledger lets decode at once when each comes after the others' prefill."""
+    ledger = SlotLedger(num_slots, budget)
+    context = budget.max_model_len
+    prompt = context - 1
+    first_chunk = min(prompt, budget.max_num_batched_tokens)
+    for index in range(at_most):
+        req_id = str(index)
+        if not ledger.can_admit(req_id, first_chunk, prompt):
+            return index
+        ledger.commit(req_id, first_chunk, prompt)
+        ledger.commit(req_id, context, prompt)
+    return at_most

@@ -1,0 +1,143 @@
+"""`flashmemory plan` reads models without loading them, prints the plan twice over, and refuses in one line."""
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+
+from flashmemory_vllm.cli import app
+from flashmemory_vllm.cli.plan import LLAMA_8B, estimate_weights_bytes, model_sizes, read_model_fields
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.reference import reference_model_path
+
+GIB = 1 << 30
+SHAPE = ("--shape", "llama-8b", "--context", "131072")
+LLAMA = (*SHAPE, "--gpu-memory-gib", "80", "--host-memory-gib", "128")
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert app.main(["plan", *arguments, "--json"]) == 0
+    made: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return made
+
+
+def test_weights_are_subtracted_from_the_gpu_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan_json(capsys, *LLAMA, "--weights-gib", "15")
+    assert made["device_kv_bytes"] == 65 * GIB
+    assert not made["weights_are_estimated"]
+    assert made["request_kv_bytes"] == 16 * GIB
+    assert made["dense_num_requests"] == 4
+    assert made["slot_bytes"] + made["index_bytes"] + made["staging_bytes"] <= 65 * GIB
+    assert made["host_bytes"] <= 128 * GIB
+
+
+def test_weights_are_estimated_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan_json(capsys, *LLAMA)
+    assert made["weights_are_estimated"]
+    # The published model has 8.03 billion parameters
+    assert made["device_weights_bytes"] == pytest.approx(2 * 8.03e9, rel=0.001)
+    assert app.main(["plan", *LLAMA]) == 0
+    assert "estimated weights 14.96" in capsys.readouterr().out
+
+
+def test_the_estimate_is_the_size_of_the_reference_model() -> None:
+    from safetensors import safe_open
+
+    fields = read_model_fields(str(reference_model_path()))
+    with safe_open(reference_model_path() / "model.safetensors", "pt") as tensors:
+        stored = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118 - no mapping
+    parameters = sum(tensor.numel() for tensor in stored if tensor.dim() > 1)
+    assert estimate_weights_bytes(fields, model_sizes(fields, "float32")) == 4 * parameters
+
+
+def test_table_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan_json(capsys, *LLAMA)
+    assert app.main(["plan", *LLAMA]) == 0
+    table = capsys.readouterr().out
+    assert f"{made['num_slots']:,} ({made['slot_bytes'] / GIB:.3f} GiB)" in table
+    assert f"{made['num_logical_blocks']:,} ({made['host_bytes'] / GIB:.3f} GiB)" in table
+    assert f"{made['num_requests']:,} (limited by {made['limited_by']})" in table
+    assert f"from {made['dense_break_even_requests']:,} requests on" in table
+    assert table.splitlines()[-1] == made["serve_command"]
+
+
+def test_the_command_serves_what_was_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"resident_ratio": 0.25, "selector": "mean", "host_memory_gib": 128}
+    given = ("--kv-cache-memory-bytes", str(32 * GIB), "--max-num-seqs", "3", "--kv-dtype", "float16")
+    made = plan_json(capsys, *SHAPE, *given, "--options", json.dumps(options))
+    words = shlex.split(made["serve_command"])
+    named = dict(zip(words[3::2], words[4::2], strict=True))
+    assert json.loads(named.pop("--additional-config")) == {"flashmemory": options}
+    assert named == {
+        "--attention-backend": "flashmemory",
+        "--max-model-len": "131072",
+        "--max-num-seqs": "3",
+        "--max-num-batched-tokens": "8192",
+        "--block-size": "16",
+        "--dtype": "float16",
+        "--kv-cache-memory-bytes": str(32 * GIB),
+    }
+    assert made["device_weights_bytes"] is None
+
+
+def test_a_dtype_is_resolved_as_vllm_does() -> None:
+    names = {
+        (stored, asked): str(model_sizes(LLAMA_8B | {"dtype": stored}, asked).dtype)
+        for stored, asked in (("float16", "auto"), ("float32", "auto"), (None, "auto"), ("bfloat16", "float32"))
+    }
+    assert list(names.values()) == ["torch.float16", "torch.bfloat16", "torch.bfloat16", "torch.float32"]
+
+
+def test_sizes_that_a_configuration_leaves_out_follow_from_the_others() -> None:
+    fields = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256}
+    sizes = model_sizes(fields, "auto")
+    assert (sizes.num_kv_heads, sizes.head_dim) == (4, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sliding_window": 4096}, {"layer_types": ["full_attention", "linear_attention"]}, {"kv_lora_rank": 512}],
+)
+def test_models_that_the_server_refuses_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="allowed is full attention only"):
+        model_sizes(LLAMA_8B | changes, "auto")
+
+
+@pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"quantization_config": {"bits": 4}}])
+def test_weights_that_cannot_be_estimated_are_asked_for(changes: dict[str, Any]) -> None:
+    fields = LLAMA_8B | changes
+    with pytest.raises(ConfigError, match="--weights-gib is not given"):
+        estimate_weights_bytes(fields, model_sizes(fields, "auto"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*LLAMA, "--options", "{"), "--options is '{': allowed is a JSON object"),
+        ((*LLAMA, "--options", "[]"), "--options is '[]': allowed is a JSON object"),
+        ((*LLAMA, "--options", '{"tau": 3}'), "closest is flashmemory.tau_steps"),
+        ((*LLAMA, "--options", '{"host_memory_gib": 1.0}'), "both given"),
+        ((*SHAPE, "--gpu-memory-gib", "80"), "neither given"),
+        ((*SHAPE, "--gpu-memory-gib", "10", "--host-memory-gib", "128"), "14.96 GiB (estimated)"),
+        ((*SHAPE, "--gpu-memory-gib", "nan", "--host-memory-gib", "128"), "--gpu-memory-gib is nan"),
+        ((*SHAPE, "--gpu-memory-gib", "80", "--host-memory-gib", "1"), "host_memory_gib: 1 GiB holds"),
+        ((*LLAMA, "--weights-gib", "-1"), "--weights-gib is -1.0: allowed is a number > 0"),
+        ((*LLAMA, "--max-num-seqs", "0"), "--max-num-seqs is 0: allowed is 1 or more"),
+        (
+            (*SHAPE, "--kv-cache-memory-bytes", "9", "--weights-gib", "1", "--host-memory-gib", "1"),
+            "--weights-gib: given with --kv-cache-memory-bytes",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["plan", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = ("--gpu-memory-gib", "80", "--host-memory-gib", "128")
+    assert app.main(["plan", "--model", str(tmp_path), "--context", "4096", *memory]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"flashmemory: --model is {tmp_path}: allowed is a model's folder or id")

@@ -1,0 +1,65 @@
+"""The forecast counts what fits, and says what keeps one more request from fitting."""
+
+import pytest
+import torch
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.runtime.capacity import GIB
+from flashmemory_vllm.runtime.forecast import Forecast, ModelSizes, ServerSizes, forecast
+
+# 64 KiB a block of 16 tokens; a request of 32,768 tokens has 2,048 of them and 128 MiB
+MODEL = ModelSizes(num_layers=4, num_query_heads=8, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16)
+REQUEST_BYTES = 1 << 27
+RATIO = 0.135
+
+
+def make(device_bytes: int, host_gib: float, seqs: int = 64, **options: object) -> Forecast:
+    # No index keys unless a test asks for them
+    given = {"host_memory_gib": host_gib, "selector": "streaming", "staging_blocks": 1} | options
+    config = FlashMemoryConfig.from_additional_config({"flashmemory": given})
+    return forecast(MODEL, config, ServerSizes(device_bytes, 32768, seqs, 1024, 16))
+
+
+def test_a_request_has_its_kv_and_decodes_with_its_share() -> None:
+    made = make(GIB, 4.0)
+    assert made.request_kv_bytes == REQUEST_BYTES
+    assert made.request_decode_slots == int(RATIO * 2048)
+
+
+@pytest.mark.parametrize(
+    ("device_bytes", "host_gib", "seqs", "num_requests", "limit"),
+    [
+        # A pool of 4 GiB has room for 32 requests but for the null block
+        (GIB, 4.0, 64, 31, "host blocks"),
+        # 2,048 slots less the null slot and staging are seven times 276
+        (GIB // 8, 4.0, 64, 7, "device slots"),
+        (GIB, 4.0, 5, 5, "--max-num-seqs"),
+    ],
+)
+def test_the_limit_is_named(device_bytes: int, host_gib: float, seqs: int, num_requests: int, limit: str) -> None:
+    made = make(device_bytes, host_gib, seqs)
+    assert (made.num_requests, made.limited_by) == (num_requests, limit)
+
+
+def test_index_keys_on_the_device_limit_the_blocks_of_a_large_host() -> None:
+    # 12,000 slots for 43 requests leave index keys of 17,534 blocks, which are those of 8
+    made = make(GIB, 1000.0, seqs=1000, selector="exact", device_slots=12000)
+    assert (made.num_requests, made.limited_by) == (8, "host blocks, by the device memory of their index keys")
+
+
+def test_dense_keeps_every_block_on_the_device() -> None:
+    # vLLM's null block takes one of the 8 x 2,048
+    assert make(GIB, 4.0).dense_num_requests == 7
+    assert make(GIB + REQUEST_BYTES, 4.0).dense_num_requests == 8
+    assert make(REQUEST_BYTES, 4.0).dense_num_requests == 0
+
+
+def test_at_ratio_one_there_are_no_more_requests_than_dense() -> None:
+    made = make(GIB, 100.0, resident_ratio=1.0)
+    assert made.num_requests == made.dense_num_requests == 7
+
+
+def test_there_is_no_plan_without_host_memory() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory\.host_memory_gib is not given"):
+        forecast(MODEL, FlashMemoryConfig(), ServerSizes(GIB, 32768, 8, 1024, 16))
