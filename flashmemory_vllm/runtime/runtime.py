@@ -86,6 +86,8 @@ class ResidencyRuntime:
         self._rows: list[Row] = []
         self._lut = torch.empty(0)
         self._slot_mappings: list[torch.Tensor] = []
+        # An idle server already tells its sizes.
+        self._report.publish()
 
     @property
     def in_step(self) -> bool:
