@@ -5,15 +5,33 @@ import sys
 from typing import Any
 
 import torch
+from flashmemory_kernels.compact_tables.cases import CASES as TABLE_CASES
+from flashmemory_kernels.compact_tables.cases import make_inputs as table_inputs
+from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
+from flashmemory_kernels.compact_tables.naive import compact_tables_naive
 from flashmemory_kernels.copy_pages.cases import CASES as COPY_CASES
 from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
 from flashmemory_kernels.copy_pages.naive import copy_pages_naive
+from flashmemory_kernels.ensemble_scores.cases import CASES as ENSEMBLE_CASES
+from flashmemory_kernels.ensemble_scores.cases import make_inputs as ensemble_inputs
+from flashmemory_kernels.ensemble_scores.kernel import ensemble_scores_triton
+from flashmemory_kernels.ensemble_scores.naive import ensemble_scores_naive
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.score_blocks.cases import CASES as SCORE_CASES
-from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
+from flashmemory_kernels.score_blocks.cases import make_inputs as score_inputs
+from flashmemory_kernels.score_blocks.kernel import LOW_PRECISION, Config, score_blocks_triton
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
+from flashmemory_kernels.summarise_keys.cases import CASES as SUMMARY_CASES
+from flashmemory_kernels.summarise_keys.cases import KINDS
+from flashmemory_kernels.summarise_keys.cases import make_inputs as summary_inputs
+from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
+from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
+from flashmemory_kernels.translate_slots.cases import CASES as TRANSLATE_CASES
+from flashmemory_kernels.translate_slots.cases import make_inputs as translate_inputs
+from flashmemory_kernels.translate_slots.kernel import translate_slots_triton
+from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
 # exp and log of numpy against torch, and one division: a few float32 roundings.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
@@ -64,23 +82,69 @@ def check_merge_attention() -> int:
 
 
 def check_score_blocks() -> int:
-    dtypes = (torch.float32, torch.bfloat16)
-    for case, dtype in itertools.product(SCORE_CASES, dtypes):
-        generator = torch.Generator().manual_seed(0)
-        query = torch.randn(case.num_heads, case.width, generator=generator).to(dtype)
-        ids = torch.randperm(case.num_pool_blocks, generator=generator)[: case.num_blocks]
-        index = torch.full((case.num_pool_blocks, case.num_kv_heads, case.num_rows, case.width), torch.nan)
-        index[ids] = torch.randn(case.num_blocks, *index.shape[1:], generator=generator)
-        index = index.to(dtype)
-        got = score_blocks_triton(query, index, ids, 0.3)
+    # The interpreter would multiply the bit patterns of bfloat16; products of its values are the same in float32.
+    del LOW_PRECISION[torch.bfloat16]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    configs = (None, Config(tile_rows=16, tiles=3, num_warps=4, num_stages=2))
+    for case, dtype, config in itertools.product(SCORE_CASES, dtypes, configs):
+        query, index, ids = score_inputs(case, dtype)
+        got = score_blocks_triton(query, index, ids, 0.3, config)
         torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_FP32_SUM)
-    return len(SCORE_CASES) * len(dtypes)
+    return len(SCORE_CASES) * 6
+
+
+def check_ensemble_scores() -> int:
+    for case, aggregate in itertools.product(ENSEMBLE_CASES, ("max", "mean")):
+        mass, layer_groups, num_groups = ensemble_inputs(case)
+        got = ensemble_scores_triton(mass, layer_groups, num_groups, aggregate)
+        expected = ensemble_scores_naive(mass, layer_groups, num_groups, aggregate)
+        torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
+    return len(ENSEMBLE_CASES) * 2
+
+
+def check_summarise_keys() -> int:
+    for case, kind, dtype, gathered in itertools.product(
+        SUMMARY_CASES, KINDS, (torch.float32, torch.bfloat16), (False, True)
+    ):
+        keys, slots, index, block_ids = summary_inputs(case, kind, dtype)
+        expected = index.clone()
+        summarise_keys_naive(keys, slots, expected, block_ids, kind)
+        if gathered:
+            summarise_keys_triton(keys[slots], None, index, block_ids, kind)
+        else:
+            summarise_keys_triton(keys, slots, index, block_ids, kind)
+        tolerance = TOL_BF16 if dtype == torch.bfloat16 and kind == "mean" else TOL_FP32
+        torch.testing.assert_close(index, expected, **tolerance, equal_nan=True)
+    return len(SUMMARY_CASES) * 12
+
+
+def check_translate_slots() -> int:
+    for case in TRANSLATE_CASES:
+        (logical, lut, out), (expected_logical, _, expected) = translate_inputs(case), translate_inputs(case)
+        translate_slots_triton(logical, lut, case.block_size, out)
+        translate_slots_naive(expected_logical, lut, case.block_size, expected)
+        assert torch.equal(out, expected), case
+        assert torch.equal(logical, expected_logical), case
+    return len(TRANSLATE_CASES)
+
+
+def check_compact_tables() -> int:
+    for case in TABLE_CASES:
+        got, expected = table_inputs(case), table_inputs(case)
+        compact_tables_triton(*got)
+        compact_tables_naive(*expected)
+        assert all(map(torch.equal, got, expected)), case
+    return len(TABLE_CASES)
 
 
 if __name__ == "__main__":
     checks = {
+        "compact_tables": check_compact_tables,
         "copy_pages": check_copy_pages,
+        "ensemble_scores": check_ensemble_scores,
         "merge_attention": check_merge_attention,
         "score_blocks": check_score_blocks,
+        "summarise_keys": check_summarise_keys,
+        "translate_slots": check_translate_slots,
     }
     sys.stdout.write(f"{checks[sys.argv[1]]()} cases agree\n")

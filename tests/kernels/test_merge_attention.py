@@ -63,9 +63,34 @@ def test_result_keeps_the_dtype_of_the_first_part() -> None:
     assert merge_attention(out_a.bfloat16(), lse_a, out_b, lse_b)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_result_may_take_the_place_of_the_first_part(case: MergeCase) -> None:
+    (out_a, lse_a), (out_b, lse_b) = random_part(case, 0), random_part(case, 1)
+    expected, expected_lse = merge_attention(out_a, lse_a, out_b, lse_b)
+    merged, lse = merge_attention(out_a, lse_a, out_b, lse_b, out_a, lse_a)
+    assert (merged is out_a, lse is lse_a) == (True, True)
+    assert torch.equal(out_a, expected)
+    assert torch.equal(lse_a, expected_lse)
+
+
+def test_sum_is_rounded_once_to_the_dtype_of_the_place_it_goes_to() -> None:
+    (out_a, lse_a), (out_b, lse_b) = random_part(CASES[2], 0), random_part(CASES[2], 1)
+    out_a, out_b = out_a.bfloat16(), out_b.bfloat16()
+    exact, _ = merge_attention(out_a.float(), lse_a, out_b, lse_b)
+    wide, _ = merge_attention(out_a, lse_a, out_b, lse_b, torch.empty_like(exact))
+    assert torch.equal(wide, exact)
+    # A slice of wider rows: what lies beside it stays.
+    rows = torch.full((*exact.shape[:2], exact.shape[2] + 1), torch.nan, dtype=torch.bfloat16)
+    merge_attention(out_a.float(), lse_a, out_b, lse_b, rows[..., :-1])
+    assert torch.equal(rows[..., :-1], exact.bfloat16())
+    assert bool(rows[..., -1].isnan().all())
+
+
 def test_wrong_shape_and_dtype_are_named() -> None:
     out, lse = random_part(CASES[1], 0)
     with pytest.raises(ValueError, match=r"lse_b: expected shape \[3, 7\], got \[7, 3\]"):
         merge_attention(out, lse, out, lse.T)
     with pytest.raises(ValueError, match=r"lse_a: expected dtype torch.float32, got torch.float64"):
         merge_attention(out, lse.double(), out, lse)
+    with pytest.raises(ValueError, match=r"out: expected shape \[7, 3, 20\], got \[3, 7, 20\]"):
+        merge_attention(out, lse, out, lse, out.transpose(0, 1))

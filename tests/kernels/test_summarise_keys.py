@@ -1,9 +1,9 @@
-"""summarise_keys: mean formed in float32, bounds exact in low precision, strided keys."""
+"""summarise_keys: mean formed in float32, bounds exact in low precision, strided pages, other rows untouched."""
 
 import pytest
 import torch
-from flashmemory_kernels.summarise_keys import summarise_keys
-from flashmemory_kernels.summarise_keys.cases import CASES, SummaryCase
+from flashmemory_kernels.summarise_keys import Kind, summarise_keys
+from flashmemory_kernels.summarise_keys.cases import CASES, KINDS, SummaryCase, make_inputs
 
 # The mean is formed in float32 (absolute error of a few eps of its largest term, about 4) and rounded once to
 # the key dtype: relative 2^-9 in bf16.
@@ -11,42 +11,70 @@ ATOL_FP32_SUM = 1e-6
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
-def random_keys(case: SummaryCase, dtype: torch.dtype) -> torch.Tensor:
-    """[n, Hkv, T, D], a transposed view of [n, T, Hkv, D]."""
-    keys = torch.randn(
-        case.num_blocks,
-        case.block_size,
-        case.num_kv_heads,
-        case.head_dim,
-        generator=torch.Generator().manual_seed(0),
-    )
-    return keys.to(dtype).transpose(1, 2)
+def summarised(case: SummaryCase, kind: Kind, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys [n, Hkv, T, D] of the blocks and their rows [n, Hkv, R, E]."""
+    keys, slots, index, block_ids = make_inputs(case, kind, dtype)
+    summarise_keys(keys, slots, index, block_ids, kind)
+    return keys[slots], index[block_ids]
 
 
 @pytest.mark.parametrize("dtype", list(RTOL))
 @pytest.mark.parametrize("case", CASES)
 def test_mean(case: SummaryCase, dtype: torch.dtype) -> None:
-    keys = random_keys(case, dtype)
-    mean = summarise_keys(keys, "mean")
-    assert mean.dtype == dtype
+    keys, rows = summarised(case, "mean", dtype)
     expected = keys.double().sum(2, keepdim=True) / case.block_size
-    torch.testing.assert_close(mean.double(), expected, rtol=RTOL[dtype], atol=ATOL_FP32_SUM)
+    torch.testing.assert_close(rows.double(), expected, rtol=RTOL[dtype], atol=ATOL_FP32_SUM)
 
 
 @pytest.mark.parametrize("dtype", list(RTOL))
 @pytest.mark.parametrize("case", CASES)
 def test_bounds_are_attained_and_hold(case: SummaryCase, dtype: torch.dtype) -> None:
-    keys = random_keys(case, dtype)
-    bounds = summarise_keys(keys, "bounds")
-    assert bounds.shape == (case.num_blocks, case.num_kv_heads, 2, case.head_dim)
-    low, high = bounds[:, :, :1], bounds[:, :, 1:]
+    keys, rows = summarised(case, "bounds", dtype)
+    low, high = rows.chunk(2, dim=-1)
     assert bool(((keys >= low) & (keys <= high)).all())
     assert bool((keys == low).any(2).all())
     assert bool((keys == high).any(2).all())
 
 
+@pytest.mark.parametrize("dtype", list(RTOL))
+@pytest.mark.parametrize("case", CASES)
+def test_exact_is_a_copy(case: SummaryCase, dtype: torch.dtype) -> None:
+    keys, rows = summarised(case, "exact", dtype)
+    assert torch.equal(rows, keys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_other_blocks_stay(case: SummaryCase, kind: Kind) -> None:
+    keys, slots, index, block_ids = make_inputs(case, kind)
+    summarise_keys(keys, slots, index, block_ids, kind)
+    others = torch.ones(case.num_slots, dtype=torch.bool)
+    others[block_ids] = False
+    assert bool(index[block_ids].isfinite().all())
+    assert bool(index[others].isnan().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_gathered_keys_give_the_same_rows(case: SummaryCase, kind: Kind) -> None:
+    keys, rows = summarised(case, kind, torch.bfloat16)
+    gathered = torch.empty_like(rows)
+    summarise_keys(keys, None, gathered, torch.arange(case.num_blocks), kind)
+    assert torch.equal(gathered, rows)
+
+
 def test_wrong_arguments_are_named() -> None:
+    keys, slots, index, block_ids = make_inputs(CASES[1], "mean")
     with pytest.raises(ValueError, match="keys: expected at least one token"):
-        summarise_keys(torch.zeros(1, 1, 0, 4), "mean")
-    with pytest.raises(ValueError, match=r"kind: expected one of \['bounds', 'mean'\], got 'sum'"):
-        summarise_keys(torch.zeros(1, 1, 2, 4), "sum")  # type: ignore[arg-type]
+        summarise_keys(keys[:, :, :0], slots, index, block_ids, "mean")
+    with pytest.raises(ValueError, match=r"kind: expected one of \['bounds', 'mean', 'exact'\], got 'sum'"):
+        summarise_keys(keys, slots, index, block_ids, "sum")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"index: expected shape \[\*, 2, 1, 40\], got \[5, 2, 1, 20\]"):
+        summarise_keys(keys, slots, index, block_ids, "bounds")
+    with pytest.raises(ValueError, match=r"keys: expected shape \[3, \*, \*, \*\], got \[5, 2, 20, 20\]"):
+        summarise_keys(keys, None, index, block_ids, "mean")
+    with pytest.raises(ValueError, match=r"slots: expected dtype torch.int64, got torch.int32"):
+        summarise_keys(keys, slots.int(), index, block_ids, "mean")
+    keys, slots, index, block_ids = make_inputs(CASES[1], "exact")
+    with pytest.raises(ValueError, match=r"index: expected contiguous rows"):
+        summarise_keys(keys, slots, index.mT, block_ids, "exact")

@@ -17,7 +17,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("op", ["copy_pages", "merge_attention", "score_blocks"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "compact_tables",
+        "copy_pages",
+        "ensemble_scores",
+        "merge_attention",
+        "score_blocks",
+        "summarise_keys",
+        "translate_slots",
+    ],
+)
 def test_kernel_matches_specification(op: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
     command = [sys.executable, str(Path(__file__).with_name("interpreted_cases.py")), op]

@@ -23,3 +23,9 @@ def expect_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
     """Raise ValueError unless `tensor` lies on this device."""
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def expect_contiguous_rows(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the elements of the last dim lie side by side."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a last dim of stride 1, got strides {tensor.stride()}")

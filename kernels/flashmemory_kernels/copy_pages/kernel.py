@@ -21,7 +21,9 @@ NUM_WARPS = 4
 NUM_PROGRAMS = 32
 
 
-@triton.jit
+# The number of pages differs from call to call, and so does the place where a part of a list of ids begins:
+# neither must compile a kernel of its own.
+@triton.jit(do_not_specialize=["num_pages"], do_not_specialize_on_alignment=["p_source_ids", "p_target_ids"])
 def copy_pages_kernel(
     p_source, p_source_ids, p_target, p_target_ids,
     stride_source, stride_target, num_pages, num_words,

@@ -1,4 +1,4 @@
-"""Attention over a contiguous run of keys, with the log-sum-exp needed to merge it with other runs."""
+"""Attention over keys in pages, with the log-sum-exp needed to merge it with attention over other keys."""
 
 from flashmemory_kernels.partial_attention.op import partial_attention
 

@@ -2,18 +2,27 @@
 
 import torch
 
+from flashmemory_kernels.partial_attention.naive import gather_tokens
+
 
 def partial_attention_cpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    num_tokens: int,
+    scale: float,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `op.partial_attention`."""
-    num_tokens, num_heads, head_dim = query.shape
-    num_keys, num_kv_heads, _ = key.shape
+    key, value = (gather_tokens(pages, block_table, num_tokens) for pages in (key_pages, value_pages))
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
     group_size = num_heads // num_kv_heads
     # The kernel wants as many key heads as query heads. Query heads that share a key head go to the batch dim
     # instead, where one key serves all of them with stride 0: nothing is repeated in memory.
-    grouped = query.reshape(num_tokens, num_kv_heads, group_size, head_dim).permute(2, 1, 0, 3)
-    shared_shape = (group_size, num_kv_heads, num_keys, head_dim)
+    grouped = query.reshape(num_queries, num_kv_heads, group_size, head_dim).permute(2, 1, 0, 3)
+    shared_shape = (group_size, num_kv_heads, num_tokens, head_dim)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         grouped,
         _rows(key).transpose(0, 1).expand(shared_shape),
@@ -23,7 +32,7 @@ def partial_attention_cpu(
         scale=scale,
     )
     # out [g, Hkv, T, D] and lse [g, Hkv, T]; query head h = kv_head * g + member.
-    return out.permute(2, 1, 0, 3).reshape(query.shape), lse.transpose(0, 1).reshape(num_heads, num_tokens).float()
+    return out.permute(2, 1, 0, 3).reshape(query.shape), lse.transpose(0, 1).reshape(num_heads, num_queries).float()
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

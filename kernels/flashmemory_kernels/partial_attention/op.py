@@ -8,14 +8,25 @@ from flashmemory_kernels.partial_attention.naive import partial_attention_naive
 
 
 def partial_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool = False
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    num_tokens: int,
+    scale: float,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend T queries to K keys; also return the log-sum-exp (FlashAttention, arXiv 2205.14135).
+    """Attend T queries to K keys in pages; also return the log-sum-exp (FlashAttention, arXiv 2205.14135).
+
+    Keys that lie side by side, [K, Hkv, D], are one page: `key.unsqueeze(0)` without a block table.
 
     Args:
         query: [T, H, D].
-        key: [K, Hkv, D], Hkv divides H: query head h reads key head h // (H / Hkv).
-        value: [K, Hkv, D].
+        key_pages: [P, block_size, Hkv, D], strided; Hkv divides H: query head h reads key head h // (H / Hkv).
+        value_pages: [P, block_size, Hkv, D], strided.
+        block_table: int32 [n], the pages that hold the keys, in order; entries past the last key are not read.
+            None for pages 0, 1, 2 and so on.
+        num_tokens: K; the last page may be partly filled.
         scale: factor on `q . k`.
         causal: query t sees keys 0..t; only for T == K. Default: False, every query sees every key.
 
@@ -26,18 +37,26 @@ def partial_attention(
     Raises:
         ValueError: shape, dtype or device does not match.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    num_keys, num_kv_heads, _ = key.shape
-    expect_shape("key", key, (num_tokens if causal else None, None, head_dim))
-    expect_shape("value", value, (num_keys, num_kv_heads, head_dim))
+    num_queries, num_heads, head_dim = query.shape
+    num_pages, block_size, num_kv_heads, _ = key_pages.shape
+    expect_shape("key_pages", key_pages, (None, None, None, head_dim))
+    expect_shape("value_pages", value_pages, (num_pages, block_size, num_kv_heads, head_dim))
     if num_heads % num_kv_heads:
-        raise ValueError(f"key: expected a number of heads that divides {num_heads}, got {num_kv_heads}")
-    for name, tensor in (("key", key), ("value", value)):
+        raise ValueError(f"key_pages: expected a number of heads that divides {num_heads}, got {num_kv_heads}")
+    for name, tensor in (("key_pages", key_pages), ("value_pages", value_pages)):
         expect_dtype(name, tensor, query.dtype)
         expect_device(name, tensor, query.device)
-    if num_tokens == 0 or num_keys == 0:
-        empty = torch.full((num_heads, num_tokens), -torch.inf, dtype=torch.float32, device=query.device)
+    if block_table is not None:
+        expect_shape("block_table", block_table, (None,))
+        expect_dtype("block_table", block_table, torch.int32)
+        expect_device("block_table", block_table, query.device)
+        num_pages = len(block_table)
+    if num_tokens > num_pages * block_size:
+        raise ValueError(f"num_tokens: expected at most {num_pages} pages of {block_size}, got {num_tokens}")
+    if causal and num_tokens != num_queries:
+        raise ValueError(f"num_tokens: expected {num_queries}, one key for each causal query, got {num_tokens}")
+    if num_queries == 0 or num_tokens == 0:
+        empty = torch.full((num_heads, num_queries), -torch.inf, dtype=torch.float32, device=query.device)
         return torch.zeros_like(query), empty
-    if query.device.type == "cpu":
-        return partial_attention_cpu(query, key, value, scale, causal)
-    return partial_attention_naive(query, key, value, scale, causal)
+    attend = partial_attention_cpu if query.device.type == "cpu" else partial_attention_naive
+    return attend(query, key_pages, value_pages, block_table, num_tokens, scale, causal)

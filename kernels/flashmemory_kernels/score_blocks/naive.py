@@ -14,13 +14,13 @@ def score_blocks_naive(
     chunk_elems: int = CHUNK_ELEMS,
 ) -> torch.Tensor:
     """See `op.score_blocks`; walks over the blocks in chunks so that temporaries stay bounded."""
-    num_heads, width = query.shape
-    _, num_kv_heads, num_rows, _ = index.shape
-    grouped = query.float().view(num_kv_heads, num_heads // num_kv_heads, width) * scale
-    mass = torch.empty(num_heads, len(block_ids), dtype=torch.float32, device=query.device)
-    chunk = max(1, chunk_elems // (num_kv_heads * num_rows * width))
+    num_layers, num_heads, width = query.shape
+    _, _, num_kv_heads, num_rows, _ = index.shape
+    grouped = (query.float() * scale).reshape(num_layers, num_kv_heads, num_heads // num_kv_heads, width)
+    mass = torch.empty(num_layers, num_heads, len(block_ids), dtype=torch.float32, device=query.device)
+    chunk = max(1, chunk_elems // (num_layers * num_kv_heads * num_rows * width))
     for start in range(0, len(block_ids), chunk):
-        rows = index.index_select(0, block_ids[start : start + chunk]).float()  # [m, Hkv, R, E]
-        logits = torch.einsum("kge,mkre->kgmr", grouped, rows)
-        mass[:, start : start + chunk] = logits.logsumexp(-1).flatten(0, 1)
+        rows = index.index_select(1, block_ids[start : start + chunk]).float()  # [A, m, Hkv, R, E]
+        logits = torch.einsum("akge,amkre->akgmr", grouped, rows)
+        mass[:, :, start : start + chunk] = logits.logsumexp(-1).flatten(1, 2)
     return mass

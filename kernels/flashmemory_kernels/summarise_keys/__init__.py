@@ -1,5 +1,5 @@
-"""Summaries of a block's keys: their mean, or their bounds per channel."""
+"""Index keys of full blocks, from their pages straight into the index."""
 
-from flashmemory_kernels.summarise_keys.op import summarise_keys
+from flashmemory_kernels.summarise_keys.op import Kind, row_shape, summarise_keys
 
-__all__ = ["summarise_keys"]
+__all__ = ["Kind", "row_shape", "summarise_keys"]

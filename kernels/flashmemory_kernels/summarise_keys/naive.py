@@ -1,13 +1,26 @@
-"""Specification and CPU path of `summarise_keys`; torch reductions are also what runs on the GPU."""
+"""Specification and CPU path of `summarise_keys`."""
 
 import torch
 
 
-def mean_keys_naive(keys: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens, formed in float32: [n, Hkv, T, D] -> [n, Hkv, 1, D]."""
-    return keys.mean(dim=2, keepdim=True, dtype=torch.float32).to(keys.dtype)
+def _bounds(keys: torch.Tensor) -> torch.Tensor:
+    return torch.cat((keys.amin(dim=2, keepdim=True), keys.amax(dim=2, keepdim=True)), dim=-1)
 
 
-def bound_keys_naive(keys: torch.Tensor) -> torch.Tensor:
-    """Smallest and largest value of each channel: [n, Hkv, T, D] -> [n, Hkv, 2, D]; exact in every dtype."""
-    return torch.stack((keys.amin(dim=2), keys.amax(dim=2)), dim=2)
+def _mean(keys: torch.Tensor) -> torch.Tensor:
+    return keys.mean(dim=2, keepdim=True, dtype=torch.float32)
+
+
+def _exact(keys: torch.Tensor) -> torch.Tensor:
+    return keys
+
+
+_SUMMARIES = {"bounds": _bounds, "mean": _mean, "exact": _exact}
+
+
+def summarise_keys_naive(
+    keys: torch.Tensor, slots: torch.Tensor | None, index: torch.Tensor, block_ids: torch.Tensor, kind: str
+) -> None:
+    """See `op.summarise_keys`."""
+    rows = _SUMMARIES[kind](keys if slots is None else keys.index_select(0, slots))
+    index.index_copy_(0, block_ids, rows.to(index.dtype))

@@ -1,0 +1,277 @@
+"""Times the ops on a CUDA device: `python -m flashmemory_kernels.benchmark --out rows.json`.
+
+All of them are bound by moving bytes, so each time is shown beside the bandwidth that a plain copy reaches on the
+same device in the same run: inside the device, or between it and pinned host memory.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from flashmemory_kernels.compact_tables import cases as table_cases
+from flashmemory_kernels.compact_tables import compact_tables
+from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
+from flashmemory_kernels.ensemble_scores import ensemble_scores
+from flashmemory_kernels.merge_attention import merge_attention
+from flashmemory_kernels.merge_attention.cases import MergeCase
+from flashmemory_kernels.score_blocks import cases as score_cases
+from flashmemory_kernels.score_blocks import score_blocks
+from flashmemory_kernels.summarise_keys import cases as summary_cases
+from flashmemory_kernels.summarise_keys import summarise_keys
+from flashmemory_kernels.translate_slots import cases as translate_cases
+from flashmemory_kernels.translate_slots import translate_slots
+
+# One decode token, and chunks of prefill, of an 8B model.
+MERGE_CASES = tuple(MergeCase(num_tokens, num_heads=32, head_dim=128) for num_tokens in (1, 2048, 8192))
+
+COPY_PROGRAMS = (4, 8, 16, 32, 64, 132)
+COPY_PAGE_BYTES = (64 << 10, 2 << 20)
+# Bytes of one timed copy between host and device, and of the pool its pages are picked from.
+COPY_BYTES = 64 << 20
+COPY_POOL_BYTES = 256 << 20
+CEILING_BYTES = 512 << 20
+
+# Milliseconds that each case is run to warm up and to be timed.
+WARMUP_MS = 10
+TIMED_MS = 40
+
+Route = Literal["device", "host_to_device", "device_to_host"]
+Measure = Callable[[Callable[[], object]], float]
+
+
+class Job(NamedTuple):
+    """One call to time.
+
+    Attributes:
+        op: name of the op.
+        case: its sizes, readable.
+        num_bytes: bytes that it must read and write; over the bus, bytes of one direction.
+        route: which plain copy it is compared with.
+        call: runs it once.
+    """
+
+    op: str
+    case: str
+    num_bytes: int
+    route: Route
+    call: Callable[[], object]
+
+
+def table_jobs(cases: Iterable[table_cases.TableCase], device: str) -> Iterator[Job]:
+    """Jobs of `compact_tables`."""
+    for case in cases:
+        inputs = table_cases.make_inputs(case, device)
+        header = 3 * case.num_groups * case.num_rows
+        num_elems = header + 2 * (len(inputs.packed) - header) + case.num_rows * (1 + case.num_groups)
+        yield Job("compact_tables", _label(case), 4 * num_elems, "device", partial(compact_tables, *inputs))
+
+
+def ensemble_jobs(cases: Iterable[ensemble_cases.EnsembleCase], device: str) -> Iterator[Job]:
+    """Jobs of `ensemble_scores`."""
+    for case in cases:
+        mass, layer_groups, num_groups = ensemble_cases.make_inputs(case, device)
+        num_bytes = 4 * (2 * mass.numel() + num_groups * case.num_blocks)
+        call = partial(ensemble_scores, mass, layer_groups, num_groups, "max")
+        yield Job("ensemble_scores", _label(case), num_bytes, "device", call)
+
+
+def merge_jobs(cases: Iterable[MergeCase], device: str) -> Iterator[Job]:
+    """Jobs of `merge_attention`."""
+    for case in cases:
+        out = torch.randn(3, *case, device=device, dtype=torch.bfloat16)
+        lse = torch.randn(3, case.num_heads, case.num_tokens, device=device)
+        num_bytes = out.numel() * out.element_size() + lse.numel() * lse.element_size()
+        call = partial(merge_attention, out[0], lse[0], out[1], lse[1], out[2], lse[2])
+        yield Job("merge_attention", _label(case), num_bytes, "device", call)
+
+
+def score_jobs(
+    cases: Iterable[score_cases.ScoreCase], device: str, op: Callable[..., torch.Tensor] = score_blocks
+) -> Iterator[Job]:
+    """Jobs of `score_blocks`, or of the kernel under another configuration."""
+    for case in cases:
+        query, index, ids = score_cases.make_inputs(case, device=device)
+        row_bytes = case.num_kv_heads * case.num_rows * case.width * index.element_size()
+        num_bytes = case.num_layers * case.num_blocks * (row_bytes + 4 * case.num_heads)
+        yield Job("score_blocks", _label(case), num_bytes, "device", partial(op, query, index, ids, 0.1))
+
+
+def summary_jobs(cases: Iterable[summary_cases.SummaryCase], device: str) -> Iterator[Job]:
+    """Jobs of `summarise_keys`."""
+    for case, kind in itertools.product(cases, summary_cases.KINDS):
+        keys, slots, index, block_ids = summary_cases.make_inputs(case, kind, device=device)
+        num_bytes = case.num_blocks * (keys[0].numel() + index[0].numel()) * keys.element_size()
+        call = partial(summarise_keys, keys, slots, index, block_ids, kind)
+        yield Job("summarise_keys", f"kind={kind} {_label(case)}", num_bytes, "device", call)
+
+
+def translate_jobs(cases: Iterable[translate_cases.TranslateCase], device: str) -> Iterator[Job]:
+    """Jobs of `translate_slots`."""
+    for case in cases:
+        mapping, lut, out = translate_cases.make_inputs(case, device)
+        # Each run translates what the run before it left.
+        lut.remainder_(case.num_blocks)
+        num_bytes = case.num_tokens * (8 + 8 + case.num_groups * (4 + 8))
+        call = partial(translate_slots, mapping, lut, case.block_size, out)
+        yield Job("translate_slots", _label(case), num_bytes, "device", call)
+
+
+def copy_jobs() -> Iterator[Job]:
+    """Gathers of pages by `copy_pages` in both directions, under different numbers of programs."""
+    from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
+
+    host = torch.zeros(COPY_POOL_BYTES, dtype=torch.uint8, pin_memory=True)
+    device = torch.zeros(COPY_POOL_BYTES, dtype=torch.uint8, device="cuda")
+    routes: tuple[tuple[Route, torch.Tensor, torch.Tensor], ...] = (
+        ("host_to_device", host, device),
+        ("device_to_host", device, host),
+    )
+    for page_bytes, (route, source, target) in itertools.product(COPY_PAGE_BYTES, routes):
+        num_pages = COPY_BYTES // page_bytes
+        ids = torch.randperm(COPY_POOL_BYTES // page_bytes, device="cuda")[:num_pages]
+        pages = source.view(-1, page_bytes), ids, target.view(-1, page_bytes), None
+        for num_programs in COPY_PROGRAMS:
+            call = partial(copy_pages_triton, *pages, num_programs=num_programs)
+            label = f"route={route} page_bytes={page_bytes} num_pages={num_pages} num_programs={num_programs}"
+            yield Job("copy_pages", label, COPY_BYTES, route, call)
+
+
+OPS: dict[str, Callable[[], Iterator[Job]]] = {
+    "compact_tables": lambda: table_jobs(table_cases.BENCH_CASES, "cuda"),
+    "copy_pages": copy_jobs,
+    "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),
+    "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
+    "score_blocks": lambda: score_jobs(score_cases.BENCH_CASES, "cuda"),
+    "summarise_keys": lambda: summary_jobs(summary_cases.BENCH_CASES, "cuda"),
+    "translate_slots": lambda: translate_jobs(translate_cases.BENCH_CASES, "cuda"),
+}
+
+
+def measure_cuda(call: Callable[[], object]) -> float:
+    """Median microseconds of one call, with a cold L2 cache."""
+    import triton.testing
+
+    median_ms: float = triton.testing.do_bench(call, warmup=WARMUP_MS, rep=TIMED_MS, return_mode="median")
+    return 1e3 * median_ms
+
+
+def measure_ceilings(measure: Measure) -> dict[Route, float]:
+    """GB/s of plain copies; inside the device a byte counts twice, as it is read and written there."""
+    host = torch.zeros(CEILING_BYTES, dtype=torch.uint8, pin_memory=True)
+    source, target = torch.zeros(2, CEILING_BYTES, dtype=torch.uint8, device="cuda")
+    return {
+        "device": 2 * _gb_per_s(CEILING_BYTES, measure(lambda: target.copy_(source))),
+        "host_to_device": _gb_per_s(CEILING_BYTES, measure(lambda: target.copy_(host, non_blocking=True))),
+        "device_to_host": _gb_per_s(CEILING_BYTES, measure(lambda: host.copy_(source, non_blocking=True))),
+    }
+
+
+def time_jobs(
+    jobs: Iterable[Job], measure: Measure, ceilings: dict[Route, float], facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One row for each job.
+
+    Args:
+        jobs: what to time.
+        measure: microseconds of a call.
+        ceilings: GB/s of plain copies.
+        facts: fields of every row, such as the device.
+    """
+    for job in jobs:
+        micros = measure(job.call)
+        rate, ceiling = _gb_per_s(job.num_bytes, micros), ceilings[job.route]
+        yield {
+            "op": job.op,
+            "case": job.case,
+            "us": round(micros, 2),
+            "bytes": job.num_bytes,
+            "gb_per_s": round(rate, 2),
+            "ceiling_gb_per_s": round(ceiling, 2),
+            "share": round(rate / ceiling, 4),
+            **facts,
+        }
+
+
+def tune_jobs() -> Iterator[Job]:
+    """`score_blocks` under each configuration that the device takes, one layer of 128K and of 500K tokens."""
+    from triton.runtime.errors import OutOfResources
+
+    from flashmemory_kernels.score_blocks.kernel import Config, score_blocks_triton
+
+    one_tile = itertools.product((32, 64, 128, 256), (1,), (4, 8), (1,))
+    many_tiles = itertools.product((64, 128), (4,), (4,), (2, 3))
+    cases = [case for case in score_cases.BENCH_CASES if case.num_layers == 1 and case.num_blocks > 4096]
+    for case, values in itertools.product(cases, (*one_tile, *many_tiles)):
+        config = Config(*values)
+        for job in score_jobs([case], "cuda", partial(score_blocks_triton, config=config)):
+            try:
+                job.call()
+            except OutOfResources:
+                continue
+            yield job._replace(case=f"{job.case} | {_label(config)}")
+
+
+def best_configs(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The fastest row of each case among rows of `tune_jobs`."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        case = row["case"].partition(" | ")[0]
+        if case not in best or row["us"] < best[case]["us"]:
+            best[case] = row
+    return best
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 2 without a CUDA device."""
+    parser = argparse.ArgumentParser(prog="python -m flashmemory_kernels.benchmark", description=__doc__)
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--ops", nargs="+", choices=sorted(OPS), default=sorted(OPS), help="default: all")
+    parser.add_argument("--tune", action="store_true", help="also time score_blocks under many configurations")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.stderr.write("the benchmark needs a CUDA device; torch sees none\n")
+        return 2
+    import triton
+
+    facts = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+    }
+    ceilings = measure_ceilings(measure_cuda)
+    rows = []
+    for row in time_jobs(itertools.chain.from_iterable(OPS[op]() for op in options.ops), measure_cuda, ceilings, facts):
+        rows.append(row)
+        sys.stdout.write(_line(row))
+    if options.tune:
+        tuned = list(time_jobs(tune_jobs(), measure_cuda, ceilings, facts))
+        rows += tuned
+        sys.stdout.write("fastest configurations\n" + "".join(map(_line, best_configs(tuned).values())))
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _gb_per_s(num_bytes: int, micros: float) -> float:
+    return num_bytes / micros / 1e3
+
+
+def _label(case: Any) -> str:  # noqa: ANN401 - any named tuple
+    return " ".join(f"{name}={value}" for name, value in case._asdict().items())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['op']:16} {row['us']:10.2f} us {row['bytes']:12} B {row['gb_per_s']:9.2f} GB/s "
+        f"{row['share']:7.1%} of {row['ceiling_gb_per_s']:.0f}  {row['case']}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Benchmark: the arithmetic of its rows, jobs that can be run again and again, and no device."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flashmemory_kernels import benchmark
+from flashmemory_kernels.compact_tables import cases as table_cases
+from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
+from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
+from flashmemory_kernels.score_blocks import cases as score_cases
+from flashmemory_kernels.summarise_keys import cases as summary_cases
+from flashmemory_kernels.translate_slots import cases as translate_cases
+
+CEILINGS: dict[benchmark.Route, float] = {"device": 2000.0, "host_to_device": 50.0, "device_to_host": 40.0}
+SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
+    "compact_tables": lambda: benchmark.table_jobs(table_cases.CASES, "cpu"),
+    "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),
+    "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),
+    "score_blocks": lambda: benchmark.score_jobs(score_cases.CASES, "cpu"),
+    "summarise_keys": lambda: benchmark.summary_jobs(summary_cases.CASES, "cpu"),
+    "translate_slots": lambda: benchmark.translate_jobs(translate_cases.CASES, "cpu"),
+}
+
+
+def test_every_op_that_the_cpu_can_run_has_small_jobs() -> None:
+    assert set(SMALL_JOBS) == set(benchmark.OPS) - {"copy_pages"}
+
+
+@pytest.mark.parametrize("op", SMALL_JOBS)
+def test_jobs_run_again_and_again(op: str) -> None:
+    for job in SMALL_JOBS[op]():
+        assert job.op == op
+        assert job.num_bytes > 0
+        for _ in range(3):
+            job.call()
+
+
+def test_rows_relate_bytes_time_and_ceiling() -> None:
+    jobs = [
+        benchmark.Job("a", "x=1", 10**6, "device", int),
+        benchmark.Job("b", "x=2", 10**6, "device_to_host", int),
+    ]
+    rows = list(benchmark.time_jobs(jobs, lambda _: 50.0, CEILINGS, {"gpu": "g"}))
+    assert [row["gb_per_s"] for row in rows] == [20.0, 20.0]
+    assert [row["share"] for row in rows] == [0.01, 0.5]
+    assert rows[0] == {
+        "op": "a", "case": "x=1", "us": 50.0, "bytes": 10**6, "gb_per_s": 20.0, "ceiling_gb_per_s": 2000.0,
+        "share": 0.01, "gpu": "g",
+    }  # fmt: skip
+    json.dumps(rows)
+
+
+def test_the_bytes_of_a_score_are_the_rows_of_the_index_and_the_masses() -> None:
+    case = score_cases.ScoreCase(2, 5, num_blocks=3, num_heads=4, num_kv_heads=2, num_rows=1, width=16)
+    (job,) = benchmark.score_jobs([case], "cpu")
+    assert job.num_bytes == 2 * 3 * (2 * 16 * 2 + 4 * 4)
+    assert "num_blocks=3" in job.case
+
+
+def test_the_fastest_configuration_of_each_case_is_found() -> None:
+    rows = [
+        {"case": f"{case} | tile_rows={tile}", "us": us}
+        for (case, tile), us in zip(itertools.product("ab", (1, 2)), (3.0, 2.0, 4.0, 5.0), strict=True)
+    ]
+    best = benchmark.best_configs(rows)
+    assert {case: row["case"] for case, row in best.items()} == {"a": "a | tile_rows=2", "b": "b | tile_rows=1"}
+
+
+def test_without_a_device_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "rows.json"
+    assert benchmark.main(["--out", str(out)]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--ops", "sort"])
+    assert "invalid choice: 'sort'" in capsys.readouterr().err
