@@ -1,15 +1,18 @@
 """Dense prefill over history that is not on the device: streamed from the host pool, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from flashmemory_vllm.residency.types import IntArray, Row
+from flashmemory_vllm.residency.types import IntArray, Phase, Row
+from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.engine import TransferEngine
 from flashmemory_vllm.transfer.page_format import PageFormat
-from flashmemory_vllm.transfer.streaming import PagedHistory, PartialAttention, stream_attention
+from flashmemory_vllm.transfer.staging import HistoryPart, StagingRing, split_history
+from flashmemory_vllm.transfer.streaming import Chunk, PartialAttention, StreamedAttention, StreamedHistory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,33 +21,23 @@ class _StreamedRow:
 
     Attributes:
         tokens: its rows of the batch's query, key and value tensors.
-        num_history_tokens: tokens before the chunk.
-        block_ids: per layer group int64 [n] on the device, history blocks to read from the host.
-        device_slots: per layer group int64 [m] on the device, slots of the history that the host does not have.
+        histories: per layer group the tokens before the chunk. None where all of them are in the row's table.
     """
 
     tokens: slice
-    num_history_tokens: int
-    block_ids: tuple[torch.Tensor, ...]
-    device_slots: tuple[torch.Tensor, ...]
-
-
-class _PoisonedHistory(PagedHistory):
-    """History that leaves NaN in staging wherever nothing was fetched."""
-
-    def fetch(self, start: int, count: int, out: torch.Tensor) -> None:
-        """As the other's, into pages that hold nothing else."""
-        out.fill_(torch.nan)
-        super().fetch(start, count, out)
+    histories: tuple[StreamedHistory | None, ...]
 
 
 class StreamedPrefill:
-    """Completes the attention of rows whose history does not lie in slots.
+    """Computes the attention of rows whose history does not lie in slots.
+
+    The platform's pass over the batch may leave these rows out (a length of 0 in its tables): everything they
+    attend to is attended to here, their own tokens included, and their part of the output is overwritten.
 
     Args:
         engine: moves the pages.
         page_format: what lies inside a page.
-        staging: two buffers [n, page_elems] on the device.
+        staging: [K, staging_blocks, page_elems] on the device, K buffers.
         scale: factor on `q . k`.
         attend: attention over a part of the keys.
         poison: fill staging with NaN before each fetch. Default: False.
@@ -54,27 +47,27 @@ class StreamedPrefill:
         self,
         engine: TransferEngine,
         page_format: PageFormat,
-        staging: tuple[torch.Tensor, torch.Tensor],
+        staging: torch.Tensor,
         scale: float,
         attend: PartialAttention,
         poison: bool = False,
     ) -> None:
         self._engine = engine
-        self._page_format = page_format
-        self._staging = staging
-        self._scale = scale
-        self._attend = attend
-        self._history_cls = _PoisonedHistory if poison else PagedHistory
+        self._block_size = page_format.block_size
+        self._ring = StagingRing(engine, staging, poison)
+        self._attention = StreamedAttention(engine.layout, page_format, self._ring, scale, attend)
         self._rows: list[_StreamedRow] = []
 
     def set_rows(self, rows: Sequence[Row]) -> None:
-        """Learn this step's batch rows; a step without streamed rows costs nothing afterwards."""
+        """Learn this step's batch rows and begin to fetch; all layers of the step must then be completed in order."""
         bounds = np.cumsum([0, *(row.num_tokens for row in rows)])
+        streamed = [index for index, row in enumerate(rows) if any(len(ids) for ids in row.streamed)]
+        histories = self._histories([rows[index] for index in streamed])
         self._rows = [
-            self._streamed(row, slice(int(bounds[index]), int(bounds[index + 1])))
-            for index, row in enumerate(rows)
-            if any(len(ids) for ids in row.streamed)
+            _StreamedRow(slice(int(bounds[index]), int(bounds[index + 1])), of_groups)
+            for index, of_groups in zip(streamed, histories, strict=True)
         ]
+        self._ring.begin(self._schedule())
 
     def complete(
         self,
@@ -96,32 +89,82 @@ class StreamedPrefill:
             output: [T, Hq, D] or [T, Hq * D].
         """
         for row in self._rows:
-            history = self._history_cls(
-                self._engine,
-                self._page_format,
-                layer,
-                row.block_ids[group],
-                row.num_history_tokens,
-                row.device_slots[group],
-            )
-            chunk = query[row.tokens]
-            attended = stream_attention(
-                chunk, key[row.tokens], value[row.tokens], history, self._scale, self._staging, self._attend
-            )
-            output[row.tokens].view_as(chunk).copy_(attended)
+            history = row.histories[group]
+            if history is not None:
+                own_query = query[row.tokens]
+                own_output = output[row.tokens].view_as(own_query)
+                chunk = Chunk(own_query, key[row.tokens], value[row.tokens], own_output)
+                self._attention.complete(layer, chunk, history)
 
-    def _streamed(self, row: Row, tokens: slice) -> _StreamedRow:
-        block_size = self._page_format.block_size
-        num_history_blocks = -(-row.num_computed_tokens // block_size)  # a partial one included
-        return _StreamedRow(
-            tokens=tokens,
-            num_history_tokens=row.num_computed_tokens,
-            block_ids=tuple(self._to_device(ids) for ids in row.streamed),
-            device_slots=tuple(
-                self._to_device(slots[: num_history_blocks - len(ids)])
-                for slots, ids in zip(row.slots, row.streamed, strict=True)
-            ),
-        )
+    def warm_up(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stream the null block's history once, so that no request waits for kernels to be compiled.
 
-    def _to_device(self, ids: IntArray) -> torch.Tensor:
-        return torch.from_numpy(ids.astype(np.int64)).to(self._staging[0].device)
+        Args:
+            query: [T, Hq, D], what a layer would see; its own memory takes the output.
+            key: [T, Hkv, D].
+            value: [T, Hkv, D].
+        """
+        num_groups = len(self._engine.layout.groups)
+        nothing = np.empty(0, np.int32)
+        # One part is merged into the output; of three, one begins a running result and one goes on with it.
+        for num_blocks in (1, 3 * self._ring.staging_blocks):
+            null_blocks = np.zeros(num_blocks, np.int32)
+            row = Row(
+                req_id="",
+                phase=Phase.PREFILL,
+                num_computed_tokens=num_blocks * self._block_size,
+                num_tokens=len(query),
+                slots=(nothing,) * num_groups,
+                positions=(nothing,) * num_groups,
+                evicted_tokens=(num_blocks * self._block_size,) * num_groups,
+                streamed=(null_blocks,) * num_groups,
+            )
+            self.set_rows([row])
+            # The first layer of all is the first of group 0.
+            self.complete(0, 0, query, key, value, query)
+        self.set_rows([])
+
+    def _schedule(self) -> Iterator[tuple[int, HistoryPart]]:
+        """What the forward pass will read, in order."""
+        group_of = {layer: group for group, layers in enumerate(self._engine.layout.groups) for layer in layers}
+        for layer in range(self._engine.layout.num_layers):
+            for row in self._rows:
+                history = row.histories[group_of[layer]]
+                for part in () if history is None else history.parts:
+                    yield layer, part
+
+    def _histories(self, rows: Sequence[Row]) -> list[tuple[StreamedHistory | None, ...]]:
+        """Per row and layer group; all ids go to the device in one upload."""
+        if not rows:
+            return []
+        host_ids = [ids for row in rows for ids in row.streamed]
+        host_slots = [
+            self._device_slots(row, slots, ids)
+            for row in rows
+            for slots, ids in zip(row.slots, row.streamed, strict=True)
+        ]
+        blocks = _split(self._engine.upload(np.concatenate(host_ids)), host_ids)
+        slots = _split(upload(np.concatenate(host_slots), self._engine.layout.device), host_slots)
+        return [
+            tuple(self._history(row.num_computed_tokens, next(blocks), ids, next(slots)) for ids in row.streamed)
+            for row in rows
+        ]
+
+    def _history(
+        self, num_tokens: int, blocks: torch.Tensor, host_blocks: IntArray, device_slots: torch.Tensor
+    ) -> StreamedHistory | None:
+        if not len(host_blocks):
+            return None
+        parts = split_history(blocks, host_blocks, self._ring.staging_blocks)
+        return StreamedHistory(num_tokens, parts, device_slots, self._block_size)
+
+    def _device_slots(self, row: Row, slots: IntArray, streamed: IntArray) -> IntArray:
+        """Slots of the history that the host does not have."""
+        num_history_blocks = -(-row.num_computed_tokens // self._block_size)  # a partial one included
+        return slots[: num_history_blocks - len(streamed)]
+
+
+def _split(joined: torch.Tensor, like: Sequence[IntArray]) -> Iterator[torch.Tensor]:
+    """Take a concatenation apart again."""
+    bounds = np.cumsum([0, *map(len, like)]).tolist()
+    return (joined[start:end] for start, end in pairwise(bounds))

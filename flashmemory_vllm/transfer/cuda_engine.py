@@ -1,8 +1,8 @@
-"""The CUDA engine: all copies on one side stream, ordered against the compute stream by events."""
+"""The CUDA engine: recalls, write-backs and gathers on streams of their own, ordered by events where they meet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,17 +10,28 @@ import torch
 from flashmemory_kernels.copy_pages import copy_pages
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.transfer.engine import Ids, TransferEngine
+from flashmemory_vllm.residency.types import Copies
+from flashmemory_vllm.transfer.batched_copy import batched_copy, has_batched_copy
+from flashmemory_vllm.transfer.engine import Ids, Marker, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.write_backs import PendingWriteBacks
+
+# From this size on the copy engines are busy with bytes rather than with descriptors, and they need no
+# multiprocessor. `python -m flashmemory_vllm.transfer.benchmark` measures both ways.
+MIN_DMA_PAGE_BYTES = 256 << 10
+# What waits for a part of a long write-back need not wait for all of it.
+WRITE_BACK_BYTES = 128 << 20
+# A copy kernel needs few multiprocessors, but those soon: the model's next kernel would take all of them.
+HIGH_PRIORITY = -1
 
 
 class CudaTransferEngine(TransferEngine):
-    """Copies beside the model: recalls, write-backs and gathers share one stream and so keep their order.
+    """Copies beside the model.
 
-    A recall after the write-back of the same block reads what was written; a copy waits for the compute
-    stream as it stands at the call (the last reader of the slots it overwrites, the writer of the slots it
-    saves).
+    Recalls and write-backs wait for the compute stream as it stands at the call: the last reader of the slots
+    they overwrite, the writer of the slots they save. Host to device and device to host are different wires
+    and different streams, so that a long write-back holds up neither a recall nor the next forward pass.
 
     Raises:
         ConfigError: the host pool is not pinned.
@@ -30,50 +41,95 @@ class CudaTransferEngine(TransferEngine):
         super().__init__(layout, pool)
         if not pool.pages.is_pinned():
             raise ConfigError("the CUDA transfer engine needs a pinned host pool; got pageable memory (pin=False)")
-        self._copy_stream = torch.cuda.Stream(layout.device)  # type: ignore[no-untyped-call]
-        self._landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._recalls, self._write_backs, self._gathers = (
+            torch.cuda.Stream(layout.device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+            for _ in range(3)
+        )
+        self._recalled = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._pending = PendingWriteBacks(len(layout.groups), pool.num_blocks, layout.num_slots)
+        self._group_of = {layer: group for group, layers in enumerate(layout.groups) for layer in layers}
+        self._host_layers = [pool.layer_view(layer) for layer in range(layout.num_layers)]
 
-    def fence(self) -> None:
-        """Make the compute stream wait for all issued copies; late when they are not done yet."""
-        self.counters.late_fences += not self._landed.query()  # type: ignore[no-untyped-call]
-        self.wait_gathers()
+    def upload(self, blocks: Ids) -> torch.Tensor:
+        """Copy ids on the stream of the gathers, which alone reads them."""
+        with torch.cuda.stream(self._gathers):
+            return self._upload(blocks)
 
-    def wait_gathers(self) -> None:
-        """Make the compute stream wait for all issued copies."""
-        torch.cuda.current_stream(self.layout.device).wait_event(self._landed)
+    def fence(self, reused: Sequence[Copies]) -> None:
+        """Make the compute stream wait for recalls and for who reads `reused`; late if a recall is under way."""
+        self.counters.late_fences += not self._recalled.query()  # type: ignore[no-untyped-call]
+        self.wait(self._recalled)
+        for use in reused:
+            self.wait(self._pending.reading(use.group, use.slots))
+
+    def marker(self) -> Marker:
+        """The compute stream so far."""
+        return self._mark(torch.cuda.current_stream(self.layout.device))
+
+    def wait(self, marker: Marker | None) -> None:
+        """Make the compute stream wait."""
+        if marker is not None:
+            marker.wait(torch.cuda.current_stream(self.layout.device))
 
     def synchronize(self) -> None:
         """Block the host until all issued copies have landed."""
-        self._copy_stream.synchronize()
+        for stream in (self._recalls, self._write_backs, self._gathers):
+            stream.synchronize()
 
     def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
-        with self._copying():
-            source, target = self._upload(blocks, slots)
+        after = (self._pending.writing(group, blocks), self._pending.reading(group, slots))
+        with self._copying(self._recalls, self.marker(), *after) as stream:
             for run in self.layout.runs(group):
-                copy_pages(self.pool.run_view(run), source, run.device_pages, target)
+                self._copy(self.pool.run_view(run), blocks, run.device_pages, slots, stream)
+        self._recalled.record(stream)
 
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
-        with self._copying():
-            source, target = self._upload(slots, blocks)
-            for run in self.layout.runs(group):
-                copy_pages(run.device_pages, source, self.pool.run_view(run), target)
+        step = max(1, WRITE_BACK_BYTES // self._group_bytes(group))
+        with self._copying(self._write_backs, self.marker()) as stream:
+            for start in range(0, len(blocks), step):
+                part = slice(start, start + step)
+                for run in self.layout.runs(group):
+                    self._copy(run.device_pages, slots[part], self.pool.run_view(run), blocks[part], stream)
+                self._pending.add(group, blocks[part], slots[part], self._mark(stream))
 
-    def _gather_layer(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        with self._copying():
-            copy_pages(self.pool.layer_view(layer), blocks, out, None)
-        # Both belong to the compute stream; without this their memory could be reused while the copy still
-        # runs.
-        blocks.record_stream(self._copy_stream)
-        out.record_stream(self._copy_stream)
+    def _gather_layer(
+        self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
+    ) -> Marker:
+        source = self._host_layers[layer]
+        written = self._pending.writing(self._group_of[layer], host_blocks)
+        with self._copying(self._gathers, after, written) as stream:
+            if copies_by_dma(source):
+                batched_copy(source, host_blocks, out, np.arange(len(host_blocks)), stream)
+            else:
+                copy_pages(source, blocks, out, None)
+        return self._mark(stream)
+
+    def _copy(
+        self, source: torch.Tensor, source_ids: Ids, target: torch.Tensor, target_ids: Ids, stream: torch.cuda.Stream
+    ) -> None:
+        if copies_by_dma(source):
+            batched_copy(source, source_ids, target, target_ids, stream)
+        else:
+            on_device = self._upload(np.stack((source_ids, target_ids)))
+            copy_pages(source, on_device[0], target, on_device[1])
 
     @contextmanager
-    def _copying(self) -> Iterator[None]:
-        self._copy_stream.wait_stream(torch.cuda.current_stream(self.layout.device))
-        with torch.cuda.stream(self._copy_stream):
-            yield
-            self._landed.record()
+    def _copying(self, stream: torch.cuda.Stream, *after: Marker | None) -> Iterator[torch.cuda.Stream]:
+        for marker in after:
+            if marker is not None:
+                marker.wait(stream)
+        with torch.cuda.stream(stream):
+            yield stream
 
-    def _upload(self, source: Ids, target: Ids) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.from_numpy(np.stack((source, target)).astype(np.int64)).pin_memory()
-        source_ids, target_ids = both.to(self.layout.device, non_blocking=True)
-        return source_ids, target_ids
+    def _upload(self, ids: Ids) -> torch.Tensor:
+        """Copy ids on the current stream; their memory is reused in the order of that stream."""
+        return torch.from_numpy(ids.astype(np.int64)).pin_memory().to(self.layout.device, non_blocking=True)
+
+    @staticmethod
+    def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+        return stream.record_event()  # type: ignore[no-any-return]
+
+
+def copies_by_dma(pages: torch.Tensor) -> bool:
+    """Whether pages [N, page_elems] are moved by the copy engines rather than by a kernel."""
+    return pages.shape[1] * pages.element_size() >= MIN_DMA_PAGE_BYTES and has_batched_copy()

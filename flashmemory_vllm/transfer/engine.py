@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from flashmemory_kernels.copy_pages import copy_pages
 
+from flashmemory_vllm.residency.types import Copies
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 
@@ -24,7 +27,7 @@ class TransferCounters:
         bytes_h2d: host to slots, recalls and prefetches.
         bytes_streamed: host to staging buffers, gathers.
         bytes_d2h: device to host, write-backs.
-        late_fences: fences at which issued copies had not landed yet, so that the device waited.
+        late_fences: fences at which a recall had not landed yet, so that the device waited.
     """
 
     bytes_h2d: int = 0
@@ -33,12 +36,26 @@ class TransferCounters:
     late_fences: int = 0
 
 
+class Marker(Protocol):
+    """A place in the work of a device stream, as `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """Whether the device has come past it."""
+
+    def wait(self, stream: Any = None) -> None:  # noqa: ANN401 - torch's streams are untyped
+        """Make the stream (default: the current one) wait for it; never blocks the host."""
+
+
 class TransferEngine(ABC):
     """Executes the copies of a step plan.
 
-    Order seen by the caller: copies run in the order of the calls, each after all device work enqueued before
-    its call; the device work enqueued after `fence` runs after all copies issued before it. So issue a copy
-    that may overlap a forward pass before that pass is enqueued, and one that reads its results after.
+    Order seen by the caller: a recall and a write-back run after all device work enqueued before the call, a
+    gather only after the marker it is given. A recall, and a gather, of a block that is being written back
+    reads what is written. Device work enqueued after `fence` runs after all recalls issued before it. So issue
+    a copy that may overlap a forward pass before that pass is enqueued, and one that reads its results after.
+
+    Nothing waits for a write-back but who needs it: a recall into a slot that it reads, and work that `fence`
+    was told writes to such a slot.
     """
 
     def __init__(self, layout: PageLayout, pool: HostPool) -> None:
@@ -58,19 +75,44 @@ class TransferEngine(ABC):
             self._write_back(group, blocks, slots)
             self.counters.bytes_d2h += len(blocks) * self._group_bytes(group)
 
-    def gather_layer(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        """Copy a layer's pages of host blocks (int64 [n] on the device) to the first rows of `out`."""
-        if len(blocks):
-            self._gather_layer(layer, blocks, out)
-            self.counters.bytes_streamed += len(blocks) * self.layout.layer_bytes(layer)
+    def gather_layer(
+        self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
+    ) -> Marker | None:
+        """Copy a layer's pages of host blocks to the first rows of `out`.
+
+        Args:
+            layer: attention layer.
+            blocks: int64 [n], the blocks, from `upload`.
+            host_blocks: [n], the same blocks on the host.
+            out: [n or more, page_elems] on the device.
+            after: the last use of what `out` holds. None if it was not used.
+
+        Returns:
+            What to `wait` for before `out` is read. None if there is nothing to wait for.
+        """
+        self.counters.bytes_streamed += len(host_blocks) * self.layout.layer_bytes(layer)
+        return self._gather_layer(layer, blocks, host_blocks, out, after)
 
     @abstractmethod
-    def fence(self) -> None:
-        """Make device work enqueued from now on wait for all issued copies; never blocks the host."""
+    def upload(self, blocks: Ids) -> torch.Tensor:
+        """Put ids [n] where `gather_layer` reads them; int64 [n]."""
 
     @abstractmethod
-    def wait_gathers(self) -> None:
-        """As `fence`, between the gathers of one forward pass: not counted as late."""
+    def fence(self, reused: Sequence[Copies]) -> None:
+        """Make device work enqueued from now on wait for all issued recalls; never blocks the host.
+
+        Args:
+            reused: slots that this work writes to although write-backs may still read them. It then waits for
+                those write-backs too.
+        """
+
+    @abstractmethod
+    def marker(self) -> Marker | None:
+        """The device work enqueued so far. None if there is nothing to wait for."""
+
+    @abstractmethod
+    def wait(self, marker: Marker | None) -> None:
+        """Make device work enqueued from now on wait for a marker; never blocks the host."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -83,7 +125,9 @@ class TransferEngine(ABC):
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None: ...
 
     @abstractmethod
-    def _gather_layer(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None: ...
+    def _gather_layer(
+        self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
+    ) -> Marker | None: ...
 
     def _group_bytes(self, group: int) -> int:
         return sum(self.layout.layer_bytes(layer) for layer in self.layout.groups[group])
@@ -92,28 +136,38 @@ class TransferEngine(ABC):
 class CpuTransferEngine(TransferEngine):
     """Copies at once on the calling thread; nothing to wait for."""
 
-    def fence(self) -> None:
+    def upload(self, blocks: Ids) -> torch.Tensor:
+        """The ids as a tensor."""
+        return torch.from_numpy(blocks.astype(np.int64))
+
+    def fence(self, reused: Sequence[Copies]) -> None:
         """Nothing is in flight."""
 
-    def wait_gathers(self) -> None:
+    def marker(self) -> Marker | None:
+        """All is done."""
+
+    def wait(self, marker: Marker | None) -> None:
         """Nothing is in flight."""
 
     def synchronize(self) -> None:
         """Nothing is in flight."""
 
     def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
-        source, target = _index(blocks), _index(slots)
+        source, target = self.upload(blocks), self.upload(slots)
         for run in self.layout.runs(group):
             copy_pages(self.pool.run_view(run), source, run.device_pages, target)
 
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
-        source, target = _index(slots), _index(blocks)
+        source, target = self.upload(slots), self.upload(blocks)
         for run in self.layout.runs(group):
             copy_pages(run.device_pages, source, self.pool.run_view(run), target)
 
-    def _gather_layer(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
+    def _gather_layer(
+        self,
+        layer: int,
+        blocks: torch.Tensor,
+        host_blocks: Ids,  # noqa: ARG002 - for engines that copy without the device's help
+        out: torch.Tensor,
+        after: Marker | None,  # noqa: ARG002 - all earlier use is over
+    ) -> None:
         copy_pages(self.pool.layer_view(layer), blocks, out, None)
-
-
-def _index(ids: Ids) -> torch.Tensor:
-    return torch.from_numpy(ids.astype(np.int64))

@@ -76,6 +76,10 @@ class PageLayout:
         """The layer's device pages as [S, page_elems], in memory order, without a copy."""
         return self._pages[layer]
 
+    def cache(self, layer: int) -> torch.Tensor:
+        """The layer's device cache [S, ...page] as it was given."""
+        return self._caches[layer]
+
     def runs(self, group: int) -> tuple[PageRun, ...]:
         """The copies that move one block of a layer group."""
         return self._runs[group]

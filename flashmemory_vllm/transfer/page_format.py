@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,11 +17,26 @@ class PageFormat(ABC):
         num_kv_heads: Hkv.
         block_size: tokens in a page.
         head_dim: D.
+        keys_are_views: whether `keys` costs nothing, however many pages there are.
     """
+
+    keys_are_views: ClassVar[bool] = True
 
     num_kv_heads: int
     block_size: int
     head_dim: int
+
+    def select(self, pages: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prepare pages, of which few may be meant, for `keys` and `values`.
+
+        Args:
+            pages: [P, Hkv, block_size, 2 * D].
+            block_table: int32 [n], the pages that are meant.
+
+        Returns:
+            Pages, and the block table that names the same ones among them. None for all of them in order.
+        """
+        return pages, block_table
 
     @abstractmethod
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
@@ -62,6 +78,12 @@ class CpuAmxPages(PageFormat):
     Keys of a head lie as [block_size / 16, D / 2, 16 tokens, 2], its values as
     [D / 16, block_size / 2, 16, 2 tokens].
     """
+
+    keys_are_views: ClassVar[bool] = False
+
+    def select(self, pages: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Only the pages that are meant: `keys` and `values` copy."""
+        return pages.index_select(0, block_table), None
 
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
         """Unpacked, a copy."""

@@ -1,11 +1,14 @@
-"""CudaTransferEngine on a GPU: bits survive the round trip, copies are ordered, gathers can stream attention.
+"""CudaTransferEngine on a GPU: bits survive the round trip, and copies are ordered where they must be, only there.
 
-Regimes: copies issued while the compute stream is still busy writing the slots they read (ordering by
-    events), a
-recall right behind the write-back of the same block, merged and per-layer runs, low-precision pages.
+Regimes: copies issued while the compute stream is still busy writing the slots they read, a recall and a gather
+right behind the write-back of the same block, slots that are overwritten while a write-back reads them, merged
+and per-layer runs, low-precision pages; each by the copy engines and by the copy kernel.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,11 +16,12 @@ import torch
 from flashmemory_kernels.copy_pages import copy_pages
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.residency.types import Copies
+from flashmemory_vllm.transfer import cuda_engine
+from flashmemory_vllm.transfer.batched_copy import batched_copy, has_batched_copy
 from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PagedHistory, stream_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +30,17 @@ pytestmark = [
 
 LAYERS, SLOTS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM = 3, 16, 64, 2, 16, 64
 PAGE_ELEMS = HEADS * BLOCK_SIZE * 2 * HEAD_DIM
+# About a second: what waits for it is seen to.
+LONG_CYCLES = 1_500_000_000
+
+
+@pytest.fixture(params=["dma", "kernel"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How pages are copied."""
+    if request.param == "dma" and not has_batched_copy():
+        pytest.skip("this driver has no batched copy")
+    monkeypatch.setattr(cuda_engine, "MIN_DMA_PAGE_BYTES", 0 if request.param == "dma" else 1 << 40)
+    return str(request.param)
 
 
 def make_caches(block_outermost: bool, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -36,11 +51,33 @@ def make_caches(block_outermost: bool, dtype: torch.dtype) -> list[torch.Tensor]
     return list(torch.zeros(LAYERS, SLOTS, HEADS, BLOCK_SIZE, 2 * HEAD_DIM, dtype=dtype, device="cuda"))
 
 
-def make_engine(caches: list[torch.Tensor]) -> CudaTransferEngine:
+@contextmanager
+def engine_over(caches: list[torch.Tensor]) -> Iterator[CudaTransferEngine]:
+    """An engine with a poisoned pool, whose copy kernel is compiled: that outlasts any busy device."""
     layout = PageLayout(caches)
     pool = HostPool(BLOCKS, layout, pin=True)
     pool.poison()
-    return CudaTransferEngine(layout, pool)
+    engine = CudaTransferEngine(layout, pool)
+    # Pinned memory for ids: to allocate it while a copy is under way would wait for that copy.
+    ready = [torch.empty(words, dtype=torch.int64, pin_memory=True) for words in (1, 2, 4) for _ in range(8)]
+    del ready
+    before = [cache.clone() for cache in caches]
+    engine.recall(0, ids(0), ids(0))
+    engine.gather_layer(0, engine.upload(ids(0)), ids(0), torch.empty_like(layout.page_view(0)[:1]), None)
+    engine.synchronize()
+    for cache, content in zip(caches, before, strict=True):
+        cache.copy_(content)
+    engine.counters.bytes_h2d = engine.counters.bytes_streamed = 0
+    torch.cuda.synchronize()
+    try:
+        yield engine
+    finally:
+        torch.cuda.synchronize()
+        pool.close()
+
+
+def ids(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(numbers, np.int32)
 
 
 def keep_busy() -> torch.Tensor:
@@ -52,88 +89,145 @@ def keep_busy() -> torch.Tensor:
     return product
 
 
+def delay(stream: torch.cuda.Stream) -> None:
+    """Keep a copy stream from going on for a second."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG_CYCLES)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("block_outermost", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_behind_a_busy_compute_stream(dtype: torch.dtype, block_outermost: bool) -> None:
     caches = make_caches(block_outermost, dtype)
-    engine = make_engine(caches)
     content = torch.randn(LAYERS, SLOTS, HEADS, BLOCK_SIZE, 2 * HEAD_DIM, device="cuda").to(dtype)
-    blocks, slots = np.array([40, 3, 17], np.int32), np.array([1, 9, 4], np.int32)
-    moved = np.array([2, 15, 7], np.int32)
-    for _ in range(3):
-        busy = keep_busy()
-        for cache, fresh in zip(caches, content, strict=True):
-            cache.copy_(fresh)
-        engine.write_back(0, blocks, slots)
-        engine.recall(0, blocks, moved)
-        engine.fence()
-        # Reads after the fence see the recalled pages, without the host ever waiting.
-        for cache, fresh in zip(caches, content, strict=True):
-            expected = fresh.clone()
-            expected[moved] = fresh[slots]
-            assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
-        assert bool(busy.isfinite().all())
-    engine.synchronize()
-    written = engine.pool.layer_view(1)[blocks]
-    assert torch.equal(engine.layout.unflatten(1, written), content[1].cpu()[slots])
-    others = np.setdiff1d(np.arange(BLOCKS), blocks)
-    assert bool(engine.pool.pages[others].isnan().all())
-    assert engine.counters.bytes_d2h == engine.counters.bytes_h2d == 3 * 3 * engine.layout.block_bytes
-    engine.pool.close()
+    blocks, slots, moved = ids(40, 3, 17), ids(1, 9, 4), ids(2, 15, 7)
+    with engine_over(caches) as engine:
+        for _ in range(3):
+            busy = keep_busy()
+            for cache, fresh in zip(caches, content, strict=True):
+                cache.copy_(fresh)
+            engine.write_back(0, blocks, slots)
+            engine.recall(0, blocks, moved)
+            engine.fence([])
+            # Reads after the fence see the recalled pages, without the host ever waiting.
+            for cache, fresh in zip(caches, content, strict=True):
+                expected = fresh.clone()
+                expected[moved] = fresh[slots]
+                assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+            assert bool(busy.isfinite().all())
+        engine.synchronize()
+        written = engine.pool.layer_view(1)[blocks]
+        assert torch.equal(engine.layout.unflatten(1, written), content[1].cpu()[slots])
+        others = np.setdiff1d(np.arange(BLOCKS), blocks)
+        assert bool(engine.pool.pages[others].isnan().all())
+        assert engine.counters.bytes_d2h == engine.counters.bytes_h2d == 3 * 3 * engine.layout.block_bytes
 
 
-def test_fence_counts_copies_that_are_not_done() -> None:
-    engine = make_engine(make_caches(True, torch.bfloat16))
-    engine.recall(0, np.array([1]), np.array([1]))  # compiles the copy kernel, which outlasts any busy device
-    engine.synchronize()
-    engine.fence()
-    assert engine.counters.late_fences == 0
-    keep_busy()
-    engine.recall(0, np.array([1]), np.array([1]))
-    engine.fence()
-    assert engine.counters.late_fences == 1
-    engine.synchronize()
-    engine.fence()
-    assert engine.counters.late_fences == 1
-    engine.pool.close()
-
-
-@pytest.mark.parametrize("num_history", [5, 16, 400, 1000])
-def test_streamed_attention_is_dense(num_history: int) -> None:
+@pytest.mark.usefixtures("way")
+def test_slots_are_saved_before_the_model_or_a_recall_overwrites_them() -> None:
     caches = make_caches(True, torch.float32)
-    engine = make_engine(caches)
-    generator = torch.Generator().manual_seed(num_history)
-    query = torch.randn(40, 4, HEAD_DIM, generator=generator)
-    keys, values = torch.randn(2, num_history + 40, HEADS, HEAD_DIM, generator=generator)
-    num_full, num_tail = divmod(num_history, BLOCK_SIZE)
-    ids = torch.randperm(BLOCKS, generator=generator)[:num_full]
-    tokens = torch.cat((keys, values), dim=-1)
-    for position, block in enumerate(ids.tolist()):
-        page = engine.layout.unflatten(1, engine.pool.layer_view(1)[block : block + 1])
-        page[0] = tokens[position * BLOCK_SIZE : (position + 1) * BLOCK_SIZE].transpose(0, 1)
-    if num_tail:
-        caches[1][3, :, :num_tail] = tokens[num_history - num_tail : num_history].transpose(0, 1).cuda()
-    tail = torch.tensor([3], device="cuda") if num_tail else None
-    page_format = InterleavedPages(HEADS, BLOCK_SIZE, HEAD_DIM)
-    history = PagedHistory(engine, page_format, 1, ids.cuda(), num_history, tail)
-    staging = torch.full((2, 4, PAGE_ELEMS), torch.nan, device="cuda")
+    with engine_over(caches) as engine:
+        engine.pool.pages[5] = 5.0
+        for cache in caches:
+            cache[1], cache[2] = 1.0, 2.0
+        delay(engine._write_backs)
+        engine.write_back(0, ids(11, 12), ids(1, 2))
+        engine.recall(0, ids(5), ids(1))
+        engine.fence([Copies(0, ids(13), ids(2))])
+        for cache in caches:
+            cache[2] = 20.0
+        seen = [cache[1:3].clone() for cache in caches]
+        engine.synchronize()
+        assert bool((engine.pool.pages[11] == 1.0).all())
+        assert bool((engine.pool.pages[12] == 2.0).all())
+        for pages in seen:
+            assert bool((pages[0] == 5.0).all())
+            assert bool((pages[1] == 20.0).all())
 
-    own_keys, own_values = keys[num_history:].cuda(), values[num_history:].cuda()
-    out = stream_attention(query.cuda(), own_keys, own_values, history, 0.2, (staging[0], staging[1]))
 
-    wide_keys, wide_values = (x.double().repeat_interleave(2, dim=1) for x in (keys, values))
-    logits = torch.einsum("thd,shd->hts", query.double(), wide_keys) * 0.2
-    logits += torch.full(logits.shape[1:], -torch.inf, dtype=torch.float64).triu(num_history + 1)
-    expected = torch.einsum("hts,shd->thd", logits.softmax(-1), wide_values)
-    # float32 parts and merges against float64.
-    assert (out.cpu() - expected).abs().max() / expected.abs().max() < 1e-5
-    engine.pool.close()
+@pytest.mark.usefixtures("way")
+def test_a_gather_reads_what_a_pending_write_back_writes() -> None:
+    caches = make_caches(True, torch.bfloat16)
+    staging = torch.full((4, PAGE_ELEMS), torch.nan, dtype=torch.bfloat16, device="cuda")
+    with engine_over(caches) as engine:
+        caches[1][3], caches[1][4] = 3.0, 4.0
+        blocks = ids(8, 9)
+        delay(engine._write_backs)
+        engine.write_back(0, blocks, ids(3, 4))
+        engine.wait(engine.gather_layer(1, engine.upload(blocks), blocks, staging, None))
+        assert staging[:, 0].tolist()[:2] == [3.0, 4.0]
+        assert bool(staging[2:].isnan().all())
+        assert engine.counters.bytes_streamed == 2 * engine.layout.layer_bytes(1)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_gather_waits_until_its_buffer_is_drained() -> None:
+    staging = torch.zeros(1, PAGE_ELEMS, device="cuda")
+    with engine_over(make_caches(True, torch.float32)) as engine:
+        engine.pool.pages[7] = 7.0
+        busy = keep_busy()
+        seen = staging.clone()
+        drained = engine.marker()
+        engine.wait(engine.gather_layer(0, engine.upload(ids(7)), ids(7), staging, drained))
+        assert bool((staging == 7.0).all())
+        assert bool((seen == 0.0).all())
+        assert bool(busy.isfinite().all())
+
+
+@pytest.mark.usefixtures("way")
+def test_neither_a_fence_nor_a_gather_waits_for_write_backs_of_others() -> None:
+    """If one did, the write-back would be done once the compute stream is."""
+    staging = torch.zeros(1, PAGE_ELEMS, device="cuda")
+    with engine_over(make_caches(True, torch.float32)) as engine:
+        engine.pool.pages[7] = 7.0
+        delay(engine._write_backs)
+        engine.write_back(0, ids(11), ids(1))
+        engine.recall(0, ids(7), ids(3))
+        engine.fence([Copies(0, ids(13), ids(2))])
+        engine.wait(engine.gather_layer(0, engine.upload(ids(7)), ids(7), staging, engine.marker()))
+        torch.cuda.current_stream().synchronize()
+        assert len(engine._pending) == 1
+        assert bool((staging == 7.0).all())
+        engine.synchronize()
+        assert len(engine._pending) == 0
+
+
+def test_fence_counts_recalls_that_are_not_done() -> None:
+    with engine_over(make_caches(True, torch.bfloat16)) as engine:
+        engine.fence([])
+        assert engine.counters.late_fences == 0
+        keep_busy()
+        engine.recall(0, ids(1), ids(1))
+        engine.fence([])
+        assert engine.counters.late_fences == 1
+        engine.synchronize()
+        engine.fence([])
+        assert engine.counters.late_fences == 1
+
+
+@pytest.mark.parametrize("places", ["host_to_device", "device_to_host"])
+@pytest.mark.parametrize("page_elems", [1, 30, 4098])
+def test_batched_copy(page_elems: int, places: str) -> None:
+    if not has_batched_copy():
+        pytest.skip("this driver has no batched copy")
+    rows = torch.randn(2, 40, page_elems + 3)
+    target = rows[1].clone()
+    source_ids, target_ids = (torch.randperm(40)[:25].numpy() for _ in range(2))
+    target[target_ids, :page_elems] = rows[0, source_ids, 3:]
+    kinds = [torch.Tensor.cuda if place == "device" else torch.Tensor.pin_memory for place in places.split("_to_")]
+    source, got = kinds[0](rows[0]), kinds[1](rows[1])
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    batched_copy(source[:, 3:], source_ids, got[:, :page_elems], target_ids, stream)
+    torch.cuda.synchronize()
+    assert torch.equal(got.cpu(), target)
 
 
 def test_pageable_host_memory_is_refused() -> None:
     layout = PageLayout(make_caches(True, torch.float32))
     with pytest.raises(ConfigError, match="needs a pinned host pool"):
         CudaTransferEngine(layout, HostPool(2, layout))
-    pages, ids = layout.page_view(0), torch.zeros(1, dtype=torch.int64, device="cuda")
+    pages, numbers = layout.page_view(0), torch.zeros(1, dtype=torch.int64, device="cuda")
     with pytest.raises(ValueError, match="source: expected pinned host memory"):
-        copy_pages(torch.zeros(2, PAGE_ELEMS), ids, pages, ids)
+        copy_pages(torch.zeros(2, PAGE_ELEMS), numbers, pages, numbers)

@@ -36,7 +36,7 @@ def test_write_back_then_recall_elsewhere(kind: str, group: int) -> None:
     engine.write_back(group, blocks, slots)
     moved = np.array([4, 1, 2], np.int32)
     engine.recall(group, blocks, moved)
-    engine.fence()
+    engine.fence([])
     for layer, cache in enumerate(caches):
         expected = before[layer].clone()
         if layer in GROUPS[group]:
@@ -56,7 +56,8 @@ def test_gather_layer_fills_staging(kind: str) -> None:
     everything = np.arange(NUM_SLOTS)
     engine.write_back(0, everything + 2, everything)
     staging = torch.full((6, PAGE_ELEMS), torch.nan)
-    engine.gather_layer(3, torch.tensor([7, 3, 4]), staging)
+    blocks = np.array([7, 3, 4], np.int32)
+    engine.wait(engine.gather_layer(3, engine.upload(blocks), blocks, staging, engine.marker()))
     assert torch.equal(engine.layout.unflatten(3, staging[:3]), caches[3][[5, 1, 2]])
     assert bool(staging[3:].isnan().all())
     assert (engine.counters.bytes_streamed, engine.counters.bytes_h2d) == (3 * PAGE_ELEMS * 4, 0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.transfer import host_pool as module
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from tests.unit.transfer.pools import CACHES, PAGE_ELEMS, MakeCaches, block_outermost
@@ -44,3 +47,52 @@ def test_impossible_size_is_refused_with_its_figures() -> None:
     layout = PageLayout(block_outermost(1))
     with pytest.raises(ConfigError, match=r"cannot map the host pool: .* blocks of 384 bytes .* GiB\)"):
         HostPool(1 << 50, layout)
+
+
+class Runtime:
+    """A CUDA runtime that can pin so many pieces."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        assert flags == 0
+        if len(self.pinned) == self.limit:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - CUDA's name
+        del self.pinned[address]
+        return 0
+
+
+def install(monkeypatch: pytest.MonkeyPatch, limit: int) -> Runtime:
+    runtime = Runtime(limit)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(module, "PIN_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(module, "REPORT_BYTES", 8192)
+    return runtime
+
+
+def test_every_byte_is_pinned_once_and_unpinned_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = install(monkeypatch, limit=100)
+    with caplog.at_level(logging.INFO, logger="vllm.flashmemory"):
+        pool = HostPool(50, PageLayout(block_outermost(1)), pin=True)
+    assert pool.num_bytes == 50 * 384
+    start = pool.pages.data_ptr()
+    # Pieces begin with a page of memory and with a row: 12288 is the least multiple of both.
+    assert runtime.pinned == {start: 12288, start + 12288: 50 * 384 - 12288}
+    assert [record.message.split(" in ")[0] for record in caplog.records] == ["host pool: 0 of 0 GiB pinned"] * 2
+    pool.close()
+    assert runtime.pinned == {}
+
+
+def test_memory_that_cannot_be_pinned_is_given_back_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = install(monkeypatch, limit=1)
+    with pytest.raises(ConfigError, match=r"cannot pin 0.00 GiB of host pool: failed after .* \(cudaHostRegister: 2\)"):
+        HostPool(50, PageLayout(block_outermost(1)), pin=True)
+    assert runtime.pinned == {}

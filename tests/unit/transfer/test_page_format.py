@@ -50,3 +50,17 @@ def test_interleaved_pages_are_views() -> None:
     assert torch.equal(page_format.keys(pages), key)
     assert torch.equal(page_format.values(pages), value)
     assert page_format.values(pages).untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("format_type", [InterleavedPages, CpuVectorPages, CpuAmxPages])
+def test_selected_pages_are_the_ones_of_the_table(format_type: type[PageFormat]) -> None:
+    page_format = format_type(HEADS, 32, 32)
+    pages = torch.randn(5, HEADS, 32, 64)
+    table = torch.tensor([4, 1, 2], dtype=torch.int32)
+    chosen, order = page_format.select(pages, table)
+    for read in (page_format.keys, page_format.values):
+        tokens = read(chosen) if order is None else read(chosen)[order]
+        assert torch.equal(tokens, read(pages[table]))
+    # Who copies, copies what is asked for and no more.
+    is_view = page_format.keys(pages).untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
+    assert len(chosen) == (5 if is_view else 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from flashmemory_kernels.partial_attention import partial_attention
@@ -11,7 +12,8 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import CpuVectorPages, InterleavedPages, PageFormat
-from flashmemory_vllm.transfer.streaming import PagedHistory, stream_attention
+from flashmemory_vllm.transfer.staging import StagingRing, split_history
+from flashmemory_vllm.transfer.streaming import Chunk, PartialAttention, StreamedAttention, StreamedHistory
 from tests.unit.transfer.pools import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -46,26 +48,40 @@ def make_history(
     page_format: PageFormat,
     keys: torch.Tensor,
     values: torch.Tensor,
-    generator: torch.Generator,
+    staging_blocks: int,
     num_on_device: int = 0,
-) -> PagedHistory:
+) -> tuple[CpuTransferEngine, StreamedHistory]:
     """Full blocks in the host pool, the last few and the tail in slots, all shuffled; NaN everywhere else."""
+    generator = torch.Generator().manual_seed(len(keys))
     caches = (block_outermost if isinstance(page_format, InterleavedPages) else layer_outermost)(LAYER + 1)
     for cache in caches:
         cache.fill_(torch.nan)
     layout = PageLayout(caches)
     num_host = max(0, len(keys) // BLOCK_SIZE - num_on_device)
     num_blocks = -(-len(keys) // BLOCK_SIZE)
-    pool = HostPool(num_host + 5, layout)
-    pool.poison()
+    engine = CpuTransferEngine(layout, HostPool(num_host + 5, layout))
+    engine.pool.poison()
     ids = torch.randperm(num_host + 5, generator=generator)[:num_host]
     slots = torch.randperm(NUM_SLOTS, generator=generator)[: num_blocks - num_host]
-    in_host = layout.unflatten(LAYER, pool.layer_view(LAYER))
+    in_host = layout.unflatten(LAYER, engine.pool.layer_view(LAYER))
     pages = [in_host[i : i + 1] for i in ids.tolist()] + [caches[LAYER][i : i + 1] for i in slots.tolist()]
     for page, start in zip(pages, range(0, len(keys), BLOCK_SIZE), strict=True):
         write_page(page_format, page, keys[start : start + BLOCK_SIZE], values[start : start + BLOCK_SIZE])
-    device_slots = slots if len(slots) else None
-    return PagedHistory(CpuTransferEngine(layout, pool), page_format, LAYER, ids, len(keys), device_slots)
+    parts = split_history(ids, ids.numpy().astype(np.int32), staging_blocks) if num_host else ()
+    return engine, StreamedHistory(len(keys), parts, slots.int(), BLOCK_SIZE)
+
+
+def stream(
+    page_format: PageFormat,
+    chunk: Chunk,
+    engine: CpuTransferEngine,
+    history: StreamedHistory,
+    staging_blocks: int,
+    attend: PartialAttention = partial_attention,
+) -> None:
+    ring = StagingRing(engine, torch.full((2, staging_blocks, PAGE_ELEMS), torch.nan))
+    ring.begin((LAYER, part) for part in history.parts)
+    StreamedAttention(engine.layout, page_format, ring, SCALE, attend).complete(LAYER, chunk, history)
 
 
 @pytest.mark.parametrize("format_type", [InterleavedPages, CpuVectorPages])
@@ -80,14 +96,13 @@ def test_streamed_is_dense(
     query = torch.randn(num_tokens, QUERY_HEADS, HEAD_DIM, generator=generator) * 2
     keys, values = torch.randn(2, num_history + num_tokens, NUM_HEADS, HEAD_DIM, generator=generator)
     page_format = format_type(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-    history = make_history(page_format, keys[:num_history], values[:num_history], generator, num_on_device)
-    staging = torch.full((2, staging_blocks, PAGE_ELEMS), torch.nan)
+    engine, history = make_history(page_format, keys[:num_history], values[:num_history], staging_blocks, num_on_device)
+    chunk = Chunk(query, keys[num_history:], values[num_history:], torch.full_like(query, torch.nan))
 
-    out = stream_attention(query, keys[num_history:], values[num_history:], history, SCALE, (staging[0], staging[1]))
+    stream(page_format, chunk, engine, history, staging_blocks)
 
     expected = dense(query, keys, values)
-    assert out.dtype == query.dtype
-    error = (out - expected).abs().max() / expected.abs().max()
+    error = (chunk.output - expected).abs().max() / expected.abs().max()
     assert error < MAX_RELATIVE_ERROR
 
 
@@ -97,29 +112,27 @@ def test_low_precision_is_rounded_once_at_the_end() -> None:
     query = torch.randn(3, QUERY_HEADS, HEAD_DIM, generator=generator)
     keys, values = torch.randn(2, 203, NUM_HEADS, HEAD_DIM, generator=generator).bfloat16().float()
     page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-    history = make_history(page_format, keys[:200], values[:200], generator)
-    staging = torch.full((2, 1, PAGE_ELEMS), torch.nan)
+    engine, history = make_history(page_format, keys[:200], values[:200], staging_blocks=1)
 
     def attend_bf16(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        block_table: torch.Tensor | None,
+        num_tokens: int,
+        scale: float,
+        causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = partial_attention(query.float(), key.float(), value.float(), scale, causal)
+        wide = query.float(), key_pages.float(), value_pages.float()
+        out, lse = partial_attention(*wide, block_table, num_tokens, scale, causal)
         return out.bfloat16(), lse
 
     query = query.bfloat16()
-    out = stream_attention(
-        query,
-        keys[200:].bfloat16(),
-        values[200:].bfloat16(),
-        history,
-        SCALE,
-        (staging[0], staging[1]),
-        attend_bf16,
-    )
+    chunk = Chunk(query, keys[200:].bfloat16(), values[200:].bfloat16(), torch.empty_like(query))
+    stream(page_format, chunk, engine, history, 1, attend_bf16)
     expected = dense(query.float(), keys, values)
     # Each of 51 parts is rounded once (2^-9 of its size) and averaged; the end result is rounded once more.
-    assert out.dtype == torch.bfloat16
-    assert (out.double() - expected).abs().max() < 2**-8 * values.abs().max()
+    assert (chunk.output.double() - expected).abs().max() < 2**-8 * values.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -128,9 +141,7 @@ def test_low_precision_is_rounded_once_at_the_end() -> None:
     ids=["no tail", "a block too many", "a block too few", "tail from the host", "a slot too many"],
 )
 def test_history_that_its_pages_do_not_hold_is_refused(num_tokens: int, num_slots: int) -> None:
-    layout = PageLayout(block_outermost(1))
-    engine = CpuTransferEngine(layout, HostPool(4, layout))
-    page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-    slots = torch.arange(num_slots) if num_slots else None
+    parts = split_history(torch.arange(2), np.arange(2, dtype=np.int32), 1)
+    slots = torch.arange(num_slots, dtype=torch.int32)
     with pytest.raises(IntegrityError, match=f"a history of {num_tokens} tokens has .* got 2 host and {num_slots} "):
-        PagedHistory(engine, page_format, 0, torch.arange(2), num_tokens, slots)
+        StreamedHistory(num_tokens, parts, slots, BLOCK_SIZE)

@@ -1,0 +1,142 @@
+"""CudaTransferEngine on simulated streams: whatever order the device chooses, the result is that of no overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmemory_vllm.residency.types import Copies
+from flashmemory_vllm.transfer import cuda_engine
+from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
+from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferEngine
+from flashmemory_vllm.transfer.host_pool import HostPool
+from flashmemory_vllm.transfer.layout import PageLayout
+from tests.unit.transfer.pools import NUM_SLOTS, PAGE_ELEMS, block_outermost
+from tests.unit.transfer.streams import Device, simulated
+
+NUM_BLOCKS, NUM_STEPS = 9, 6
+GROUPS = [[0], [1]]
+
+
+class Worker:
+    """Runs steps on an engine as the runtime does, the model's kernels replaced by reads and writes of slots."""
+
+    def __init__(self, engine_cls: type[TransferEngine], device: Device | None) -> None:
+        layout = PageLayout(block_outermost(len(GROUPS)), GROUPS)
+        self.engine = engine_cls(layout, HostPool(NUM_BLOCKS, layout))
+        self._device = device
+        self._staging = torch.zeros(2, NUM_BLOCKS, PAGE_ELEMS)
+        self._drained = [self.engine.marker(), self.engine.marker()]
+        self.seen: list[list[float]] = []
+
+    def compute(self, kernel: object) -> None:
+        assert callable(kernel)
+        if self._device is None:
+            kernel()
+        else:
+            self._device.enqueue(kernel)
+
+    def read(self, pages: torch.Tensor) -> None:
+        self.compute(lambda: self.seen.append(pages[:, 0].tolist()))
+
+    def write(self, group: int, slots: Ids, value: float) -> None:
+        pages = self.engine.layout.page_view(group)
+        for offset, slot in enumerate(slots):
+            self.compute(lambda page=pages[slot], number=value + offset: page.fill_(number))
+
+    def step(self, random: Random, number: int) -> None:
+        """Recalls, fence, prefetches, attention over slots and streamed history, write-backs."""
+        engine, plans = self.engine, [_Plan(random) for _ in GROUPS]
+        for group, plan in enumerate(plans):
+            engine.recall(group, *plan.recalls)
+        engine.fence([Copies(group, *plan.fresh) for group, plan in enumerate(plans)])
+        for group, plan in enumerate(plans):
+            engine.recall(group, *plan.prefetches)
+        fetched = []
+        for group, plan in enumerate(plans):
+            ids, buffer = plan.gathered, self._staging[group]
+            fetched.append(engine.gather_layer(group, engine.upload(ids), ids, buffer, self._drained[group]))
+        for group, plan in enumerate(plans):
+            self.write(group, plan.fresh[1], 100.0 * number + 10 * group)
+            for slot in (*plan.fresh[1], *plan.recalls[1]):
+                self.read(engine.layout.page_view(group)[slot : slot + 1])
+            engine.wait(fetched[group])
+            self.read(self._staging[group, : len(plan.gathered)])
+            self._drained[group] = engine.marker()
+        for group, plan in enumerate(plans):
+            engine.write_back(group, *plan.fresh)
+
+
+class _Plan:
+    """What one step does in one group: blocks and slots of one kind are none of another's."""
+
+    def __init__(self, random: Random) -> None:
+        slots = np.array(random.sample(range(NUM_SLOTS), NUM_SLOTS), np.int32)
+        blocks = np.array(random.sample(range(NUM_BLOCKS), NUM_BLOCKS), np.int32)
+        counts = [random.randint(0, 2) for _ in range(3)]
+        ends = np.cumsum([0, *counts])
+        kinds = [(blocks[start:end], slots[start:end]) for start, end in pairwise(ends)]
+        self.recalls, self.prefetches, self.fresh = kinds
+        self.gathered = np.array(random.sample(range(NUM_BLOCKS), 3), np.int32)
+        # This step's own blocks are not in the host pool yet.
+        self.gathered = self.gathered[~np.isin(self.gathered, self.fresh[0])]
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), order=st.integers(0, 2**32), by_dma=st.booleans())
+def test_overlap_changes_nothing_that_is_read_or_kept(seed: int, order: int, by_dma: bool) -> None:
+    plain = Worker(CpuTransferEngine, None)
+    steps = Random(seed)
+    for number in range(1, NUM_STEPS):
+        plain.step(steps, number)
+    with simulated(Random(order), by_dma=by_dma) as device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_engine, "WRITE_BACK_BYTES", 1)
+        worker = Worker(CudaTransferEngine, device)
+        steps = Random(seed)
+        for number in range(1, NUM_STEPS):
+            worker.step(steps, number)
+        worker.engine.synchronize()
+        device.current.synchronize()
+    assert worker.seen == plain.seen
+    assert torch.equal(worker.engine.pool.pages, plain.engine.pool.pages)
+    for group in range(len(GROUPS)):
+        assert torch.equal(worker.engine.layout.page_view(group), plain.engine.layout.page_view(group))
+
+
+class Idle(Random):
+    """A device that does nothing until it is waited for."""
+
+    def choice(self, seq: Sequence[int]) -> int:  # type: ignore[override]
+        return seq[0]
+
+
+def test_a_fence_waits_for_the_write_backs_that_it_is_told_of_and_no_other() -> None:
+    with simulated(Idle(0), by_dma=True) as device:
+        worker = Worker(CudaTransferEngine, device)
+        engine, compute = worker.engine, device.current
+        engine.write_back(0, np.array([1, 2]), np.array([3, 4]))
+        compute.queue.clear()
+        engine.fence([Copies(0, np.array([7], np.int32), np.array([5], np.int32))])
+        engine.fence([Copies(1, np.array([7], np.int32), np.array([3], np.int32))])
+        assert not compute.queue
+        engine.fence([Copies(0, np.array([7], np.int32), np.array([4], np.int32))])
+        assert len(compute.queue) == 1
+        assert engine.counters.late_fences == 0
+
+
+def test_a_fence_is_late_while_a_recall_is_under_way() -> None:
+    with simulated(Idle(0), by_dma=False) as device:
+        engine = Worker(CudaTransferEngine, device).engine
+        engine.recall(0, np.array([1]), np.array([1]))
+        engine.fence([])
+        assert engine.counters.late_fences == 1
+        engine.synchronize()
+        engine.fence([])
+        assert engine.counters.late_fences == 1
