@@ -1,7 +1,7 @@
 """One file of counters: its layout, who writes it, and how it is read.
 
 offset 0   magic, layout hash, pid, num_slots, num_logical_blocks     (int64 each)
-offset 40  one float64 for each metric of the table, in its order
+offset 40  one float64 for each value of the metric table, in its order
 """
 
 import fcntl
@@ -14,17 +14,17 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.observability.metrics import METRICS
+from flashmemory_vllm.observability.metrics import SERIES
 
 SUFFIX = ".bin"
 
-_LAYOUT = hashlib.sha256(",".join(f"{spec.name}:{spec.kind}" for spec in METRICS).encode()).digest()
+_LAYOUT = hashlib.sha256(",".join(f"{key}:{spec.kind}" for key, spec in SERIES.items()).encode()).digest()
 # What every file of this version of the package begins with: magic and layout hash
 HEADER_STAMP = (int.from_bytes(b"FLASHMEM", "little"), int.from_bytes(_LAYOUT[:8], "little", signed=True))
 NUM_SLOTS_WORD = 3
 NUM_LOGICAL_BLOCKS_WORD = 4
 HEADER_BYTES = 8 * 5
-FILE_BYTES = HEADER_BYTES + 8 * len(METRICS)
+FILE_BYTES = HEADER_BYTES + 8 * len(SERIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class CounterFile:
     Attributes:
         name: the writer's.
         capacity: zeros until a worker has published it.
-        values: one for each metric, in the table's order.
+        values: one for each of `SERIES`, in its order.
     """
 
     name: str

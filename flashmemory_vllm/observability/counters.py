@@ -31,7 +31,7 @@ from flashmemory_vllm.observability.counter_file import (
     is_written,
     living_files,
 )
-from flashmemory_vllm.observability.metrics import METRICS, RATIOS
+from flashmemory_vllm.observability.metrics import RATIOS, SERIES
 
 __all__ = [
     "SCHEDULER",
@@ -83,7 +83,7 @@ class CounterWriter:
         self._header = memoryview(self._map)[:HEADER_BYTES].cast("q")
         self._values = memoryview(self._map)[HEADER_BYTES:].cast("d")
         source = "scheduler" if path.stem == SCHEDULER else "worker"
-        self._index = {spec.name: index for index, spec in enumerate(METRICS) if spec.source == source}
+        self._index = {key: index for index, (key, spec) in enumerate(SERIES.items()) if spec.source == source}
 
     @classmethod
     def create(cls, directory: Path, name: str) -> "CounterWriter":
@@ -177,7 +177,7 @@ class CounterReader:
         """Read every metric.
 
         Returns:
-            Value by name without the prefix: the sum over the writers, and each derived metric from those
+            Value by name of a series without the prefix: the sum over the writers, and each derived metric from those
             sums. Empty while no worker writes, so that a dying engine is not read as one with empty counters.
 
         Raises:
@@ -187,7 +187,7 @@ class CounterReader:
         if all(file.name == SCHEDULER for file in files):
             return {}
         totals = [sum(column) for column in zip(*(file.values for file in files), strict=True)]
-        values = {spec.name: total for spec, total in zip(METRICS, totals, strict=True)}
+        values = dict(zip(SERIES, totals, strict=True))
         for name, (part, whole) in RATIOS.items():
             values[name] = values[part] / values[whole] if values[whole] else 0.0
         return values

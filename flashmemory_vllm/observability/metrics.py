@@ -20,7 +20,7 @@ class MetricSpec:
         unit: what one unit of the value is.
         question: the question the metric answers.
         source: the process that counts it. A derived one is computed from others when they are read.
-        labels: Prometheus labels, the same as those of vLLM's own metrics.
+        reasons: values of the label `reason`; each has a value of its own. Default: the metric has no such label.
     """
 
     name: str
@@ -28,12 +28,27 @@ class MetricSpec:
     unit: str
     question: str
     source: Source = "worker"
-    labels: tuple[str, ...] = LABELS
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Prometheus labels: those of vLLM's own metrics, and ours."""
+        return (*LABELS, "reason") if self.reasons else LABELS
+
+    @property
+    def series(self) -> dict[str, tuple[str, ...]]:
+        """Names of its values, without the prefix, and what each has for labels beside the common ones."""
+        return {series(self.name, reason): (reason,) for reason in self.reasons} or {self.name: ()}
 
     @property
     def full_name(self) -> str:
         """Name on `/metrics`."""
         return PREFIX + self.name
+
+
+def series(name: str, reason: str) -> str:
+    """Name of the value of a metric for one reason, as Prometheus writes it."""
+    return f'{name}{{reason="{reason}"}}'
 
 
 METRICS = (
@@ -85,6 +100,22 @@ METRICS = (
         "scheduler",
     ),
     MetricSpec(
+        "requests_sparse_total",
+        "counter",
+        "requests",
+        "How many requests started with a resident set smaller than themselves?",
+        "scheduler",
+    ),
+    MetricSpec(
+        "requests_dense_total",
+        "counter",
+        "requests",
+        "How many requests started with all their blocks resident, and why: too short, room for all of them in the "
+        "mode `pressure`, or a ratio that leaves none out?",
+        "scheduler",
+        reasons=("below_min_sparse_tokens", "mode_pressure", "ratio_keeps_all"),
+    ),
+    MetricSpec(
         "decode_resident_blocks_total",
         "counter",
         "blocks",
@@ -97,7 +128,8 @@ METRICS = (
         "How many blocks did the requests of those steps have?",
     ),
 )
-BY_NAME = {spec.name: spec for spec in METRICS}
+# The values in the order of the counter files, each with its metric
+SERIES = {key: spec for spec in METRICS for key in spec.series}
 
 # Derived gauge: numerator and denominator
 RATIOS = {"resident_ratio": ("resident_blocks", "total_blocks")}

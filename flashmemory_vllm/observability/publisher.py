@@ -5,7 +5,7 @@ from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from flashmemory_vllm.observability.metrics import LABELS, METRICS
+from flashmemory_vllm.observability.metrics import METRICS, SERIES
 
 
 class MetricsPublisher:
@@ -33,21 +33,22 @@ class MetricsPublisher:
         """Bring the metrics of one engine up to date.
 
         Args:
-            values: value by metric name without the prefix, as `CounterReader.read` gives it; empty publishes
+            values: value by name of a series without the prefix, as `CounterReader.read` gives it; empty publishes
                 nothing.
             model_name: label, as on vLLM's own metrics.
             engine: label, index of the engine.
         """
         if not values:
             return
-        labels = dict(zip(LABELS, (model_name, engine), strict=True))
         last_totals = self._last_totals.get((model_name, engine), {})
-        for name, counter in self._counters.items():
-            growth = values[name] - last_totals.get(name, 0.0)
-            # A total that fell was counted anew from zero by a restarted writer
-            counter.labels(**labels).inc(growth if growth >= 0 else values[name])
-        for name, gauge in self._gauges.items():
-            gauge.labels(**labels).set(values[name])
+        for key, spec in SERIES.items():
+            labels = (model_name, engine, *spec.series[key])
+            if spec.kind == "counter":
+                growth = values[key] - last_totals.get(key, 0.0)
+                # A total that fell was counted anew from zero by a restarted writer
+                self._counters[spec.name].labels(*labels).inc(growth if growth >= 0 else values[key])
+            else:
+                self._gauges[spec.name].labels(*labels).set(values[key])
         self._last_totals[model_name, engine] = values
 
 

@@ -17,7 +17,10 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.observability.counters import SCHEDULER, CounterWriter, read_capacity
-from flashmemory_vllm.residency.budget import BudgetPolicy, SlotLedger
+from flashmemory_vllm.observability.metrics import series
+from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.ledger import SlotLedger
+from flashmemory_vllm.residency.modes import reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +67,10 @@ class FlashMemoryManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         assert kv_cache_spec.budget is not None
         directory = Path(kv_cache_spec.counters_dir)
-        self._ledger = SlotLedger(read_capacity(directory).num_slots, kv_cache_spec.budget)
+        self._budget = kv_cache_spec.budget
+        self._ledger = SlotLedger(read_capacity(directory).num_slots, self._budget)
         self._counters = CounterWriter.create(directory, SCHEDULER)
-        self._prefill_end: dict[str, int] = {}
+        self._prefill_lens: dict[str, int] = {}
         self._refused: set[str] = set()
 
     def get_num_blocks_to_allocate(
@@ -81,10 +85,9 @@ class FlashMemoryManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """As vLLM's, or more blocks than there are when the request's slots do not fit now."""
-        if not self._ledger.can_admit(request_id, num_tokens, prefill_end):
+        if not self._ledger.can_admit(request_id, num_tokens, self._prefill_len(request_id, num_tokens, prefill_end)):
             self._count_refusal(request_id)
             return int(self.block_pool.num_gpu_blocks) + 1
-        self._prefill_end[request_id] = prefill_end
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -98,15 +101,37 @@ class FlashMemoryManager(FullAttentionManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As vLLM's; the request's slot budget is reserved from here on."""
-        self._ledger.commit(request_id, num_tokens, self._prefill_end.get(request_id, 0))
+        is_new = not self._ledger.is_admitted(request_id)
+        self._ledger.commit(request_id, num_tokens, self._prefill_lens[request_id])
         self._refused.discard(request_id)
+        if is_new:
+            self._count_admission(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As vLLM's; finished, aborted and preempted requests give their slot budget back."""
         self._ledger.release(request_id)
-        self._prefill_end.pop(request_id, None)
+        self._prefill_lens.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def _prefill_len(self, request_id: str, num_tokens: int, prefill_end: int) -> int:
+        """Tokens that the worker prefills: all that the request has as it is admitted, fixed from then on.
+
+        vLLM's own bound moves on with the outputs, and is one token short for a request that was preempted, whose
+        last token the worker prefills with the others. Before it is admitted, vLLM asks for the whole request first
+        and for its first chunk then.
+        """
+        if not self._ledger.is_admitted(request_id):
+            known = self._prefill_lens.get(request_id, 0)
+            self._prefill_lens[request_id] = max(known, prefill_end, num_tokens)
+        return self._prefill_lens[request_id]
+
+    def _count_admission(self, request_id: str) -> None:
+        """Count how the request starts, again each time that it comes back after preemption."""
+        policy, prefill_len = self._ledger.policy_of(request_id), self._prefill_lens[request_id]
+        why = reason(policy, prefill_len, self._budget.resident_ratio)
+        key = "requests_sparse_total" if why == "sparse" else series("requests_dense_total", why)
+        self._counters.add(key)
 
     def _count_refusal(self, request_id: str) -> None:
         """Count a request once for each time it starts waiting, not once for each step that it waits.

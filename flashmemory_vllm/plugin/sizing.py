@@ -15,6 +15,7 @@ from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.host_memory import available_host_bytes
 from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.runtime import capacity
 from flashmemory_vllm.runtime.assembly import index_bytes_per_block, staging_bytes
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
@@ -34,15 +35,11 @@ def budget_policy(
 ) -> BudgetPolicy:
     """The slot budget of one request; the block size comes from the specs while vLLM may still change it."""
     block_sizes = {spec.block_size for spec in specs.values()} or {vllm_config.cache_config.block_size}
-    return BudgetPolicy(
+    return capacity.budget_policy(
+        config,
         block_size=block_sizes.pop(),
-        resident_ratio=config.resident_ratio,
-        min_sparse_tokens=config.min_sparse_tokens,
-        sink_tokens=config.sink_tokens,
-        recent_tokens=config.recent_tokens,
         max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_model_len=vllm_config.model_config.max_model_len,
-        growth_reserve_tokens=config.growth_reserve_tokens,
     )
 
 
@@ -134,6 +131,12 @@ def attention_shape(vllm_config: "VllmConfig", layers: Mapping[str, Attention], 
         dtype=first.kv_cache_torch_dtype,
         device=device,
     )
+
+
+def max_num_tokens(vllm_config: "VllmConfig") -> int:
+    """Most tokens of a batch, the padding of captured graphs included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
 
 
 def _announced_shape(vllm_config: "VllmConfig") -> AttentionShape:

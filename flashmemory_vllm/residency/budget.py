@@ -1,20 +1,24 @@
-"""How many slots a request may hold, and the scheduler's ledger of them.
+"""How many slots a request may hold.
 
-The planner spends what the ledger has reserved. Both follow one policy, so that a step that was admitted
-always fits.
+The planner spends what the scheduler's ledger (`residency/ledger.py`) has reserved. Both follow one policy, so that
+a step that was admitted always fits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import floor
+from typing import Literal, TypeAlias
 
-from flashmemory_vllm.errors import ConfigError, IntegrityError
+from flashmemory_vllm.errors import ConfigError
 
 
 def cdiv(numerator: int, denominator: int) -> int:
     """Divide and round up."""
     return -(-numerator // denominator)
+
+
+Mode: TypeAlias = Literal["always", "pressure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class BudgetPolicy:
         max_num_batched_tokens: most tokens of one step.
         max_model_len: most tokens of one request.
         growth_reserve_tokens: growth that a request has slots reserved for.
+        mode: whether requests are sparse `always`, or only under `pressure`; see `residency/modes.py`.
 
     Raises:
         ConfigError: a value is outside of its range.
@@ -44,6 +49,7 @@ class BudgetPolicy:
     max_num_batched_tokens: int
     max_model_len: int
     growth_reserve_tokens: int
+    mode: Mode = "always"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.resident_ratio <= 1.0:
@@ -72,10 +78,16 @@ class BudgetPolicy:
         one slot a block. The budget therefore never shrinks with length, but for the one drop where a request
         turns sparse.
         """
-        num_blocks = cdiv(num_tokens, self.block_size)
+        num_blocks = -(-num_tokens // self.block_size)
         if self.is_dense(num_tokens):
             return num_blocks
         return min(num_blocks, max(floor(self.resident_ratio * num_blocks), self._num_sink_blocks + 2))
+
+    def same_budget_until(self, num_tokens: int) -> int:
+        """The longest request that has as many blocks as this one and the same budget for them."""
+        last_in_block = cdiv(num_tokens, self.block_size) * self.block_size
+        turns_sparse_later = num_tokens < self.min_sparse_tokens
+        return min(last_in_block, self.min_sparse_tokens - 1) if turns_sparse_later else last_in_block
 
     def keeps_all(self, num_tokens: int) -> bool:
         """Whether the budget covers every block, so that there is nothing to select."""
@@ -136,93 +148,3 @@ class BudgetPolicy:
     def _largest_chunk(self, num_tokens: int) -> int:
         """Most blocks that one prefill step writes; a chunk may begin and end within a block."""
         return min(cdiv(num_tokens, self.block_size), cdiv(self.max_num_batched_tokens, self.block_size) + 1)
-
-
-class SlotLedger:
-    """The scheduler's account of slots: the sum of all reserves never exceeds the slots there are.
-
-    Args:
-        num_slots: S, device pages of a layer group, the null slot included.
-        policy: what a request reserves.
-
-    Raises:
-        ConfigError: one request of the longest length would not fit, and would wait for ever.
-    """
-
-    def __init__(self, num_slots: int, policy: BudgetPolicy) -> None:
-        if policy.worst_case() > num_slots - 1:
-            raise ConfigError(
-                f"num_slots: {num_slots} is given, but one request of max_model_len "
-                f"{policy.max_model_len} may need {policy.worst_case()} slots and the null slot"
-            )
-        self._capacity = num_slots - 1
-        self._policy = policy
-        self._reserves: dict[str, int] = {}
-        self._reserved = 0
-        self._refused = 0
-
-    @property
-    def capacity(self) -> int:
-        """Slots that can be reserved: all but the null slot."""
-        return self._capacity
-
-    @property
-    def reserved(self) -> int:
-        """Slots reserved now."""
-        return self._reserved
-
-    @property
-    def refused(self) -> int:
-        """Times `can_admit` said no."""
-        return self._refused
-
-    def is_admitted(self, req_id: str) -> bool:
-        """Whether the request has slots reserved."""
-        return req_id in self._reserves
-
-    def can_admit(self, req_id: str, num_tokens: int, prefill_end: int) -> bool:
-        """Whether the request fits; what it has reserved already counts as free.
-
-        A request that is not admitted yet must fit with its growth, a running one only as it is now: nobody is
-        preempted for growth that may never come.
-        """
-        need = self._policy.need if self.is_admitted(req_id) else self._policy.reserve
-        fits = need(num_tokens, prefill_end) <= self._room_for(req_id)
-        self._refused += not fits
-        return fits
-
-    def commit(self, req_id: str, num_tokens: int, prefill_end: int) -> None:
-        """Reserve for the request and as much of its growth as there is room for, in place of its last reserve.
-
-        Raises:
-            IntegrityError: the request does not fit; `can_admit` was not asked or its answer not heeded.
-        """
-        need, room = self._policy.need(num_tokens, prefill_end), self._room_for(req_id)
-        if need > room:
-            raise IntegrityError(
-                f"request {req_id} needs {need} slots next to {self._capacity - room} of other requests, "
-                f"but there are {self._capacity}"
-            )
-        reserve = min(room, self._policy.reserve(num_tokens, prefill_end))
-        self._reserved += reserve - self._reserves.get(req_id, 0)
-        self._reserves[req_id] = reserve
-
-    def release(self, req_id: str) -> None:
-        """Return what the request has reserved; a request that never reserved has nothing to return."""
-        self._reserved -= self._reserves.pop(req_id, 0)
-
-    def _room_for(self, req_id: str) -> int:
-        return self._capacity - self._reserved + self._reserves.get(req_id, 0)
-
-    def check_integrity(self) -> None:
-        """Compare the total with its parts.
-
-        Raises:
-            IntegrityError: the total is not their sum, or is more than there is.
-        """
-        total = sum(self._reserves.values())
-        if total != self._reserved or total > self._capacity:
-            raise IntegrityError(
-                f"{self._reserved} slots are booked, {total} reserved by {len(self._reserves)} requests, "
-                f"{self._capacity} exist"
-            )

@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
-from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
-from flashmemory_vllm.residency.requests import ScheduledRequest
-from flashmemory_vllm.residency.types import DueSelection, Phase
+from flashmemory_vllm.residency.budget import cdiv
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
+from flashmemory_vllm.residency.types import DueSelection
 
 
 class Cadence:
     """Finds the requests to score after a step: at their first sparse step, then every `tau` decode steps.
 
-    Requests that started together come due together. At most one in `tau` of the sparse rows, rounded up, is
-    scored again in one step, the longest waiting first; from the second round on they stay spread out.
+    The second time comes earlier, at the step of the cycle that is farthest from those of the other requests, so
+    that requests which start together come due one by one. At most one in `tau` of the sparse rows, rounded up,
+    is scored again in one step, the longest waiting first.
     """
 
-    def __init__(self, policy: BudgetPolicy, tau: int) -> None:
-        self._policy = policy
+    def __init__(self, tau: int) -> None:
         self._tau = tau
 
-    def due(self, rows: Sequence[ScheduledRequest]) -> tuple[DueSelection, ...]:
-        """The requests to score after this step. Counts the step for each row: call it once a step."""
+    def due(self, rows: Sequence[ScheduledRequest], known: Iterable[RequestState]) -> tuple[DueSelection, ...]:
+        """The requests to score after this step. Counts the step for each row: call it once a step.
+
+        Args:
+            rows: the scheduled requests.
+            known: all known requests, scheduled or not.
+        """
         first: list[ScheduledRequest] = []
-        waiting: list[ScheduledRequest] = []
+        waiting: list[tuple[int, ScheduledRequest]] = []
         num_sparse = 0
         for row in rows:
-            if row.num_tokens_after < row.state.prefill_len:
-                continue
-            if row.phase is Phase.PREFILL or row.state.kept_all:
-                if not self._policy.keeps_all(row.num_tokens_after + 1):
+            state = row.state
+            if state.steps_since_due is None:
+                if _turns_sparse(row):
                     first.append(row)
                 continue
             num_sparse += 1
-            row.state.steps_since_due += 1
-            if row.state.steps_since_due >= self._tau:
-                waiting.append(row)
-        waiting.sort(key=attrgetter("state.steps_since_due"), reverse=True)
-        again = waiting[: cdiv(num_sparse, self._tau)]
+            state.steps_since_due += 1
+            if state.steps_since_due >= self._tau:
+                waiting.append((state.steps_since_due, row))
+        waiting.sort(key=itemgetter(0), reverse=True)
+        again = [row for _, row in waiting[: cdiv(num_sparse, self._tau)]]
+        for row in again:
+            row.state.steps_since_due = 0
+        if first:
+            self._spread(first, known)
         return tuple(_due(row, first=True) for row in first) + tuple(_due(row, first=False) for row in again)
+
+    def _spread(self, first: Sequence[ScheduledRequest], known: Iterable[RequestState]) -> None:
+        taken = [-state.steps_since_due for state in known if state.steps_since_due is not None]
+        for row in first:
+            taken.append(farthest(taken, self._tau))
+            row.state.steps_since_due = self._tau - taken[-1]
+
+
+def farthest(taken: Iterable[int], tau: int) -> int:
+    """The step of a cycle, from 1 to `tau`, that is farthest from all steps taken; the last of equal ones.
+
+    Args:
+        taken: steps, also of cycles before or after; those that are taken more often than others count only.
+        tau: steps of a cycle.
+    """
+    counts = Counter(step % tau for step in taken)
+    # A whole cycle of steps, each taken equally often, tells nothing.
+    least = min(counts.values()) if len(counts) == tau else 0
+    marks = sorted(step for step, count in counts.items() if count > least)
+    if not marks:
+        return tau
+    gaps = [end - start for start, end in zip(marks, [*marks[1:], marks[0] + tau], strict=True)]
+    widest = max(range(len(marks)), key=lambda index: (gaps[index], index))
+    return (marks[widest] + gaps[widest] // 2 - 1) % tau + 1
+
+
+def _turns_sparse(row: ScheduledRequest) -> bool:
+    """Whether the request's next step is one of a sparse decode row."""
+    after, state = row.num_tokens_after, row.state
+    if after < state.prefill_len or (state.kept_all and after < state.settled_until):
+        return False
+    return not state.policy.keeps_all(after + 1)
 
 
 def _due(row: ScheduledRequest, *, first: bool) -> DueSelection:
-    row.state.steps_since_due = 0
     # A copy: the scores may come many steps later, when the request and its list of blocks are long gone.
     return DueSelection(row.state.req_id, row.num_full, first, row.state.blocks.ids[: row.num_full].copy())

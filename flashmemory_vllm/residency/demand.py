@@ -1,4 +1,4 @@
-"""What the rows of one plan want slots for, collected before any slot is given out.
+"""What the rows of one plan give up and want slots for, collected before any slot is given out.
 
 Slots are taken in the order of need, and only after every row has given up what it no longer holds: what one
 request returns in a step, the scheduler may have promised to another in the same step.
@@ -6,14 +6,16 @@ request returns in a step, the scheduler may have promised to another in the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
-from flashmemory_vllm.residency.requests import ScheduledRequest
+from flashmemory_vllm.residency.ranking import worst_to_best
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import NOTHING, Copies, IntArray
+from flashmemory_vllm.residency.types import NO_SCORES, NOTHING, Copies, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,45 +31,75 @@ class Demand:
     """Wishes of all rows of a plan.
 
     Attributes:
+        given_up: per group, blocks that a row does without from now on; a shared one once for each row.
         fresh: blocks to be written, in every group.
         recalls: per group, blocks to be read in this step.
-        prefetches: per group, blocks to be read from the next step on.
+        waiting: rows whose sets wait for blocks, to be read from later steps on.
         dense_prefills: rows that would like to hold all their history.
     """
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(self, num_groups: int, max_prefetches: int) -> None:
+        self._max_prefetches = max_prefetches
+        self.given_up: list[list[IntArray]] = [[] for _ in range(num_groups)]
         self.fresh: list[IntArray] = []
         self.recalls: list[list[IntArray]] = [[] for _ in range(num_groups)]
-        self.prefetches: list[list[IntArray]] = [[] for _ in range(num_groups)]
+        self.waiting: list[ScheduledRequest] = []
         self.dense_prefills: list[ScheduledRequest] = []
 
-    def grant(self, slots: SlotTable) -> Granted:
-        """Give every wish its slots.
+    def grant(self, slots: SlotTable, known: Iterable[RequestState]) -> Granted:
+        """Take back what is given up, then give slots to every wish, but for prefetches above the limit of a step.
 
-        A dense prefill row gets its history only where that leaves room for the prefetches; it can do
-        without.
+        A dense prefill row gets its history only where that leaves room for all that waits; it can do without.
+
+        Args:
+            slots: where slots come from.
+            known: all known requests, scheduled or not.
 
         Raises:
             IntegrityError: there are not enough slots: more was admitted than the ledger allows.
         """
         groups = range(len(self.recalls))
+        for group in groups:
+            if self.given_up[group]:
+                slots.unpin(group, joined(self.given_up[group]))
+            for row in self.waiting:
+                _keep_leaving(slots, row.state, group)
         to_write = joined(self.fresh)
         fresh = [slots.hold_fresh(group, to_write) for group in groups] if to_write.size else []
         recalls = [[slots.hold(group, blocks) for blocks in self.recalls[group]] for group in groups]
-        for row in self.dense_prefills:
+        if self.dense_prefills:
             for group in groups:
-                recalls[group].extend(self._hold_history(slots, row, group))
-        prefetches = [[slots.prefetch(group, blocks) for blocks in self.prefetches[group]] for group in groups]
+                promised = sum(state.sets[group].waiting.size for state in known)
+                recalls[group] += [self._hold_history(slots, row, group, promised) for row in self.dense_prefills]
+        self.waiting.sort(key=attrgetter("state.selection"))
+        prefetches = [self._prefetch(slots, group) for group in groups]
         return Granted(tuple(fresh), _merged(recalls), _merged(prefetches))
 
-    def _hold_history(self, slots: SlotTable, row: ScheduledRequest, group: int) -> list[Copies]:
-        if row.state.held[group].size == row.end:
-            return []
-        promised = sum(blocks.size for blocks in self.prefetches[group])
-        if slots.demand(group, row.history) > slots.spare(group) - promised:
-            return []
-        row.state.held[group] = np.arange(row.end, dtype=np.int32)
-        return [slots.hold(group, row.history)]
+    def _hold_history(self, slots: SlotTable, row: ScheduledRequest, group: int, promised: int) -> Copies:
+        resident, history = row.state.sets[group], row.history
+        if resident.held.size == row.end or slots.demand(group, history) > slots.spare(group) - promised:
+            return Copies(group, NOTHING, NOTHING)
+        resident.replace(np.arange(row.end, dtype=np.int32), NO_SCORES, NOTHING, NOTHING)
+        return slots.hold(group, history)
+
+    def _prefetch(self, slots: SlotTable, group: int) -> list[Copies]:
+        """The oldest selections first, each with its best blocks first; a block that has a slot costs nothing."""
+        copies: list[Copies] = []
+        left = self._max_prefetches
+        for row in self.waiting:
+            resident = row.state.sets[group]
+            portion = resident.waiting[:left]
+            if portion.size:
+                copies.append(slots.prefetch(group, row.state.blocks.ids[portion]))
+                resident.land(portion.size, row.state.scores_of(group))
+                left -= copies[-1].blocks.size
+        return copies
+
+
+def _keep_leaving(slots: SlotTable, state: RequestState, group: int) -> None:
+    """Make blocks that fill in the last to be evicted, the worst of them first."""
+    leaving = worst_to_best(state.sets[group].leaving, state.scores_of(group))
+    slots.touch(group, state.blocks.ids[leaving])
 
 
 def joined(arrays: Sequence[IntArray]) -> IntArray:

@@ -7,19 +7,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.budget import cdiv
 from flashmemory_vllm.residency.requests import RequestState
+from flashmemory_vllm.residency.resident_set import ResidentSet
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 
-def check_requests(states: Iterable[RequestState], slots: SlotTable, policy: BudgetPolicy, unwritten: IntArray) -> None:
+def check_requests(states: Iterable[RequestState], slots: SlotTable, unwritten: IntArray) -> None:
     """Check pins, content and resident sets of all known requests; costs a pass over all their blocks.
 
     Args:
         states: the known requests.
         slots: where their blocks are.
-        policy: what they may hold.
         unwritten: blocks that the open plan fills and writes back.
 
     Raises:
@@ -29,11 +29,14 @@ def check_requests(states: Iterable[RequestState], slots: SlotTable, policy: Bud
     is_unwritten = np.zeros_like(slots.host_valid)
     is_unwritten[unwritten] = True
     for state in states:
-        _check_content(state, slots, policy.block_size, is_unwritten[state.blocks.ids])
-        for group, held in enumerate(state.held):
-            pins[group, slots.lut[group, state.blocks.ids[held]]] += 1
+        _check_content(state, slots, state.policy.block_size, is_unwritten[state.blocks.ids])
+        for group, resident in enumerate(state.sets):
+            pins[group, slots.lut[group, state.blocks.ids[resident.held]]] += 1
+            known = slots.lut[group, state.blocks.ids[resident.held[: resident.slots.size]]]
+            if (known != resident.slots).any():
+                raise IntegrityError(f"request {state.req_id} group {group}: held blocks have moved to other slots")
             if state.is_decoding:
-                _check_set(state, group, held, policy)
+                _check_set(state, group, resident)
     if (pins != slots.pins).any():
         group, slot = np.argwhere(pins != slots.pins)[0]
         raise IntegrityError(
@@ -51,33 +54,34 @@ def _check_content(state: RequestState, slots: SlotTable, block_size: int, is_un
         raise IntegrityError(f"request {state.req_id}: full blocks {ids[:num_full][lost]} have no host copy")
     if rest and slots.host_valid[ids[num_full]]:
         raise IntegrityError(f"request {state.req_id}: block {ids[num_full]} is partial but has a host copy")
-    for group, held in enumerate(state.held):
-        if (slots.lut[group, ids[held]] < 0).any():
+    for group, resident in enumerate(state.sets):
+        if (slots.lut[group, ids[resident.held]] < 0).any():
             raise IntegrityError(f"request {state.req_id} group {group}: held blocks without a slot")
-        if rest and num_full not in held:
+        if rest and num_full not in resident.held:
             raise IntegrityError(f"request {state.req_id} group {group}: partial block {ids[num_full]} is not held")
 
 
-def _check_set(state: RequestState, group: int, held: IntArray, policy: BudgetPolicy) -> None:
-    """A resident set is sorted, within its budget, and has sink and recent blocks that are in force."""
+def _check_set(state: RequestState, group: int, resident: ResidentSet) -> None:
+    """A set is within its budget with all that waits for it, and has sink and recent blocks that are in force."""
+    policy = state.policy
+    where, held = f"request {state.req_id} group {group}", resident.held
     num_blocks, budget = cdiv(state.num_tokens, policy.block_size), policy.decode_budget(state.num_tokens)
-    in_force = np.setdiff1d(held, state.landing[group])
+    if held[-1] != num_blocks - 1 or (np.diff(held) <= 0).any():
+        raise IntegrityError(f"{where}: a set up to block {held[-1]}, allowed is up to {num_blocks - 1}, ascending")
+    chosen = np.concatenate((held, resident.waiting, resident.leaving))
+    if np.unique(chosen).size != chosen.size or not np.isin(resident.landing, held).all():
+        raise IntegrityError(f"{where}: blocks are held, waited for and leaving at once, or land without being held")
+    in_force = np.setdiff1d(held, resident.landing)
     forced = np.union1d(
         np.arange(policy.sink_blocks(state.num_tokens)),
         np.arange(num_blocks - policy.recent_blocks(state.num_tokens), num_blocks),
     )
-    if held.size > budget or held[-1] != num_blocks - 1 or (np.diff(held) <= 0).any():
-        raise IntegrityError(
-            f"request {state.req_id} group {group}: a set of {held.size} blocks up to {held[-1]}, "
-            f"allowed are {budget} up to {num_blocks - 1}, ascending"
-        )
     if not np.isin(forced, in_force).all():
         raise IntegrityError(
-            f"request {state.req_id} group {group}: sink or recent blocks {np.setdiff1d(forced, in_force)} "
-            "are not in the resident set"
+            f"{where}: sink or recent blocks {np.setdiff1d(forced, in_force)} are not in the resident set"
         )
-    if in_force.size + state.leaving[group].size > budget:
+    if held.size + resident.waiting.size > budget or in_force.size + resident.leaving.size > budget:
         raise IntegrityError(
-            f"request {state.req_id} group {group}: {in_force.size} resident "
-            f"and {state.leaving[group].size} leaving blocks exceed the budget of {budget}"
+            f"{where}: {held.size} held and {resident.waiting.size} waiting, or {in_force.size} resident and "
+            f"{resident.leaving.size} leaving blocks exceed the budget of {budget}"
         )

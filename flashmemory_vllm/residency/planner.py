@@ -7,8 +7,9 @@ One plan runs in this order:
 3. grant slots: blocks to be written, recalls, history of dense prefill rows, prefetches
 4. compact block tables of what is readable now; find the requests to score after the step
 
-A resident set changes only in 2, and only when its request grows by a block, a selection was offered, or its
-prefetches have landed. In every other step a decode row is the table of the step before.
+A resident set changes only when its request grows by a block, a selection was offered, or what it chose has yet to
+come in: at most so many blocks a step, the rest waits (`residency/resident_set.py`). In every other step a decode
+row is the table of the step before.
 """
 
 from __future__ import annotations
@@ -51,23 +52,32 @@ class StepPlanner:
         policy: slots of a request; the same that the scheduler's ledger follows.
         tau: decode steps between two selections of a request.
         score_threshold: blocks that a selection scores below get no slot, though there may be room. Default: none.
+        max_prefetches: most blocks that one step prefetches in each layer group. Default: all that are wanted.
 
     Raises:
-        ConfigError: `tau` is below 1, or geometry and policy disagree on the block size.
+        ConfigError: `tau` or `max_prefetches` is below 1, or geometry and policy disagree on the block size.
     """
 
-    def __init__(self, geometry: Geometry, policy: BudgetPolicy, tau: int, score_threshold: float = -inf) -> None:
-        if tau < 1:
-            raise ConfigError(f"tau: {tau} is given, at least 1 is allowed")
+    def __init__(
+        self,
+        geometry: Geometry,
+        policy: BudgetPolicy,
+        tau: int,
+        score_threshold: float = -inf,
+        max_prefetches: int | None = None,
+    ) -> None:
+        for name, given in (("tau", tau), ("max_prefetches", max_prefetches)):
+            if given is not None and given < 1:
+                raise ConfigError(f"{name}: {given} is given, at least 1 is allowed")
         if geometry.block_size != policy.block_size:
             raise ConfigError(f"block_size: the geometry has {geometry.block_size}, the policy {policy.block_size}")
         self._geometry = geometry
-        self._policy = policy
-        self._cadence = Cadence(policy, tau)
+        self._max_prefetches = geometry.num_slots if max_prefetches is None else max_prefetches
+        self._cadence = Cadence(tau)
         self._counters = Counters()
         self._slots = SlotTable(geometry)
-        self._requests = RequestRegistry(geometry, self._slots)
-        self._settler = Settler(policy, self._slots, self._counters, score_threshold)
+        self._requests = RequestRegistry(geometry, self._slots, policy)
+        self._settler = Settler(self._slots, self._counters, score_threshold)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
         self._lut_view.flags.writeable = False
@@ -121,10 +131,10 @@ class StepPlanner:
         evictions_before = self._slots.num_evictions
         self._slots.begin_step()
         scheduled = self._requests.schedule(step_input)
-        demand = Demand(self._geometry.num_groups)
+        demand = Demand(self._geometry.num_groups, self._max_prefetches)
         for row in scheduled:
             self._settler.settle(row, demand)
-        granted = demand.grant(self._slots)
+        granted = demand.grant(self._slots, self._requests)
         plan = StepPlan(
             step=step_input.step,
             evicted=self._slots.num_evictions - evictions_before,
@@ -133,9 +143,9 @@ class StepPlanner:
             prefetches=granted.prefetches,
             write_backs=self._write_backs(scheduled),
             rows={row.state.req_id: self._row(row) for row in scheduled},
-            due=self._cadence.due(scheduled),
+            due=self._cadence.due(scheduled, self._requests),
         )
-        self._count(plan, scheduled)
+        self._count(plan)
         self._open = plan
         return plan
 
@@ -162,7 +172,7 @@ class StepPlanner:
         """The state of memory now."""
         groups = range(self._geometry.num_groups)
         capacity = self._geometry.num_slots - 1
-        held = sum(held.size for state in self._requests for held in state.held)
+        held = sum(resident.held.size for state in self._requests for resident in state.sets)
         block_size = self._geometry.block_size
         return Usage(
             num_slots=capacity,
@@ -170,7 +180,7 @@ class StepPlanner:
             slots_pinned=max(capacity - self._slots.spare(group) for group in groups),
             resident_blocks=held / self._geometry.num_groups,
             total_blocks=sum(-(-state.num_tokens // block_size) for state in self._requests),
-            host_blocks=int(np.count_nonzero(self._slots.host_valid)),
+            host_blocks=self._slots.num_on_host,
             num_requests=len(self._requests),
         )
 
@@ -179,8 +189,8 @@ class StepPlanner:
         mask = np.zeros((self._geometry.num_groups, num_blocks), np.bool_)
         state = self._requests.get(req_id)
         if state is not None:
-            for group, held in enumerate(state.held):
-                mask[group, held[held < num_blocks]] = True
+            for group, resident in enumerate(state.sets):
+                mask[group, resident.held[resident.held < num_blocks]] = True
         return mask
 
     def free_slots(self, group: int) -> IntArray:
@@ -195,18 +205,20 @@ class StepPlanner:
         """
         self._slots.check_integrity()
         unwritten = NOTHING if self._open is None else self._open.write_backs.blocks
-        check_requests(self._requests, self._slots, self._policy, unwritten)
+        check_requests(self._requests, self._slots, unwritten)
 
     def _row(self, row: ScheduledRequest) -> Row:
         state = row.state
         if row.phase is Phase.PREFILL:
             table = prefill_table(row, self._slots)
-        elif state.table is not None:
-            table = state.table
+            self._counters.streamed_blocks += sum(blocks.size for blocks in table.streamed)
         else:
-            table = decode_table(row, self._slots)
-            # While prefetches land the table is good for one step only.
-            state.table = None if any(landing.size for landing in state.landing) else table
+            # While blocks of a set come in, its table is good for one step only.
+            table = state.table or decode_table(row, self._slots)
+            state.table = table if state.settled_until else None
+            self._counters.decode_rows += 1
+            self._counters.decode_resident_blocks += table.num_resident
+            self._counters.decode_context_blocks += row.end * self._geometry.num_groups
         return Row(
             req_id=state.req_id,
             phase=row.phase,
@@ -227,17 +239,9 @@ class StepPlanner:
         blocks = joined(filled)
         return WriteBacks(blocks, self._slots.lut[:, blocks])
 
-    def _count(self, plan: StepPlan, scheduled: list[ScheduledRequest]) -> None:
+    def _count(self, plan: StepPlan) -> None:
         counters = self._counters
         counters.plans += 1
         counters.evictions += plan.evicted
         counters.recalled_blocks += sum(copies.blocks.size for copies in plan.recalls)
         counters.prefetched_blocks += sum(copies.blocks.size for copies in plan.prefetches)
-        for row in scheduled:
-            planned = plan.rows[row.state.req_id]
-            if row.phase is Phase.PREFILL:
-                counters.streamed_blocks += sum(blocks.size for blocks in planned.streamed)
-            else:
-                counters.decode_rows += 1
-                counters.decode_resident_blocks += sum(slots.size for slots in planned.slots)
-                counters.decode_context_blocks += row.end * self._geometry.num_groups

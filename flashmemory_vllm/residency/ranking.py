@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from flashmemory_vllm.residency.types import NOTHING, FloatArray, IntArray
 
+Numbers = TypeVar("Numbers", IntArray, FloatArray)
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+
+class Frame(NamedTuple):
     """The blocks that a decode row cannot do without: `[0, sink_end)` and `[recent_start, num_blocks)`.
 
     Attributes:
@@ -26,11 +27,6 @@ class Frame:
     def candidates(self) -> IntArray:
         """Positions that may be chosen."""
         return np.arange(self.sink_end, self.recent_start, dtype=np.int32)
-
-    def inside(self, positions: IntArray) -> IntArray:
-        """Those of the positions that may be chosen."""
-        start, end = np.searchsorted(positions, (self.sink_end, self.recent_start))
-        return positions[start : max(start, end)]
 
     def with_best(self, candidates: IntArray, scores: FloatArray, budget: int) -> IntArray:
         """The forced blocks and as many of the best candidates as the budget has room for."""
@@ -76,6 +72,30 @@ def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
     num_scored = int(np.searchsorted(positions, scores.size))
     order = np.argsort(scores[positions[:num_scored]], kind="stable")
     return np.concatenate((positions[order], positions[num_scored:]))
+
+
+def ranks_of(positions: IntArray, scores: FloatArray) -> FloatArray:
+    """Scores of the first positions; the others are newer than the scoring."""
+    return scores[positions[: np.searchsorted(positions, scores.size)]]
+
+
+def without(array: Numbers, indices: slice | IntArray) -> Numbers:
+    """The array without what stands at the indices, some of which may be behind its end."""
+    if isinstance(indices, slice):  # much faster than `delete`
+        return np.concatenate((array[: indices.start], array[indices.stop :]))
+    return np.delete(array, indices[: np.searchsorted(indices, array.size)])
+
+
+def replaced(array: Numbers, indices: slice | IntArray, added: Numbers) -> Numbers:
+    """The array without what stands at the indices, and with more at its end."""
+    if isinstance(indices, slice):
+        return np.concatenate((array[: indices.start], array[indices.stop :], added))
+    return np.concatenate((np.delete(array, indices), added))
+
+
+def merged(positions: IntArray, others: IntArray) -> IntArray:
+    """All positions of two arrays that have none in common."""
+    return np.sort(np.concatenate((positions, others)))
 
 
 def difference(positions: IntArray, others: IntArray) -> IntArray:

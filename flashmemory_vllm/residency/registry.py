@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 
 from flashmemory_vllm.errors import IntegrityError, UnsupportedError
+from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.demand import joined
+from flashmemory_vllm.residency.modes import Modes
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import NULL_BLOCK, SlotTable
 from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, StepInput
@@ -15,9 +17,11 @@ from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, Ste
 class RequestRegistry:
     """Keeps the state of every known request; iterates over it."""
 
-    def __init__(self, geometry: Geometry, slots: SlotTable) -> None:
+    def __init__(self, geometry: Geometry, slots: SlotTable, policy: BudgetPolicy) -> None:
         self._geometry = geometry
         self._slots = slots
+        self._policy = policy
+        self._modes = Modes(policy, geometry.num_slots)
         self._states: dict[str, RequestState] = {}
 
     def __iter__(self) -> Iterator[RequestState]:
@@ -55,15 +59,27 @@ class RequestRegistry:
         self._slots.drop(joined(allocated))
         computed = {new.req_id: new.num_computed_tokens for new in step_input.new}
         computed |= {running.req_id: running.num_computed_tokens for running in step_input.running}
-        return [self._scheduled(*item, computed) for item in step_input.num_scheduled_tokens.items()]
+        new_ids = {new.req_id for new in step_input.new}
+        rows = []
+        for req_id, num_tokens in step_input.num_scheduled_tokens.items():
+            if req_id in new_ids:
+                self._choose_policy(self._known(req_id), new_ids)
+                new_ids.remove(req_id)
+            rows.append(self._scheduled(req_id, num_tokens, computed))
+        return rows
+
+    def _choose_policy(self, state: RequestState, undecided: Collection[str]) -> None:
+        """Choose as the scheduler did, which has admitted the running requests before, and others later."""
+        admitted = (other for other in self if other.req_id not in undecided)
+        state.policy = self._modes.choose(state.prefill_len, admitted)
 
     def _forget(self, req_id: str) -> None:
         state = self._states.pop(req_id, None)
         if state is None:
             return
         ids = state.blocks.ids
-        for group, held in enumerate(state.held):
-            self._slots.unpin(group, ids[held])
+        for group, resident in enumerate(state.sets):
+            self._slots.unpin(group, ids[resident.held])
         # Full blocks stay, as cache for whoever hits them; a partial one can never be hit.
         num_full, rest = divmod(state.num_tokens, self._geometry.block_size)
         if rest:
@@ -76,20 +92,19 @@ class RequestRegistry:
                 f"request {new.req_id}: a prefix hit of {new.num_computed_tokens} tokens is given, "
                 f"allowed are multiples of the block size {self._geometry.block_size}"
             )
-        state = RequestState.begin(new.req_id, new.prefill_len, new.num_computed_tokens, self._geometry.num_groups)
+        state = RequestState.begin(new, self._policy, self._geometry.num_groups)
         self._states[new.req_id] = state
         return self._append(state, new.block_ids)[num_hits:]
 
     def _append(self, state: RequestState, block_ids: Sequence[int]) -> IntArray:
-        start = len(state.blocks)
-        state.blocks.extend(block_ids)
-        added = state.blocks.ids[start:]
-        if added.size and not NULL_BLOCK < added.min() <= added.max() < self._geometry.num_logical_blocks:
+        if block_ids and not NULL_BLOCK < min(block_ids) <= max(block_ids) < self._geometry.num_logical_blocks:
             raise IntegrityError(
-                f"request {state.req_id}: blocks {added.min()} to {added.max()} are given, "
+                f"request {state.req_id}: blocks {min(block_ids)} to {max(block_ids)} are given, "
                 f"allowed are {NULL_BLOCK + 1} to {self._geometry.num_logical_blocks - 1}"
             )
-        return added
+        start = len(state.blocks)
+        state.blocks.extend(block_ids)
+        return state.blocks.ids[start:]
 
     def _known(self, req_id: str) -> RequestState:
         state = self._states.get(req_id)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.budget import cdiv
-from flashmemory_vllm.residency.types import NOTHING, FloatArray, IntArray, Phase
-
-NO_SCORES: FloatArray = np.empty(0, np.float32)
+from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.resident_set import ResidentSet
+from flashmemory_vllm.residency.types import NO_SCORES, FloatArray, IntArray, NewRequest, Phase
 
 
 class BlockList:
@@ -29,78 +28,86 @@ class BlockList:
         """int32 `[num_blocks]` logical blocks."""
         return self._ids[: self._size]
 
-    def extend(self, ids: Iterable[int]) -> None:
+    def extend(self, ids: Sequence[int]) -> None:
         """Append logical blocks."""
-        added = np.fromiter(ids, np.int32)
-        size = self._size + added.size
+        size = self._size + len(ids)
         if size > self._ids.size:
             grown = np.empty(max(size, 2 * self._ids.size), np.int32)
             grown[: self._size] = self.ids
             self._ids = grown
-        self._ids[self._size : size] = added
+        self._ids[self._size : size] = ids
         self._size = size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """The compacted block table of a row, in the terms of `Row`."""
+    """The compacted block table of a row, in the terms of `Row`.
+
+    Attributes:
+        slots: as in `Row`, like `positions`, `evicted_tokens` and `streamed`.
+        positions: see there.
+        evicted_tokens: see there.
+        streamed: see there.
+        num_resident: blocks in the table, over all groups.
+    """
 
     slots: tuple[IntArray, ...]
     positions: tuple[IntArray, ...]
     evicted_tokens: tuple[int, ...]
     streamed: tuple[IntArray, ...]
-    num_blocks: int
+    num_resident: int
 
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """A known request. All positions are per group, sorted, and int32.
-
-    A decode row reads `held` without `landing`, and `leaving` in place of what is still landing:
-
-        held     the resident set: pinned. Prefill rows that stream hold only what they write.
-        landing  the part of `held` that this step's prefetches bring; in force at the next plan.
-        leaving  blocks of the set before a selection that fill in for `landing`; not pinned.
+    """A known request.
 
     Attributes:
         req_id: vLLM's request id.
+        policy: slots it may hold; decided when it is scheduled for the first time.
         prefill_len: tokens that dense prefill computes.
         num_tokens: tokens that have KV after the last planned step.
         blocks: logical blocks, those without tokens yet at the end.
+        sets: the resident set of each group.
         offered: scores of a selection that is not yet in force, `[G, n]`.
         scores: scores of the selection in force, `[G, n]`.
+        selection: running number of the selection in force over all requests.
         is_decoding: a decode row was planned.
         kept_all: the budget of the last decode row covered all blocks; true before the first.
-        steps_since_due: decode steps since the request was last due.
+        steps_since_due: decode steps since the request was last due, tau or more if it waits; None before the first.
         table: table of the last decode row, None if the next one differs in any case.
-        budget: decode budget that `table` was made for.
+        settled_until: length up to which a decode row reads `table`, unless a selection is offered.
     """
 
     req_id: str
+    policy: BudgetPolicy
     prefill_len: int
     num_tokens: int
     blocks: BlockList
-    held: list[IntArray]
-    landing: list[IntArray]
-    leaving: list[IntArray]
+    sets: list[ResidentSet]
     offered: FloatArray | None = None
     scores: FloatArray | None = None
+    selection: int = 0
     is_decoding: bool = False
     kept_all: bool = True
-    steps_since_due: int = 0
+    steps_since_due: int | None = None
     table: Table | None = None
-    budget: int = 0
+    settled_until: int = 0
 
     @classmethod
-    def begin(cls, req_id: str, prefill_len: int, num_computed_tokens: int, num_groups: int) -> RequestState:
+    def begin(cls, new: NewRequest, policy: BudgetPolicy, num_groups: int) -> RequestState:
         """A request that holds nothing yet."""
-        nothing = [NOTHING] * num_groups
-        blocks = BlockList()
-        return cls(req_id, prefill_len, num_computed_tokens, blocks, nothing, nothing.copy(), nothing.copy())
+        sets = [ResidentSet() for _ in range(num_groups)]
+        return cls(new.req_id, policy, new.prefill_len, new.num_computed_tokens, BlockList(), sets)
 
     def scores_of(self, group: int) -> FloatArray:
         """Scores in force by position, empty if there never was a selection."""
         return NO_SCORES if self.scores is None else self.scores[group]
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether blocks of a set are not in force yet."""
+        return any(resident.is_changing for resident in self.sets)
 
 
 @dataclass(slots=True, eq=False)
@@ -108,13 +115,15 @@ class ScheduledRequest:
     """A request in the step being planned; computes `num_tokens` after `num_computed_tokens`.
 
     Its blocks by position: history is `[0, first_written)`, all full; `[first_written, end)` are written, of
-    which `[first_fresh, end)` hold no token before the step; `[0, num_full)` are full after it.
+    which `[first_fresh, end)` hold no token before the step; `[0, num_full)` are full after it. It has
+    `num_tokens_after` tokens with KV then.
     """
 
     state: RequestState
     num_computed_tokens: int
     num_tokens: int
     block_size: int
+    num_tokens_after: int = field(init=False)
     phase: Phase = field(init=False)
     first_written: int = field(init=False)
     first_fresh: int = field(init=False)
@@ -122,22 +131,18 @@ class ScheduledRequest:
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
-        computed, after = self.num_computed_tokens, self.num_tokens_after
+        computed, block_size = self.num_computed_tokens, self.block_size
+        self.num_tokens_after = after = computed + self.num_tokens
         self.phase = Phase.PREFILL if computed < self.state.prefill_len else Phase.DECODE
-        self.first_written = computed // self.block_size
-        self.first_fresh = cdiv(computed, self.block_size)
-        self.num_full = after // self.block_size
-        self.end = cdiv(after, self.block_size)
+        self.first_written = computed // block_size
+        self.first_fresh = -(-computed // block_size)
+        self.num_full = after // block_size
+        self.end = -(-after // block_size)
         if self.num_tokens < 1 or self.end > len(self.state.blocks):
             raise IntegrityError(
                 f"request {self.state.req_id}: {computed} + {self.num_tokens} tokens do not fit "
-                f"its {len(self.state.blocks)} blocks of {self.block_size}, or none are scheduled"
+                f"its {len(self.state.blocks)} blocks of {block_size}, or none are scheduled"
             )
-
-    @property
-    def num_tokens_after(self) -> int:
-        """Tokens that have KV after the step."""
-        return self.num_computed_tokens + self.num_tokens
 
     @property
     def history(self) -> IntArray:

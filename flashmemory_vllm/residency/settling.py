@@ -5,19 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from flashmemory_vllm.errors import UnsupportedError
-from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.demand import Demand
-from flashmemory_vllm.residency.ranking import Frame, best, difference, worst_to_best, worth_a_slot
+from flashmemory_vllm.residency.ranking import Frame, best, difference, merged, worst_to_best, worth_a_slot
 from flashmemory_vllm.residency.requests import ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import NOTHING, Counters, IntArray, Phase
 
 
 class Settler:
-    """Settles one row at a time: pins what has slots, unpins what it gives up, demands what is missing."""
+    """Settles one row at a time: pins what has slots, gives up what it no longer holds, demands what is missing."""
 
-    def __init__(self, policy: BudgetPolicy, slots: SlotTable, counters: Counters, score_threshold: float) -> None:
-        self._policy = policy
+    def __init__(self, slots: SlotTable, counters: Counters, score_threshold: float) -> None:
         self._slots = slots
         self._counters = counters
         self._score_threshold = score_threshold
@@ -30,52 +28,77 @@ class Settler:
         """
         if row.phase is Phase.PREFILL:
             self._settle_prefill(row, demand)
-        else:
+        elif row.num_tokens_after > row.state.settled_until or row.state.offered is not None:
             self._settle_decode(row, demand)
 
     def _settle_prefill(self, row: ScheduledRequest, demand: Demand) -> None:
         """A dense request goes on holding all it has; another one holds what it writes."""
-        is_dense = self._policy.keeps_all(row.state.prefill_len)
-        for group, held in enumerate(row.state.held):
-            holds_history = is_dense and held.size == row.first_fresh
+        is_dense = row.state.policy.keeps_all(row.state.prefill_len)
+        for group, resident in enumerate(row.state.sets):
+            holds_history = is_dense and resident.held.size == row.first_fresh
             first = 0 if holds_history else row.first_written
-            self._change_set(row, group, np.arange(first, row.end, dtype=np.int32), None, demand)
+            self._change_set(row, group, np.arange(first, row.end, dtype=np.int32), demand, may_wait=False)
         demand.fresh.append(row.fresh)
         if is_dense:
             demand.dense_prefills.append(row)
 
     def _settle_decode(self, row: ScheduledRequest, demand: Demand) -> None:
         state = row.state
-        budget = self._policy.decode_budget(row.num_tokens_after)
-        table = state.table
-        if table and table.num_blocks == row.end and state.budget == budget and state.offered is None:
-            return
-        frame = self._frame(row, budget)
-        keeps_all = budget == row.end
+        budget = state.policy.decode_budget(row.num_tokens_after)
+        frame, keeps_all = self._frame(row, budget), budget == row.end
+        if state.offered is None and state.kept_all and not keeps_all:
+            self._counters.missing_selections += 1
+        if state.offered is not None or not state.is_decoding:
+            self._choose(row, frame, budget, demand)
+        else:
+            self._go_on(row, frame, budget, demand)
+        if row.first_fresh < row.end:
+            demand.fresh.append(row.fresh)
+        state.table, state.kept_all, state.is_decoding = None, keeps_all, True
+        if state.is_changing:
+            demand.waiting.append(row)
+            state.settled_until = 0
+        else:
+            state.settled_until = state.policy.same_budget_until(row.num_tokens_after)
+
+    def _go_on(self, row: ScheduledRequest, frame: Frame, budget: int, demand: Demand) -> None:
+        """The sets as they are, with the blocks begun now, and without the worst where there is no room for both."""
+        state, ids = row.state, row.state.blocks.ids
+        for group, resident in enumerate(state.sets):
+            scores = state.scores_of(group)
+            excess = resident.held.size + resident.waiting.size + row.end - row.first_fresh - budget
+            # The set begins with the whole sink and ends with all recent blocks but the fresh ones.
+            inner = slice(frame.sink_end, resident.held.size - (row.first_fresh - frame.recent_start))
+            dropped = resident.grow(row.first_fresh, row.end, excess, inner, scores)
+            if dropped.size:
+                demand.given_up[group].append(ids[dropped])
+            if resident.landing.size or resident.leaving.size:
+                resident.landed(self._readable(row, group, resident.leaving), scores)
+
+    def _choose(self, row: ScheduledRequest, frame: Frame, budget: int, demand: Demand) -> None:
+        """The best blocks by the selection offered; without one, whatever has a slot."""
+        state = row.state
         is_selected = state.offered is not None
         if is_selected:
             state.scores, state.offered = state.offered, None
             self._counters.selections += 1
-        elif state.kept_all and not keeps_all:
-            self._counters.missing_selections += 1
-        for group in range(len(state.held)):
-            if keeps_all:
-                candidates = frame.candidates()
-            elif is_selected:
-                candidates = worth_a_slot(frame.candidates(), state.scores_of(group), self._score_threshold)
+            state.selection = self._counters.selections
+        for group in range(len(state.sets)):
+            candidates = frame.candidates()
+            if is_selected:
+                candidates = worth_a_slot(candidates, state.scores_of(group), self._score_threshold)
             else:
-                candidates = self._at_hand(row, frame, group)
+                candidates = self._readable(row, group, candidates)
             target = frame.with_best(candidates, state.scores_of(group), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
-            may_wait = frame if is_selected and state.is_decoding else None
-            self._change_set(row, group, target, may_wait, demand)
-        if row.fresh.size:
-            demand.fresh.append(row.fresh)
-        state.table, state.budget, state.kept_all, state.is_decoding = None, budget, keeps_all, True
+            self._change_set(row, group, target, demand, may_wait=state.is_decoding)
 
     def _frame(self, row: ScheduledRequest, budget: int) -> Frame:
-        recent_start = min(row.end - self._policy.recent_blocks(row.num_tokens_after), row.first_written)
-        sink_end = min(self._policy.sink_blocks(row.num_tokens_after), recent_start)
+        if budget == row.end:
+            return Frame(0, 0, row.end)
+        policy, after = row.state.policy, row.num_tokens_after
+        recent_start = min(row.end - policy.recent_blocks(after), row.first_written)
+        sink_end = min(policy.sink_blocks(after), recent_start)
         if sink_end + row.end - recent_start > budget:
             raise UnsupportedError(
                 f"request {row.state.req_id}: a decode step of {row.num_tokens} tokens is given, "
@@ -84,15 +107,11 @@ class Settler:
             )
         return Frame(sink_end, recent_start, row.end)
 
-    def _at_hand(self, row: ScheduledRequest, frame: Frame, group: int) -> IntArray:
-        """Blocks to choose from without a new selection: the set so far, or at first whatever has a slot."""
-        if row.state.is_decoding:
-            return frame.inside(row.state.held[group])
-        candidates = frame.candidates()
-        return candidates[self._slots.readable(group, row.state.blocks.ids[candidates])]
+    def _readable(self, row: ScheduledRequest, group: int, positions: IntArray) -> IntArray:
+        return positions[self._slots.readable(group, row.state.blocks.ids[positions])]
 
     def _change_set(
-        self, row: ScheduledRequest, group: int, target: IntArray, may_wait: Frame | None, demand: Demand
+        self, row: ScheduledRequest, group: int, target: IntArray, demand: Demand, *, may_wait: bool
     ) -> None:
         """Replace the set that a request holds in a group.
 
@@ -100,24 +119,23 @@ class Settler:
             row: the request in this step.
             group: layer group.
             target: positions of the new set.
-            may_wait: its inner blocks may be prefetched; None to recall whatever is missing.
             demand: takes what has no slot; the blocks written first in this step are not put in here.
+            may_wait: whether missing blocks may be prefetched instead of recalled.
         """
         state, ids = row.state, row.state.blocks.ids
-        joining, dropping = difference(target, state.held[group]), difference(state.held[group], target)
+        resident, scores = state.sets[group], state.scores_of(group)
+        joining, dropping = difference(target, resident.held), difference(resident.held, target)
         is_readable = self._slots.readable(group, ids[joining])
         self._slots.pin(group, ids[joining[is_readable]])
-        self._slots.unpin(group, ids[dropping])
+        demand.given_up[group].append(ids[dropping])
         missing = joining[~is_readable & (joining < row.first_fresh)]
-        landing = leaving = NOTHING
-        if may_wait is not None and missing.size:
-            landing = may_wait.inside(missing)
-            # Of what is dropped, the best blocks stay readable in the place of those that are not there yet.
-            # They are not pinned, but the last to be evicted, the worst of them first.
-            leaving = best(dropping, state.scores_of(group), landing.size)
-            self._slots.touch(group, ids[worst_to_best(leaving, state.scores_of(group))])
-            demand.prefetches[group].append(ids[landing])
-            missing = difference(missing, landing)
-        if missing.size:
+        waiting = leaving = NOTHING
+        if may_wait:
+            waiting, target = worst_to_best(missing, scores)[::-1], difference(target, missing)
+            # Of what was read so far, the best blocks stay in the place of those that are not there yet. They are
+            # not pinned, but the last to be evicted.
+            filled_in = difference(self._readable(row, group, resident.leaving), target)
+            leaving = best(merged(dropping, filled_in), scores, waiting.size)
+        elif missing.size:
             demand.recalls[group].append(ids[missing])
-        state.held[group], state.landing[group], state.leaving[group] = target, landing, leaving
+        resident.replace(target, scores, waiting, leaving)

@@ -32,7 +32,15 @@ NULL_SLOT = 0
 
 
 class SlotTable:
-    """Slots, their owners and their pins in every layer group. Blocks passed in one call are unique."""
+    """Slots, their owners and their pins in every layer group. Blocks passed in one call are unique.
+
+    Attributes:
+        lut: int32 `[G, N]` slot of each logical block, -1 if none.
+        host_valid: bool `[N]`, whether a block has a valid host copy.
+        pins: int32 `[G, S]` claims on each slot.
+        num_evictions: slots taken from a block since the last `clear`.
+        num_on_host: blocks with a valid host copy.
+    """
 
     def __init__(self, geometry: Geometry) -> None:
         groups, blocks, slots = geometry.num_groups, geometry.num_logical_blocks, geometry.num_slots
@@ -46,7 +54,9 @@ class SlotTable:
         self._landing: BoolArray = np.empty((groups, blocks), np.bool_)
         # A stack per group: the first `num_free` entries of a row are its free slots.
         self._free: IntArray = np.empty((groups, slots - 1), np.int32)
+        # Counted as they change: they are asked for in every step, and the tables are long.
         self._num_free = [0] * groups
+        self._num_pinned = [0] * groups
         self.clear()
 
     def clear(self) -> None:
@@ -61,8 +71,10 @@ class SlotTable:
         # Lowest slots are handed out first.
         self._free[:] = np.arange(self._geometry.num_slots - 1, NULL_SLOT, -1, dtype=np.int32)
         self._num_free = [self._geometry.num_slots - 1] * self._geometry.num_groups
+        self._num_pinned = [0] * self._geometry.num_groups
         self._clock = 0
         self.num_evictions = 0
+        self.num_on_host = 0
         self._landing_copies: list[Copies] = []
 
     def begin_step(self) -> None:
@@ -79,7 +91,7 @@ class SlotTable:
 
     def spare(self, group: int) -> int:
         """Slots that are free or hold an unpinned block."""
-        return self._geometry.num_slots - 1 - int(np.count_nonzero(self.pins[group]))
+        return self._geometry.num_slots - 1 - self._num_pinned[group]
 
     def used(self, group: int) -> int:
         """Slots that hold a block."""
@@ -96,14 +108,21 @@ class SlotTable:
 
     def pin(self, group: int, blocks: IntArray) -> None:
         """Claim resident blocks."""
-        self.pins[group, self._slots_of(group, blocks)] += 1
+        slots = self._slots_of(group, blocks)
+        self._num_pinned[group] += int(np.count_nonzero(self.pins[group, slots] == 0))
+        self.pins[group, slots] += 1
 
     def unpin(self, group: int, blocks: IntArray) -> None:
-        """Give up a claim; blocks that nobody claims any more become cache, used last in this step."""
+        """Give up claims, several on a block if it is given several times.
+
+        Blocks that nobody claims any more become cache, used last in this step.
+        """
         slots = self._slots_of(group, blocks)
-        if slots.size and self.pins[group, slots].min() <= 0:
-            raise IntegrityError(f"group {group}: blocks {blocks[self.pins[group, slots] <= 0]} have no pin to give up")
-        self.pins[group, slots] -= 1
+        np.subtract.at(self.pins[group], slots, 1)
+        left = self.pins[group, slots]
+        if left.size and left.min() < 0:
+            raise IntegrityError(f"group {group}: blocks {blocks[left < 0]} have no pin to give up")
+        self._num_pinned[group] -= np.unique(slots[left == 0]).size
         self._last_use[group, slots] = self._clock
 
     def touch(self, group: int, blocks: IntArray) -> None:
@@ -144,6 +163,7 @@ class SlotTable:
 
     def mark_written_back(self, blocks: IntArray) -> None:
         """DIRTY blocks have a host copy now and are CLEAN."""
+        self.num_on_host += blocks.size
         self.host_valid[blocks] = True
 
     def drop(self, blocks: IntArray) -> None:
@@ -152,6 +172,7 @@ class SlotTable:
         Raises:
             IntegrityError: a request still claims one of them.
         """
+        self.num_on_host -= int(np.count_nonzero(self.host_valid[blocks]))
         self.host_valid[blocks] = False
         for group in range(self._geometry.num_groups):
             resident = blocks[self.lut[group, blocks] != NOT_RESIDENT]
@@ -185,6 +206,9 @@ class SlotTable:
             )
         if self.host_valid[NULL_BLOCK]:
             raise IntegrityError("the null block has a host copy")
+        num_on_host = np.count_nonzero(self.host_valid)
+        if num_on_host != self.num_on_host:
+            raise IntegrityError(f"{num_on_host} blocks have a host copy, {self.num_on_host} are counted")
 
     def _check_group(self, group: int) -> None:
         lut, owner = self.lut[group], self._owner[group]
@@ -206,6 +230,9 @@ class SlotTable:
             )
         if self.pins[group].min() < 0 or self.pins[group, owner == NO_OWNER].any():
             raise IntegrityError(f"group {group}: a pin count is negative, or a slot without a block is pinned")
+        num_pinned = np.count_nonzero(self.pins[group])
+        if num_pinned != self._num_pinned[group]:
+            raise IntegrityError(f"group {group}: {num_pinned} slots are pinned, {self._num_pinned[group]} are counted")
         loose = ~self.host_valid[owner[used]] & (self.pins[group, used] == 0)
         if loose.any():
             raise IntegrityError(f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned")
@@ -228,16 +255,16 @@ class SlotTable:
         self._owner[group, slots] = missing
         self.lut[group, missing] = slots
         self.pins[group, slots] = 1
+        self._num_pinned[group] += missing.size
         return Copies(group, missing, slots)
 
     def _evict(self, group: int, count: int) -> None:
         is_evictable = (self.pins[group] == 0) & (self._owner[group] != NO_OWNER)
         evictable = np.flatnonzero(is_evictable).astype(np.int32)
         if count > evictable.size:
-            pinned = int(np.count_nonzero(self.pins[group]))
             raise IntegrityError(
                 f"group {group}: {count} more slots are needed, but of {self._geometry.num_slots - 1} slots "
-                f"{pinned} are pinned, {self._num_free[group]} free and {evictable.size} evictable"
+                f"{self._num_pinned[group]} are pinned, {self._num_free[group]} free and {evictable.size} evictable"
             )
         oldest = np.argpartition(self._last_use[group, evictable], count - 1)[:count]
         slots = evictable[oldest]

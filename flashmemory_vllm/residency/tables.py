@@ -6,25 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashmemory_vllm.residency.ranking import difference
+from flashmemory_vllm.residency.ranking import difference, merged
 from flashmemory_vllm.residency.requests import ScheduledRequest, Table
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import NOTHING, IntArray
 
 
 def decode_table(row: ScheduledRequest, slots: SlotTable) -> Table:
-    """The resident set, with leaving blocks in place of those whose copies have yet to land."""
-    state = row.state
-    positions = []
-    for group, held in enumerate(state.held):
-        if state.landing[group].size:
-            leaving = state.leaving[group]
-            # The room they take may have been needed meanwhile.
-            leaving = leaving[slots.readable(group, state.blocks.ids[leaving])]
-            positions.append(np.sort(np.concatenate((difference(held, state.landing[group]), leaving))))
+    """The resident set, with leaving blocks in place of those that are not there yet."""
+    ids = row.state.blocks.ids
+    positions, slots_by_group = [], []
+    for group, resident in enumerate(row.state.sets):
+        if resident.is_changing:
+            # The room of leaving blocks may have been needed meanwhile.
+            leaving = resident.leaving[slots.readable(group, ids[resident.leaving])]
+            positions.append(merged(difference(resident.held, resident.landing), leaving))
+            slots_by_group.append(slots.lut[group, ids[positions[-1]]])
         else:
-            positions.append(held)
-    return _table(row, slots, positions, [NOTHING] * len(positions))
+            unknown = resident.held[resident.slots.size :]
+            if unknown.size:
+                resident.slots = np.concatenate((resident.slots, slots.lut[group, ids[unknown]]))
+            positions.append(resident.held)
+            slots_by_group.append(resident.slots)
+    return _table(row, positions, slots_by_group, [NOTHING] * len(positions))
 
 
 def prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
@@ -34,9 +38,9 @@ def prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
     have slots in any case, and attention runs after the writes, so they are read there.
     """
     positions, streamed = [], []
-    for group, held in enumerate(row.state.held):
-        if held.size == row.end:
-            positions.append(held)
+    for group, resident in enumerate(row.state.sets):
+        if resident.held.size == row.end:
+            positions.append(resident.held)
             streamed.append(NOTHING)
             continue
         history = row.history
@@ -49,20 +53,20 @@ def prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
         positions.append(np.flatnonzero(in_table).astype(np.int32))
         streamed.append(history[~in_table[: row.first_written]])
         slots.require_host_copy(streamed[-1])
-    return _table(row, slots, positions, streamed)
+    slots_by_group = [slots.lut[group, row.state.blocks.ids[chosen]] for group, chosen in enumerate(positions)]
+    return _table(row, positions, slots_by_group, streamed)
 
 
 def _table(
-    row: ScheduledRequest, slots: SlotTable, positions: Sequence[IntArray], streamed: Sequence[IntArray]
+    row: ScheduledRequest,
+    positions: Sequence[IntArray],
+    slots_by_group: Sequence[IntArray],
+    streamed: Sequence[IntArray],
 ) -> Table:
-    ids = row.state.blocks.ids
-    slots_by_group = tuple(slots.lut[group, ids[chosen]] for group, chosen in enumerate(positions))
+    evicted, num_resident = [], 0
     for array in (*positions, *slots_by_group, *streamed):
         array.flags.writeable = False
-    return Table(
-        slots=slots_by_group,
-        positions=tuple(positions),
-        evicted_tokens=tuple(row.block_size * (row.end - chosen.size) for chosen in positions),
-        streamed=tuple(streamed),
-        num_blocks=row.end,
-    )
+    for chosen in positions:
+        evicted.append(row.block_size * (row.end - chosen.size))
+        num_resident += chosen.size
+    return Table(tuple(slots_by_group), tuple(positions), tuple(evicted), tuple(streamed), num_resident)

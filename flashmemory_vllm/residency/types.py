@@ -25,6 +25,7 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 NOTHING: IntArray = np.empty(0, np.int32)
 NOTHING.flags.writeable = False
+NO_SCORES: FloatArray = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Phase(Enum):
     DECODE = "decode"  # the resident set
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, which would take three times as long to make
 class Row:
     """What one scheduled request reads and writes in this step; filled by the planner. Arrays are read-only.
 

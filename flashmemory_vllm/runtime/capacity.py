@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.budget import BudgetPolicy
 
@@ -63,6 +64,27 @@ class CapacityPlan:
             f"index keys {self.index_bytes / GIB:.3f} GiB, "
             f"staging {self.staging_bytes / GIB:.3f} GiB; the longest request reserves {self.request_slots} slots"
         )
+
+
+def budget_policy(
+    config: FlashMemoryConfig, *, block_size: int, max_num_batched_tokens: int, max_model_len: int
+) -> BudgetPolicy:
+    """The slot budget of one request: our options, and what vLLM was started with.
+
+    Raises:
+        ConfigError: a value is outside of its range.
+    """
+    return BudgetPolicy(
+        block_size=block_size,
+        resident_ratio=config.resident_ratio,
+        min_sparse_tokens=config.min_sparse_tokens,
+        sink_tokens=config.sink_tokens,
+        recent_tokens=config.recent_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        growth_reserve_tokens=config.growth_reserve_tokens,
+        mode=config.mode,
+    )
 
 
 def plan_capacity(

@@ -6,9 +6,10 @@ import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.residency.budget import BudgetPolicy, SlotLedger, cdiv
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.ledger import SlotLedger
 from flashmemory_vllm.runtime.assembly import index_bytes_per_block, staging_bytes
-from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_capacity
+from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, budget_policy, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 
 
@@ -98,15 +99,11 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
     if config.host_memory_gib is None:
         raise ConfigError("flashmemory.host_memory_gib is not given: a plan needs it, allowed is a number > 0")
     shape = model.shape(server.block_size)
-    budget = BudgetPolicy(
+    budget = budget_policy(
+        config,
         block_size=server.block_size,
-        resident_ratio=config.resident_ratio,
-        min_sparse_tokens=config.min_sparse_tokens,
-        sink_tokens=config.sink_tokens,
-        recent_tokens=config.recent_tokens,
         max_num_batched_tokens=server.max_num_batched_tokens,
         max_model_len=server.context_tokens,
-        growth_reserve_tokens=config.growth_reserve_tokens,
     )
     host_bytes = int(config.host_memory_gib * GIB)
     capacity = plan_capacity(

@@ -16,7 +16,7 @@ from flashmemory_vllm.observability.counters import (
     read_capacity,
     worker_name,
 )
-from flashmemory_vllm.observability.metrics import METRICS
+from flashmemory_vllm.observability.metrics import SERIES, series
 
 WRITER_PROCESS = """
 import sys
@@ -127,7 +127,7 @@ def test_resident_ratio_is_the_ratio_of_the_sums(directory: Path) -> None:
 
 def test_without_requests_the_ratio_is_zero(directory: Path) -> None:
     with CounterWriter.create(directory, worker_name(0)):
-        assert CounterReader(directory).read() == dict.fromkeys((spec.name for spec in METRICS), 0.0)
+        assert CounterReader(directory).read() == dict.fromkeys(SERIES, 0.0)
 
 
 def test_one_writer_for_each_file(directory: Path) -> None:
@@ -166,3 +166,18 @@ def test_engines_have_directories_of_their_own(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert engine_directory("a", 1) == tmp_path / "flashmemory-a-1"
     assert len({engine_directory("a"), engine_directory("a", 1), engine_directory("b")}) == 3
+
+
+def test_reasons_have_values_of_their_own(directory: Path) -> None:
+    with (
+        CounterWriter.create(directory, worker_name(0)),
+        CounterWriter.create(directory, SCHEDULER) as scheduler,
+    ):
+        scheduler.add(series("requests_dense_total", "mode_pressure"), 2)
+        scheduler.add(series("requests_dense_total", "ratio_keeps_all"), 3)
+        values = CounterReader(directory).read()
+        assert values['requests_dense_total{reason="mode_pressure"}'] == 2
+        assert values['requests_dense_total{reason="ratio_keeps_all"}'] == 3
+        assert values['requests_dense_total{reason="below_min_sparse_tokens"}'] == 0
+        with pytest.raises(KeyError):
+            scheduler.add("requests_dense_total")

@@ -9,17 +9,17 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flashmemory_vllm.observability.metrics import METRICS, MetricSpec
+from flashmemory_vllm.observability.metrics import METRICS, SERIES, MetricSpec, series
 from flashmemory_vllm.observability.publisher import MetricsPublisher
 
-ZEROS = {spec.name: 0.0 for spec in METRICS}
+ZEROS = dict.fromkeys(SERIES, 0.0)
 
 # One process publishes twice; then the files of the multiprocess mode are merged as vLLM's /metrics does
 MULTIPROCESS = """
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess
-from flashmemory_vllm.observability.metrics import METRICS
+from flashmemory_vllm.observability.metrics import SERIES
 from flashmemory_vllm.observability.publisher import shared_publisher
-zeros = {spec.name: 0.0 for spec in METRICS}
+zeros = dict.fromkeys(SERIES, 0.0)
 for total in (5.0, 9.0):
     shared_publisher().publish({**zeros, "evictions_total": total, "slots_used": total}, "m", "0")
 registry = CollectorRegistry()
@@ -51,7 +51,8 @@ def test_types_and_labels_are_those_of_the_table() -> None:
     text = generate_latest(registry).decode()
     for spec in METRICS:
         assert f"# TYPE {spec.full_name} {spec.kind}" in text
-        assert f'{spec.full_name}{{engine="0",model_name="m"}} 0.0' in text
+        for reason in ("", *(f',reason="{reason}"' for reason in spec.reasons))[bool(spec.reasons) :]:
+            assert f'{spec.full_name}{{engine="0",model_name="m"{reason}}} 0.0' in text
 
 
 def test_counters_show_the_total_however_often_it_is_published() -> None:
@@ -76,6 +77,19 @@ def test_gauges_show_the_value_now() -> None:
     for value in (10.0, 4.0):
         publisher.publish({**ZEROS, "slots_used": value}, "m", "0")
     assert _scrape(registry)["flashmemory:slots_used", "0"] == 4
+
+
+def test_reasons_are_counted_apart() -> None:
+    registry = CollectorRegistry()
+    publisher = MetricsPublisher(registry)
+    for count in (2.0, 3.0):
+        key = series("requests_dense_total", "mode_pressure")
+        publisher.publish({**ZEROS, "requests_sparse_total": 1.0, key: count}, "m", "0")
+    common = {"model_name": "m", "engine": "0"}
+    name = "flashmemory:requests_dense_total"
+    assert registry.get_sample_value(name, {**common, "reason": "mode_pressure"}) == 3
+    assert registry.get_sample_value(name, {**common, "reason": "ratio_keeps_all"}) == 0
+    assert registry.get_sample_value("flashmemory:requests_sparse_total", common) == 1
 
 
 def test_engines_do_not_mix() -> None:

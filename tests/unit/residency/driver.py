@@ -25,10 +25,11 @@ class Driver:
         ratio: float = 0.25,
         min_sparse: int = 0,
         threshold: float = -inf,
+        max_prefetches: int | None = None,
     ) -> None:
         # Sink of one block, recent of one: a sparse set of n blocks has max(3, ratio * n).
         policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, 1, 400, 400, 0)
-        self.planner = StepPlanner(Geometry(200, num_slots, num_groups, BLOCK), policy, tau, threshold)
+        self.planner = StepPlanner(Geometry(200, num_slots, num_groups, BLOCK), policy, tau, threshold, max_prefetches)
         self.computed: dict[str, int] = {}
         self._step = 0
 

@@ -7,7 +7,7 @@ copy or a read of a copy that is still under way all show.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -34,9 +34,9 @@ class TwinRequest(Protocol):
 class MemoryTwin:
     """Device slots and host pool of tags."""
 
-    def __init__(self, geometry: Geometry, policy: BudgetPolicy) -> None:
+    def __init__(self, geometry: Geometry, policy_of: Callable[[str], BudgetPolicy]) -> None:
         self._geometry = geometry
-        self._policy = policy
+        self._policy_of = policy_of
         groups, block_size = geometry.num_groups, geometry.block_size
         self._device = np.full((groups, geometry.num_slots, block_size), GARBAGE, np.int64)
         self._host = np.full((geometry.num_logical_blocks, groups, block_size), GARBAGE, np.int64)
@@ -104,15 +104,15 @@ class MemoryTwin:
                 assert (on_host == expected[left_out]).all(), "the host holds something else"
                 self.num_streamed += streamed.size
             else:
-                self._check_resident_set(positions, num_tokens)
+                self._check_resident_set(self._policy_of(row.req_id), positions, num_tokens)
                 assert row.streamed[group].size == 0
                 self.num_left_out += left_out.size
 
-    def _check_resident_set(self, positions: IntArray, num_tokens: int) -> None:
+    def _check_resident_set(self, policy: BudgetPolicy, positions: IntArray, num_tokens: int) -> None:
         num_blocks = cdiv(num_tokens, self._geometry.block_size)
-        recent = self._policy.recent_blocks(num_tokens)
-        forced = {*range(self._policy.sink_blocks(num_tokens)), *range(num_blocks - recent, num_blocks)}
+        recent = policy.recent_blocks(num_tokens)
+        forced = {*range(policy.sink_blocks(num_tokens)), *range(num_blocks - recent, num_blocks)}
         assert forced <= set(positions.tolist())
-        assert positions.size <= self._policy.decode_budget(num_tokens)
-        if self._policy.keeps_all(num_tokens):
+        assert positions.size <= policy.decode_budget(num_tokens)
+        if policy.keeps_all(num_tokens):
             assert positions.size == num_blocks

@@ -8,7 +8,8 @@ from random import Random
 
 import numpy as np
 
-from flashmemory_vllm.residency.budget import BudgetPolicy, SlotLedger, cdiv
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.ledger import SlotLedger
 from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInput
 from tests.unit.residency.memory_twin import TagArray
 

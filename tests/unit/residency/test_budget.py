@@ -1,11 +1,11 @@
-"""Budgets and the ledger: the reserve covers every later use, and the books always balance."""
+"""Budgets: the reserve covers every later use."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmemory_vllm.errors import ConfigError, IntegrityError
-from flashmemory_vllm.residency.budget import BudgetPolicy, SlotLedger, cdiv
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 
 
 def make_policy(**changes: float) -> BudgetPolicy:
@@ -107,45 +107,3 @@ def test_worst_case_is_reached(policy: BudgetPolicy) -> None:
 def test_values_out_of_range_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         make_policy(**change)
-
-
-def test_ledger_refuses_a_server_that_could_hang() -> None:
-    policy = make_policy()
-    SlotLedger(policy.worst_case() + 1, policy)
-    with pytest.raises(ConfigError, match="max_model_len 131072"):
-        SlotLedger(policy.worst_case(), policy)
-
-
-def test_ledger_counts_an_old_reserve_as_free() -> None:
-    policy = make_policy(max_model_len=4096)
-    ledger = SlotLedger(policy.worst_case() + 1, policy)
-    assert ledger.can_admit("a", 4096, 4096)
-    ledger.commit("a", 4096, 4096)
-    assert ledger.reserved == 256
-    assert ledger.can_admit("a", 4096, 4096)
-    assert not ledger.can_admit("b", 16, 16)
-    assert ledger.refused == 1
-    with pytest.raises(IntegrityError, match="request b needs 1 slots next to 256"):
-        ledger.commit("b", 16, 16)
-    ledger.commit("a", 4096, 4095)
-    assert ledger.reserved == policy.decode_budget(4096)
-    assert ledger.can_admit("b", 16, 16)
-    ledger.release("a")
-    ledger.release("a")
-    assert ledger.reserved == 0
-    ledger.check_integrity()
-
-
-def test_a_running_request_is_not_refused_for_growth_that_may_never_come() -> None:
-    policy = make_policy(min_sparse_tokens=10**6, growth_reserve_tokens=1024, max_model_len=2048)
-    ledger = SlotLedger(policy.worst_case() + 1, policy)
-    ledger.commit("a", 17, 16)
-    ledger.commit("b", 17, 16)
-    left = ledger.capacity - ledger.reserved
-    assert left < policy.reserve(17, 16)
-    assert not ledger.can_admit("c", 17, 16)
-    longer = 17 + 1024
-    assert ledger.can_admit("a", longer, 16)
-    ledger.commit("a", longer, 16)
-    assert ledger.reserved == ledger.capacity
-    ledger.check_integrity()

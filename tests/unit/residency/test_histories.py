@@ -33,6 +33,7 @@ class World:
     policy: BudgetPolicy
     num_groups: int
     tau: int
+    max_prefetches: int
     extra_slots: int
     extra_blocks: int
     num_families: int
@@ -54,11 +55,13 @@ def worlds(draw: st.DrawFn) -> World:
         max_num_batched_tokens=draw(st.sampled_from([9, 3, 20, 64])),
         max_model_len=draw(st.sampled_from([30, 7, 60, 100])) * block_size - draw(st.sampled_from([0, 1])),
         growth_reserve_tokens=draw(st.sampled_from([5, 0, 40])),
+        mode=draw(st.sampled_from(["always", "pressure"])),
     )
     return World(
         policy=policy,
         num_groups=draw(st.sampled_from([2, 1, 3])),
         tau=draw(st.sampled_from([4, 1, 2, 9])),
+        max_prefetches=draw(st.sampled_from([2, 1, 5, 1000])),
         extra_slots=draw(st.sampled_from([0, 2, 8, 20, 60])),
         extra_blocks=draw(st.sampled_from([10, 0, 60, 300])),
         num_families=draw(st.sampled_from([2, 1, 5])),
@@ -79,9 +82,10 @@ class History:
         num_blocks = cdiv(world.policy.max_model_len, world.policy.block_size) + 1 + world.extra_blocks
         geometry = Geometry(num_blocks, num_slots, world.num_groups, world.policy.block_size)
         self.geometry = geometry
-        self.planner = StepPlanner(geometry, world.policy, world.tau)
-        self.memory = MemoryTwin(geometry, world.policy)
+        self.planner = StepPlanner(geometry, world.policy, world.tau, max_prefetches=world.max_prefetches)
+        self.max_prefetches = world.max_prefetches
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)
+        self.memory = MemoryTwin(geometry, self.scheduler.ledger.policy_of)
         self.requests = {f"r{uid}": self._request(uid, world) for uid in range(world.num_requests)}
         self.arrival_rate = world.arrival_rate
         self.arriving = list(self.requests.values())
@@ -108,6 +112,7 @@ class History:
         plan = self.planner.plan(step)
         self.planner.check_integrity()
         self._check_reserves()
+        assert all(copies.blocks.size <= self.max_prefetches for copies in plan.prefetches)
         self.memory.execute(plan, self.planner, self.requests)
         self.planner.complete(plan)
         self.planner.check_integrity()
@@ -155,7 +160,7 @@ class History:
             assert due.req_id in step.num_scheduled_tokens
             assert due.num_history_blocks == request.num_computed // self.geometry.block_size > 0
             assert due.block_ids.tolist() == request.block_ids[: due.num_history_blocks]
-            assert not self.policy.keeps_all(request.num_computed + 1)
+            assert not self.scheduler.ledger.policy_of(due.req_id).keeps_all(request.num_computed + 1)
 
     def _request(self, uid: int, world: World) -> Request:
         num_tokens = self.random.randint(2, self.policy.max_model_len)

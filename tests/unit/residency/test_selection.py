@@ -156,27 +156,6 @@ def test_turning_sparse_is_announced_one_step_ahead() -> None:
     assert driver.planner.counters.missing_selections == 0
 
 
-def test_requests_that_start_together_spread_out() -> None:
-    driver = Driver(num_slots=100, tau=3)
-    names = ["a", "b", "c", "d", "e"]
-    for index, name in enumerate(names):
-        driver.prefill(name, 10, first_block=1 + 20 * index)
-    due = [tuple(one.req_id for one in driver.step(tokens=dict.fromkeys(names, 1)).due) for _ in range(11)]
-    # Two of five in one step at most, and everybody once in three steps after the first round.
-    assert due[:5] == [(), (), ("a", "b"), ("c", "d"), ("e",)]
-    assert due[5:8] == due[8:11]
-    assert sorted(name for step in due[5:8] for name in step) == names
-
-
-def test_the_longest_waiting_is_scored_first() -> None:
-    driver = Driver(num_slots=100, tau=4)
-    for index, name in enumerate("abcde"):
-        driver.prefill(name, 10, first_block=1 + 20 * index)
-    driver.step(a=1, b=1, c=1, d=1)
-    due = [[one.req_id for one in driver.step(e=1, a=1, b=1, c=1, d=1).due] for _ in range(5)]
-    assert due == [[], [], ["a", "b"], ["c", "d"], ["e"]]
-
-
 def test_groups_choose_on_their_own() -> None:
     driver = Driver(num_groups=2)
     driver.prefill("a", 12)

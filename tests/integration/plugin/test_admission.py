@@ -1,0 +1,84 @@
+"""The block manager in vLLM's own scheduler terms: what it reserves, for how long, and what it counts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from flashmemory_vllm.observability.counters import Capacity, CounterReader, CounterWriter, worker_name
+from flashmemory_vllm.plugin.admission import FlashMemoryManager, FlashMemorySpec
+from flashmemory_vllm.residency.budget import BudgetPolicy, Mode
+
+BLOCK = 16
+NUM_SLOTS = 101
+NUM_BLOCKS = 1000
+TOO_MANY = NUM_BLOCKS + 1
+
+
+@pytest.fixture
+def counters(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "flashmemory-test-0"
+    with CounterWriter.create(directory, worker_name(0)) as worker:
+        worker.publish_capacity(Capacity(NUM_SLOTS, NUM_BLOCKS))
+        yield directory
+
+
+def make_manager(counters: Path, mode: Mode = "always", min_sparse_tokens: int = 0) -> FlashMemoryManager:
+    """Dense requests reserve their blocks, sparse ones a tenth or a chunk of 41."""
+    budget = BudgetPolicy(BLOCK, 0.1, min_sparse_tokens, BLOCK, BLOCK, 40 * BLOCK, 900 * BLOCK, 0, mode)
+    stock = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    return FlashMemoryManager(
+        FlashMemorySpec.from_spec(stock, budget, counters),
+        block_pool=BlockPool(NUM_BLOCKS, enable_caching=False, hash_block_size=BLOCK),
+        enable_caching=False,
+        kv_cache_group_id=0,
+        scheduler_block_size=BLOCK,
+    )
+
+
+def schedule(manager: FlashMemoryManager, req_id: str, num_tokens: int, prefill_end: int) -> bool:
+    """Ask and allocate as `KVCacheManager.allocate_slots` does for one step of a request."""
+    asked = manager.get_num_blocks_to_allocate(req_id, num_tokens, [], 0, 0, num_tokens, prefill_end=prefill_end)
+    if asked < TOO_MANY:
+        manager.allocate_new_blocks(req_id, num_tokens, num_tokens)
+    return asked < TOO_MANY
+
+
+def admit(manager: FlashMemoryManager, req_id: str, num_tokens: int, prefill_end: int, chunk: int) -> bool:
+    """As `schedule`, for a waiting request: vLLM asks for all of it first."""
+    asked = manager.get_num_blocks_to_allocate(req_id, num_tokens, [], 0, 0, num_tokens, True, prefill_end)
+    return asked < TOO_MANY and schedule(manager, req_id, min(num_tokens, chunk), prefill_end)
+
+
+def test_what_does_not_fit_waits_until_another_returns_its_slots(counters: Path) -> None:
+    manager = make_manager(counters)
+    tokens = 50 * BLOCK
+    assert [admit(manager, name, tokens, tokens, 40 * BLOCK) for name in "abcc"] == [True, True, False, False]
+    manager.free("a")
+    assert admit(manager, "c", tokens, tokens, 40 * BLOCK)
+    values = CounterReader(counters).read()
+    assert (values["refused_admissions_total"], values["requests_sparse_total"]) == (1, 3)
+
+
+def test_a_preempted_request_reserves_for_a_prefill_of_all_its_tokens(counters: Path) -> None:
+    manager = make_manager(counters)
+    # 30 blocks with outputs, of which vLLM counts all but the last token as prefill: one chunk writes them all.
+    tokens = 30 * BLOCK
+    assert admit(manager, "a", tokens, tokens - 1, 40 * BLOCK)
+    assert manager._ledger.reserved == 30
+    assert schedule(manager, "a", tokens + 1, tokens)
+    assert manager._ledger.reserved == 3
+
+
+def test_under_pressure_requests_start_sparse_and_the_reason_is_counted(counters: Path) -> None:
+    manager = make_manager(counters, mode="pressure", min_sparse_tokens=2 * BLOCK)
+    assert admit(manager, "a", BLOCK, BLOCK, BLOCK)
+    for name, num_blocks in (("b", 48), ("c", 100)):
+        assert admit(manager, name, num_blocks * BLOCK, num_blocks * BLOCK, 40 * BLOCK)
+    values = CounterReader(counters).read()
+    assert values['requests_dense_total{reason="below_min_sparse_tokens"}'] == 1
+    assert values['requests_dense_total{reason="mode_pressure"}'] == 1
+    assert values["requests_sparse_total"] == 1
