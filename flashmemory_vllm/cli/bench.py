@@ -1,0 +1,169 @@
+"""`flashmemory bench`: stock vLLM and our backend on the same loads, one row for each."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from flashmemory_vllm.benchmark.scenario import EngineName, Scenario, load_scenario
+from flashmemory_vllm.cli.plan import SHAPES
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.evaluation.provenance import Provenance
+from flashmemory_vllm.reference import reference_model_path
+
+if TYPE_CHECKING:
+    from flashmemory_vllm.benchmark.rows import BenchRow
+
+# What a configuration needs beside the sizes that `flashmemory plan` has
+_SHAPE_REST = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "max_position_embeddings": 1 << 20,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the `bench` command."""
+    parser = subparsers.add_parser("bench", help="time stock vLLM and this backend on the same loads")
+    parser.add_argument("scenarios", nargs="*", type=Path, metavar="SCENARIO", help="YAML files, see configs/bench")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="folder or Hugging Face id. Default: the shipped model")
+    model.add_argument("--shape", choices=tuple(SHAPES), help="a model of these sizes with random weights")
+    parser.add_argument(
+        "--engines", default="stock,flashmemory", help="comma-separated, also offload and ideal. Default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; every row is written as soon as it is measured")
+    parser.add_argument("--resume", action="store_true", help="go on with --out: what has a row is not measured again")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="begin no measurement after so many seconds")
+    parser.add_argument("--log", type=Path, help="file that the engines' logs are appended to. Default: none")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="replace a field of the scenarios, such as engine.max_num_seqs=8; may be given again",
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="picture of the rows; needs matplotlib")
+    parser.add_argument("--replot", type=Path, metavar="ROWS", help="plot the rows of a file, measure nothing")
+    parser.add_argument("--table", type=Path, metavar="ROWS", help="print the rows of a file, measure nothing")
+    parser.add_argument("--commit", help="commit to name in the rows, where git is not there to ask")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables and plot; or only print or plot what there is."""
+    from flashmemory_vllm.benchmark.rows import format_tables
+
+    _check_arguments(args)
+    rows = _old_rows(args) if args.table or args.replot else _measure(args)
+    if not args.replot:
+        print(format_tables(rows))
+    if args.plot is not None:
+        from flashmemory_vllm.benchmark.plot import plot_rows
+
+        plot_rows(rows, args.plot)
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    given = [name for name in ("scenarios", "table", "replot") if getattr(args, name)]
+    if len(given) != 1:
+        told = " and ".join(given) or "nothing"
+        raise ConfigError(f"bench got {told}: allowed is one of SCENARIO, --table ROWS and --replot ROWS")
+    if args.scenarios and args.out is None:
+        raise ConfigError("--out is not given: allowed is a file for the rows")
+    if args.replot and args.plot is None:
+        raise ConfigError("--plot is not given: --replot needs a file for the picture")
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise ConfigError(f"--time-limit is {args.time_limit}: allowed is a number > 0")
+
+
+def _old_rows(args: argparse.Namespace) -> "list[BenchRow]":
+    from flashmemory_vllm.benchmark.rows import load_rows
+
+    path: Path = args.table or args.replot
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: allowed is a file of rows")
+    return load_rows(path)
+
+
+def _measure(args: argparse.Namespace) -> "list[BenchRow]":
+    from flashmemory_vllm.benchmark.cells import make_cells
+    from flashmemory_vllm.benchmark.process import EngineProcess
+    from flashmemory_vllm.benchmark.run import BenchRun
+
+    # Ended as by an interrupt, so that no engine outlives this process and keeps the device's memory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    engines = read_engines(args.engines)
+    scenarios = [load_scenario(path, args.settings) for path in args.scenarios]
+    _check_names(scenarios)
+    provenance = _provenance(args.commit)
+    model = model_arguments(args.model, args.shape)
+    cells = [cell for scenario in scenarios for cell in make_cells(scenario, engines, model)]
+    bench = BenchRun(
+        args.shape or Path(model["model"]).name,
+        args.out,
+        provenance,
+        args.resume,
+        args.time_limit,
+        lambda job: EngineProcess(job, args.log),
+    )
+    return bench.run(cells)
+
+
+def read_engines(text: str) -> tuple[EngineName, ...]:
+    """Engines of the option `--engines`.
+
+    Raises:
+        ConfigError: one is unknown.
+    """
+    known: dict[str, EngineName] = {name: name for name in get_args(EngineName)}
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"--engines has {', '.join(map(repr, unknown))}: allowed is {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def model_arguments(model: str | None, shape: str | None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that say what to serve.
+
+    A shape's configuration lies in the user's cache, always in the same folder: vLLM's compilation cache goes by it.
+
+    Args:
+        model: folder or id, or None.
+        shape: name of a shape, or None. Without either it is the shipped model.
+    """
+    if shape is None:
+        return {"model": model or str(reference_model_path())}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "flashmemory" / "shapes" / shape
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | _SHAPE_REST), encoding="utf-8")
+    return {"model": str(folder), "load_format": "dummy"}
+
+
+def _check_names(scenarios: Sequence[Scenario]) -> None:
+    names = [scenario.name for scenario in scenarios]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"scenarios named {', '.join(twice)} twice: allowed are different names")
+
+
+def _provenance(commit: str | None) -> Provenance:
+    # Asking for the device's name can take memory of it until the process ends, so another process asks
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(Provenance.collect, ["flashmemory", *sys.argv[1:]], commit).result()
