@@ -1,6 +1,7 @@
 """The alias distribution: found under vLLM's name, written once, never over a real vLLM."""
 
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ SCRIPT = Path(__file__).parents[3] / "deploy" / "cpu" / "alias_vllm.py"
 def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An interpreter's site-packages with nothing in it but what a test installs."""
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))  # noqa: ARG005
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))  # noqa: ARG005
     return tmp_path
 
 
