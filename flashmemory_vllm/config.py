@@ -16,6 +16,7 @@ SECTION = "flashmemory"
 
 SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o"]
 Aggregate = Literal["max", "mean"]
+Mode = Literal["always", "pressure"]
 
 
 def _as_tuple(value: object) -> object:
@@ -37,6 +38,12 @@ class FlashMemoryConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    mode: Mode = Field(
+        default="always",
+        description="When requests are sparse: `always`, or under `pressure`, that is if a request, as it is admitted, "
+        "would fill more than 90 % of the slots with all its blocks, and from then on until less than 70 % are "
+        "reserved. It goes on as it was admitted. Not with more than one rank.",
+    )
     resident_ratio: float = Field(
         default=0.135,
         gt=0,
@@ -70,7 +77,7 @@ class FlashMemoryConfig(BaseModel):
     sink_tokens: int = Field(default=64, ge=0, description="Tokens at the start of a request that are always resident.")
     recent_tokens: int = Field(default=256, ge=1, description="Newest tokens of a request that are always resident.")
     min_sparse_tokens: int = Field(
-        default=2048,
+        default=16384,
         ge=0,
         description="Requests with fewer tokens than this keep every block and decode exactly as without us.",
     )
@@ -79,6 +86,12 @@ class FlashMemoryConfig(BaseModel):
         ge=0,
         description="Decode steps between capturing the queries and asking for the selection they led to, so "
         "that scoring stalls no step. At most `tau_steps`.",
+    )
+    prefetch_mib_per_step: int = Field(
+        default=192,
+        ge=1,
+        description="MiB that one step prefetches at most for later selections; the rest of a selection comes in the "
+        "steps after it. First selections are not limited.",
     )
     layer_groups: int = Field(
         default=1,
@@ -103,9 +116,9 @@ class FlashMemoryConfig(BaseModel):
         description="Tokens of growth for which a running request has slots reserved as others are admitted.",
     )
     staging_blocks: int = Field(
-        default=256,
+        default=1024,
         ge=1,
-        description="Blocks in each of the two device buffers through which prefill streams host blocks.",
+        description="Blocks in each of the three device buffers through which prefill streams host blocks.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything that is drawn at random.")
     pin_host_memory: bool = Field(

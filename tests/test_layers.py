@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "types": set(),
     "config": set(),
     "host_memory": set(),
+    "doctor": set(),
     "residency": set(),
     "observability": set(),
     "transfer": {"residency", KERNELS},
@@ -26,9 +27,10 @@ MAY_IMPORT = {
     "runtime": {"transfer", "indexer", "residency", "observability", KERNELS},
     "reference": {"evaluation"},
     "evaluation": {"indexer", "residency", "reference", KERNELS},
+    "benchmark": {"evaluation"},
     "training": {"indexer", "residency", "evaluation", "reference", KERNELS},
-    "plugin": {"runtime", "transfer", "indexer", "residency", "observability", KERNELS},
-    "cli": {"runtime", "reference", "evaluation", "training", "observability"},
+    "plugin": {"runtime", "transfer", "indexer", "residency", "observability", "doctor", KERNELS},
+    "cli": {"runtime", "benchmark", "doctor", "reference", "evaluation", "training", "observability"},
 }
 # What only one part may import, and what pure parts may import beside the standard library.
 ONLY_IN = {"vllm": {"plugin"}}

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flashmemory_vllm.evaluation.accuracy import AccuracyPlan
 
 T = TypeVar("T")
+# Shorter prompts keep every block.
+MIN_SPARSE_TOKENS = 2048
 
 DEFAULT_LENGTHS = "4096,16384,32768"
 
@@ -125,7 +127,11 @@ def start_options(args: argparse.Namespace, plan: "AccuracyPlan") -> dict[str, o
     leaves for slots is right for all.
     """
     settings = sorted(plan.settings, key=lambda setting: setting.selector != "exact")
-    options = settings[0].options() | {"resident_ratio": max(setting.ratio for setting in settings)}
+    options = settings[0].options() | {
+        "resident_ratio": max(setting.ratio for setting in settings),
+        # Accuracy is to be measured at lengths, too, at which a small model gains nothing
+        "min_sparse_tokens": MIN_SPARSE_TOKENS,
+    }
     if args.host_memory_gib is not None:
         options["host_memory_gib"] = args.host_memory_gib
     return options

@@ -94,12 +94,16 @@ class Selector(ABC):
         """Device bytes of index keys per logical block, all anchor layers together."""
         return 0
 
-    def add_blocks(self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor]) -> None:  # noqa: B027 - optional
+    def add_blocks(  # noqa: B027 - optional
+        self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor], slots: Sequence[torch.Tensor] | None = None
+    ) -> None:
         """Make the index keys of blocks that became full; mutates the index in place.
 
         Args:
             block_ids: int64 [n], logical block ids, distinct.
-            keys: one tensor [n, Hkv, block_size, D] per anchor layer, keys after RoPE, any strides.
+            keys: per anchor layer the keys after RoPE of all its device pages, [S, Hkv, block_size, D] with any
+                strides; of these blocks alone, [n, Hkv, block_size, D], if `slots` is None.
+            slots: per anchor layer int64 [n], the slot of each block. Default: the keys are gathered already.
         """
 
     @abstractmethod

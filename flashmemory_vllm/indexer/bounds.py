@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from flashmemory_kernels.summarise_keys import summarise_keys
+from flashmemory_kernels.summarise_keys import Kind
 
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 
@@ -18,12 +18,7 @@ class BoundsSelector(IndexedSelector):
     """
 
     name: ClassVar[str] = "bounds"
+    summary: ClassVar[Kind] = "bounds"
 
-    def _row_shape(self) -> tuple[int, int]:
-        return 1, 2 * self.geometry.head_dim
-
-    def _summarise(self, keys: torch.Tensor) -> torch.Tensor:
-        return summarise_keys(keys, "bounds").flatten(2).unsqueeze(2)
-
-    def _expand(self, query: torch.Tensor) -> torch.Tensor:
-        return torch.cat((query.clamp(max=0), query.clamp(min=0)), dim=-1)
+    def _expand(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)

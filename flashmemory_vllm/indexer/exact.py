@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
+from flashmemory_kernels.summarise_keys import Kind
 
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 
@@ -17,9 +17,4 @@ class ExactSelector(IndexedSelector):
     """
 
     name: ClassVar[str] = "exact"
-
-    def _row_shape(self) -> tuple[int, int]:
-        return self.geometry.block_size, self.geometry.head_dim
-
-    def _summarise(self, keys: torch.Tensor) -> torch.Tensor:
-        return keys
+    summary: ClassVar[Kind] = "exact"

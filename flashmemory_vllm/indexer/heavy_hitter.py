@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from flashmemory_kernels.ensemble_scores import Aggregate
 
-from flashmemory_vllm.indexer.aggregation import Aggregate
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.exact import ExactSelector
 
@@ -36,10 +36,7 @@ class HeavyHitterSelector(ExactSelector):
         log_mass = self._log_mass(request)
         gathered = self._gathered.get(request.req_id)
         if request.step_index > 0 and request.resident is not None:
-            log_mass = [
-                mass.masked_fill(~request.resident[group], -torch.inf)
-                for mass, group in zip(log_mass, self.geometry.layer_groups, strict=True)
-            ]
+            log_mass.masked_fill_(~request.resident[self._layer_groups].unsqueeze(1), -torch.inf)
         total = self._aggregate(log_mass)
         if gathered is not None and request.step_index > 0:
             total[:, : gathered.shape[1]] += gathered

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from itertools import repeat
+from typing import ClassVar, get_args
 
 import torch
+from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
 from flashmemory_kernels.score_blocks import score_blocks
+from flashmemory_kernels.summarise_keys import Kind, row_shape, summarise_keys
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.indexer.aggregation import Aggregate, aggregate_mass, check_aggregate
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 
 
 class IndexedSelector(Selector):
     """Keeps R rows of E elements per block, KV head and anchor layer; scores blocks by softmax share.
 
-    A subclass says how a block's keys become rows (`_summarise`) and how a query is laid out against a row
+    A subclass says how a block's keys become rows (`summary`) and how a query is laid out against a row
     (`_expand`). The index [A, N, Hkv, R, E] is allocated once; rows of blocks never added are uninitialised.
 
     Args:
@@ -30,23 +31,24 @@ class IndexedSelector(Selector):
 
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
+    summary: ClassVar[Kind]
 
     def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max") -> None:
         super().__init__(geometry)
-        check_aggregate(aggregate)
+        if aggregate not in get_args(Aggregate):
+            raise ConfigError(f"aggregate must be one of {', '.join(get_args(Aggregate))}; got {aggregate!r}")
         missing = sorted(set(range(geometry.num_groups)) - set(geometry.layer_groups))
         if missing:
             raise ConfigError(
                 f"selector {self.name!r}: each layer group needs an anchor layer; groups {missing} have none"
             )
         self.aggregate: Aggregate = aggregate
-        num_rows, width = self._row_shape()
+        self._layer_groups = torch.tensor(geometry.layer_groups, dtype=torch.int32, device=geometry.device)
         self.index = torch.empty(
             len(geometry.anchor_layers),
             geometry.num_logical_blocks,
             geometry.num_kv_heads,
-            num_rows,
-            width,
+            *row_shape(self.summary, geometry.block_size, geometry.head_dim),
             dtype=geometry.dtype,
             device=geometry.device,
         )
@@ -55,35 +57,27 @@ class IndexedSelector(Selector):
         """Device bytes of index keys per logical block, all anchor layers together."""
         return self.index[:, 0].numel() * self.index.element_size()
 
-    def add_blocks(self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor]) -> None:
+    def add_blocks(
+        self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor], slots: Sequence[torch.Tensor] | None = None
+    ) -> None:
         """Make the index keys of blocks that became full; see `Selector.add_blocks`."""
-        for rows, layer_keys in zip(self.index, keys, strict=True):
-            rows.index_copy_(0, block_ids, self._summarise(layer_keys).to(rows.dtype))
+        layer_slots = repeat(None, len(keys)) if slots is None else slots
+        for rows, pages, in_slots in zip(self.index, keys, layer_slots, strict=True):
+            summarise_keys(pages, in_slots, rows, block_ids, self.summary)
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Share of each block in the attention of the request's last token."""
         return self._aggregate(self._log_mass(request))
 
-    def _log_mass(self, request: ScoringRequest) -> list[torch.Tensor]:
-        """Per anchor layer the log-mass of each block, float32 [Hq, n]."""
+    def _log_mass(self, request: ScoringRequest) -> torch.Tensor:
+        """Log-mass of each block, float32 [A, Hq, n]."""
         if request.queries is None:
             raise ConfigError(f"selector {self.name!r} needs queries; request {request.req_id!r} came without")
-        return [
-            score_blocks(self._expand(query), rows, request.block_ids, self.geometry.softmax_scale)
-            for query, rows in zip(request.queries, self.index, strict=True)
-        ]
+        return score_blocks(self._expand(request.queries), self.index, request.block_ids, self.geometry.softmax_scale)
 
-    def _aggregate(self, log_mass: list[torch.Tensor]) -> torch.Tensor:
-        return aggregate_mass(log_mass, self.geometry.layer_groups, self.geometry.num_groups, self.aggregate)
+    def _aggregate(self, log_mass: torch.Tensor) -> torch.Tensor:
+        return ensemble_scores(log_mass, self._layer_groups, self.geometry.num_groups, self.aggregate)
 
-    @abstractmethod
-    def _row_shape(self) -> tuple[int, int]:
-        """(R, E)."""
-
-    @abstractmethod
-    def _summarise(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys [n, Hkv, block_size, D] to rows [n, Hkv, R, E]."""
-
-    def _expand(self, query: torch.Tensor) -> torch.Tensor:
-        """Query [Hq, D] to [Hq, E]."""
-        return query
+    def _expand(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries [A, Hq, D] to [A, Hq, E]."""
+        return queries

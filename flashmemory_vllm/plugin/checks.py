@@ -115,6 +115,10 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
         ),
         (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill", True, "off"),
     ]
+    ranks = parallel.tensor_parallel_size
+    if ranks > 1 and read_config(vllm_config).mode == "pressure":
+        # The scheduler decides by the slots of all ranks, each worker by its own
+        refusals.append((True, "flashmemory.mode", f"pressure with {ranks} ranks", "always, or one rank"))
     if vllm_config.model_config is not None:
         refusals += _model_refusals(vllm_config.model_config)
     for refused, option, given, allowed in refusals:

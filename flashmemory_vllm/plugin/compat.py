@@ -2,7 +2,7 @@
 
 Each docstring names the symptom that made the change necessary, why it works, and when it can go.
 No vLLM file is edited and no vLLM class loses a method: the changes are one wrapped platform hook, one
-instance attribute on an enum member, one official backend override (CPU only) and one wrapped bound method
+instance attribute on an enum member, one official backend override (CPU only) and two wrapped bound methods
 on our own worker's model runner.
 """
 
@@ -104,6 +104,37 @@ def install_slot_translation(runner: Any, translate: Translate, rows: Callable[[
         _wrap_v2(runner, translate, rows)
     else:
         _wrap_v1(runner, translate, rows)
+
+
+def keep_steps_out_of_full_graphs(runner: Any, needs_python: Callable[[], bool]) -> None:
+    """Run a step layer by layer, not as one captured graph, when its attention needs Python.
+
+    Symptom: a decode batch may hold a prompt's last token (a prompt found in the prefix cache computes nothing
+    else). vLLM replays the full graph of a decode step for it, in which streamed history is never fetched.
+    Cure: wrap the one method of the model runner that says whether a batch is uniform decode, on this instance.
+    Remove when metadata builders can refuse a full graph for the batch at hand.
+
+    Args:
+        runner: vLLM's GPUModelRunner (V1) or the V2 runner.
+        needs_python: whether the step that has begun must not be replayed.
+    """
+    if hasattr(runner, "gather_batch_req_state"):
+        gather = runner.gather_batch_req_state
+
+        @functools.wraps(gather)
+        def gather_batch_req_state(*args: Any, **kwargs: Any) -> tuple[Any, int | None]:
+            state, uniform_token_count = gather(*args, **kwargs)
+            return state, None if needs_python() else uniform_token_count
+
+        runner.gather_batch_req_state = gather_batch_req_state
+    else:
+        is_uniform = runner._is_uniform_decode
+
+        @functools.wraps(is_uniform)
+        def _is_uniform_decode(*args: Any, **kwargs: Any) -> bool:
+            return not needs_python() and is_uniform(*args, **kwargs)
+
+        runner._is_uniform_decode = _is_uniform_decode
 
 
 def _wrap_v2(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:

@@ -20,7 +20,9 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": ("self",),
     "vllm.v1.worker.gpu_worker:Worker.sleep": ("self", "level"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_slot_mappings": ("self", "num_tokens_padded"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._is_uniform_decode": ("max_num_scheduled_tokens",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("self", "input_batch"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": ("self", "scheduler_output"),
     "vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups": (
         "vllm_config",
         "kv_cache_groups",
@@ -81,6 +83,7 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
         "seq_lens",
         "block_table_tensor",
         "slot_mapping",
+        "max_query_len",
         "max_seq_len",
         "seq_lens_cpu_upper_bound",
     ),

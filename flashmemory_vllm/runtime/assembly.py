@@ -6,34 +6,35 @@ from math import inf
 import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.indexer.base import IndexGeometry
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.factory import create_selector, option_names
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import Geometry
+from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
-from flashmemory_vllm.runtime.runtime import ResidencyRuntime, RuntimeParts
+from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
-from flashmemory_vllm.runtime.tables import StepTables
+from flashmemory_vllm.runtime.tables import StepTables, TableSizes
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import PageFormat
+from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 from flashmemory_vllm.transfer.streaming import PartialAttention
 
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
     """Device bytes of one logical block's index keys, before anything is allocated."""
-    meta = create_selector(config.selector, _geometry(config, shape, 1, torch.device("meta")), **_options(config))
-    return meta.bytes_per_block()
+    return _selector(config, _geometry(config, shape, 1, torch.device("meta"))).bytes_per_block()
 
 
 def staging_bytes(config: FlashMemoryConfig, shape: AttentionShape) -> int:
-    """Device bytes of the two staging buffers."""
-    return 2 * config.staging_blocks * shape.block_bytes // shape.num_layers
+    """Device bytes of the staging buffers."""
+    return NUM_STAGING_BUFFERS * config.staging_blocks * shape.block_bytes // shape.num_layers
 
 
 def build_runtime(  # noqa: PLR0913 - the one place where everything meets
@@ -46,7 +47,9 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     budget: BudgetPolicy,
     num_logical_blocks: int,
     max_num_seqs: int,
+    max_num_tokens: int,
     counters: CounterWriter,
+    buffers: StepBuffers | None = None,
 ) -> ResidencyRuntime:
     """Allocate the host pool, index keys and staging, and wire the runtime.
 
@@ -59,7 +62,10 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
         budget: slots of one request.
         num_logical_blocks: N.
         max_num_seqs: most requests in a batch.
+        max_num_tokens: most tokens in a batch, padding included.
         counters: this worker's shared counters.
+        buffers: of an earlier runtime with the same layer groups and anchor layers, which captured CUDA graphs
+            refer to. Default: None, new ones.
 
     Raises:
         ConfigError: host memory cannot be had, or an option does not fit the model.
@@ -67,30 +73,49 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     groups = shape.layer_groups(config.layer_groups)
     anchors = shape.anchor_layers(config.anchor_layers, groups)
     engine = _engine(PageLayout(caches, groups), num_logical_blocks, config, shape.device)
-    geometry = Geometry(num_logical_blocks, engine.layout.num_slots, config.layer_groups, shape.block_size)
-    index_geometry = _geometry(config, shape, num_logical_blocks, shape.device)
-    selector = create_selector(config.selector, index_geometry, **_options(config))
-    width = -(-budget.max_model_len // shape.block_size) + 1
+    selector = _selector(config, _geometry(config, shape, num_logical_blocks, shape.device))
+    if buffers is None:
+        width = -(-budget.max_model_len // shape.block_size) + 1
+        sizes = TableSizes(
+            config.layer_groups, num_logical_blocks, shape.block_size, max_num_seqs, max_num_tokens, width
+        )
+        buffers = _buffers(sizes, len(anchors), shape)
     return ResidencyRuntime(
         RuntimeParts(
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=StepPlanner(
-                geometry, budget, config.tau_steps, -inf if config.score_threshold is None else config.score_threshold
-            ),
+            planner=_planner(num_logical_blocks, budget, config, engine.layout),
             engine=engine,
             page_format=page_format,
             selector=selector,
-            selections=SelectionQueue(selector, config.selection_delay_steps),
-            tables=StepTables(config.layer_groups, max_num_seqs, width, shape.device),
-            queries=QueryBuffer(len(anchors), max_num_seqs, shape),
+            selections=SelectionQueue(selector, config.selection_delay_steps, shape.device),
+            buffers=buffers,
             prefill=_prefill(engine, page_format, shape, attend, config),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
         )
     )
+
+
+def _planner(
+    num_logical_blocks: int, budget: BudgetPolicy, config: FlashMemoryConfig, layout: PageLayout
+) -> StepPlanner:
+    geometry = Geometry(num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size)
+    group_bytes = max(sum(layout.layer_bytes(layer) for layer in group) for group in layout.groups)
+    return StepPlanner(
+        geometry,
+        budget,
+        config.tau_steps,
+        -inf if config.score_threshold is None else config.score_threshold,
+        max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
+    )
+
+
+def _buffers(sizes: TableSizes, num_anchors: int, shape: AttentionShape) -> StepBuffers:
+    tables = StepTables(sizes, shape.device, skip_streamed=shape.device.type == "cuda")
+    return StepBuffers(tables, QueryBuffer(num_anchors, sizes.max_rows, shape))
 
 
 def _prefill(
@@ -102,11 +127,11 @@ def _prefill(
 ) -> StreamedPrefill:
     layout = engine.layout
     page_elems = layout.page_view(0).shape[1]
-    staging = torch.zeros((2, config.staging_blocks, page_elems), dtype=layout.dtype, device=layout.device)
+    size = (NUM_STAGING_BUFFERS, config.staging_blocks, page_elems)
     return StreamedPrefill(
         engine,
         page_format,
-        (staging[0], staging[1]),
+        torch.zeros(size, dtype=layout.dtype, device=layout.device),
         shape.softmax_scale,
         attend,
         poison=config.poison_free_slots,
@@ -140,6 +165,7 @@ def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int,
     )
 
 
-def _options(config: FlashMemoryConfig) -> dict[str, object]:
-    """The selector's options among ours; each carries the name of the configuration field it comes from."""
-    return {name: getattr(config, name) for name in option_names(config.selector)}
+def _selector(config: FlashMemoryConfig, geometry: IndexGeometry) -> Selector:
+    """The selector asked for; its options have the names of the configuration fields that they come from."""
+    options = {name: getattr(config, name) for name in option_names(config.selector)}
+    return create_selector(config.selector, geometry, **options)

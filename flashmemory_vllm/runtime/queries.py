@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.uploads import upload
 
 
 class QueryBuffer:
@@ -30,15 +31,27 @@ class QueryBuffer:
             num_tokens: scheduled tokens of each batch row, in order.
         """
         self._num_rows = len(num_tokens)
-        last = torch.from_numpy(np.cumsum(np.asarray(num_tokens, dtype=np.int64)) - 1)
-        if self._last_token.device.type == "cuda":
-            last = last.pin_memory()
-        self._last_token[: self._num_rows].copy_(last, non_blocking=True)
+        if max(num_tokens, default=1) == 1:
+            return  # each row is its own last token: `capture` needs no table
+        last = np.cumsum(np.asarray(num_tokens, dtype=np.int64)) - 1
+        self._last_token[: self._num_rows].copy_(upload(last, self._last_token.device))
 
-    def capture(self, anchor: int, query: torch.Tensor) -> None:
-        """Copy each row's last query [T, Hq, D] of one anchor layer."""
-        rows = self._num_rows
-        torch.index_select(query, 0, self._last_token[:rows], out=self._queries[anchor, :rows])
+    def capture(self, anchor: int, query: torch.Tensor, *, one_token_rows: bool) -> None:
+        """Copy each row's last query of one anchor layer.
+
+        With one token a row it depends on nothing that the host says in the step, so a captured graph may hold it.
+
+        Args:
+            anchor: place of the layer among the anchors.
+            query: [T, Hq, D].
+            one_token_rows: every row of the batch has one token; rows of padding may follow.
+        """
+        if one_token_rows:
+            rows = min(len(query), self._queries.shape[1])
+            self._queries[anchor, :rows].copy_(query[:rows])
+        else:
+            rows = self._num_rows
+            torch.index_select(query, 0, self._last_token[:rows], out=self._queries[anchor, :rows])
 
     def row(self, index: int) -> torch.Tensor:
         """Queries [A, Hq, D] of one batch row, a view."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from flashmemory_vllm.indexer.base import Selector
-from flashmemory_vllm.observability.counters import CounterWriter
-from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import (
     BoolArray,
+    Copies,
     DueSelection,
     IntArray,
     Row,
@@ -22,51 +19,10 @@ from flashmemory_vllm.residency.types import (
     StepPlan,
     WriteBacks,
 )
-from flashmemory_vllm.runtime.prefill import StreamedPrefill
-from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.report import Reporter
-from flashmemory_vllm.runtime.selection import SelectionQueue
-from flashmemory_vllm.runtime.shape import AttentionShape
-from flashmemory_vllm.runtime.tables import CompactedTable, StepTables
-from flashmemory_vllm.transfer.engine import TransferEngine
-from flashmemory_vllm.transfer.page_format import PageFormat
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RuntimeParts:
-    """What a runtime is assembled from.
-
-    Attributes:
-        shape: the model's attention layers.
-        groups: layer indices of each layer group.
-        anchors: layers whose queries and keys feed the selector.
-        planner: decides residency.
-        engine: moves pages.
-        page_format: what lies inside a page.
-        selector: scores blocks.
-        selections: runs the selector.
-        tables: compacted tables.
-        queries: captured queries.
-        prefill: attention over history that is not on the device.
-        counters: this worker's shared counters.
-        check_integrity: check every invariant at every step.
-        poison: overwrite free slots with NaN at every step.
-    """
-
-    shape: AttentionShape
-    groups: tuple[tuple[int, ...], ...]
-    anchors: tuple[int, ...]
-    planner: StepPlanner
-    engine: TransferEngine
-    page_format: PageFormat
-    selector: Selector
-    selections: SelectionQueue
-    tables: StepTables
-    queries: QueryBuffer
-    prefill: StreamedPrefill
-    counters: CounterWriter
-    check_integrity: bool
-    poison: bool
+from flashmemory_vllm.runtime.tables import CompactedTable
+from flashmemory_vllm.runtime.uploads import upload
 
 
 class ResidencyRuntime:
@@ -79,13 +35,13 @@ class ResidencyRuntime:
 
     def __init__(self, parts: RuntimeParts) -> None:
         self._parts = parts
+        self._tables, self._queries = parts.buffers.tables, parts.buffers.queries
+        self._tables.reset()
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
         self._report = Reporter(parts.counters, parts.planner, parts.engine)
         self._plan: StepPlan | None = None
         self._rows: list[Row] = []
-        self._lut = torch.empty(0)
-        self._slot_mappings: list[torch.Tensor] = []
         # An idle server already tells its sizes.
         self._report.publish()
 
@@ -108,6 +64,31 @@ class ResidencyRuntime:
     def index_bytes_per_block(self) -> int:
         """Device bytes of one logical block's index keys."""
         return self._parts.selector.bytes_per_block()
+
+    @property
+    def buffers(self) -> StepBuffers:
+        """For a runtime that takes this one's place."""
+        return self._parts.buffers
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Layer indices of each layer group."""
+        return self._parts.groups
+
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """Layers whose queries and keys feed the selector."""
+        return self._parts.anchors
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of a batch, padding included."""
+        return self._tables.sizes.max_rows
+
+    @property
+    def needs_python(self) -> bool:
+        """Whether this step streams history, which the replay of a captured graph would leave out."""
+        return self._plan is not None and any(len(ids) for row in self._plan.rows.values() for ids in row.streamed)
 
     def group_of(self, layer: int) -> int:
         """The layer group of an attention layer."""
@@ -132,43 +113,57 @@ class ResidencyRuntime:
         if self._plan is None:
             return
         self._rows = [self._plan.rows[req_id] for req_id in req_ids]
-        self._parts.queries.set_rows([row.num_tokens for row in self._rows])
+        self._queries.set_rows([row.num_tokens for row in self._rows])
         self._parts.prefill.set_rows(self._rows)
 
     def translate_slots(self, slot_mapping: torch.Tensor) -> None:
         """Turn logical slot indices into physical ones, in place.
 
         Args:
-            slot_mapping: int64, `block * block_size + offset`; negative entries are padding and stay.
+            slot_mapping: int64 [T] or [1, T], `block * block_size + offset`; negative entries are padding and stay.
         """
-        if self._plan is None:
-            return
-        block_size = self._parts.shape.block_size
-        blocks = torch.div(slot_mapping, block_size, rounding_mode="floor").clamp_(min=0)
-        offsets = slot_mapping - blocks * block_size
-        padding = slot_mapping < 0
-        self._slot_mappings = [
-            torch.where(padding, slot_mapping, lut[blocks] * block_size + offsets).reshape(-1) for lut in self._lut
-        ]
-        slot_mapping.copy_(self._slot_mappings[0].view_as(slot_mapping))
+        if self._plan is not None:
+            self._tables.translate(slot_mapping)
 
-    def slot_mapping(self, group: int) -> torch.Tensor:
-        """This step's slot mapping [T] of a layer group."""
-        return self._slot_mappings[group]
+    def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
+        """This step's slot mapping [T] of a layer group, always in the same memory."""
+        return self._tables.slot_mapping(group, num_tokens)
 
     def compacted_tables(self, num_rows: int, seq_lens: torch.Tensor) -> list[CompactedTable]:
-        """This step's tables, one for each layer group.
+        """This step's tables, one for each layer group, always in the same memory.
 
         Args:
             num_rows: rows of the batch, padding included.
             seq_lens: int32 [num_rows], logical lengths on the device.
         """
-        return self._parts.tables.fill(self._rows, num_rows, seq_lens)
+        return self._tables.fill(self._rows, num_rows, seq_lens)
+
+    def physical_tables(
+        self, block_table: torch.Tensor, seq_lens: torch.Tensor, slot_mapping: torch.Tensor, max_seq_len: int
+    ) -> list[CompactedTable]:
+        """As `compacted_tables` outside of a step, where vLLM's block ids are slots already.
+
+        Args:
+            block_table: int32 [R, w] slots.
+            seq_lens: int32 [R].
+            slot_mapping: int64 [T].
+            max_seq_len: upper bound that the batch is to be computed with.
+        """
+        return self._tables.pass_through(block_table, seq_lens, slot_mapping, max_seq_len)
 
     def attended(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        one_token_rows: bool,
     ) -> None:
         """A layer's attention over its resident blocks is done: capture queries, complete streamed rows.
+
+        A CUDA graph may capture this where every row has one token and none is streamed.
 
         Args:
             layer: attention layer index.
@@ -176,11 +171,29 @@ class ResidencyRuntime:
             key: [T, Hkv, D].
             value: [T, Hkv, D].
             output: [T, Hq, D] or [T, Hq * D], completed in place.
+            one_token_rows: every row of the batch has one token.
         """
         anchor = self._anchor_of.get(layer)
         if anchor is not None:
-            self._parts.queries.capture(anchor, query)
-        self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output)
+            self._queries.capture(anchor, query, one_token_rows=one_token_rows)
+        if self._plan is not None:
+            self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output)
+
+    def warm_up(self) -> None:
+        """Run every kernel once on the null block and the null slot, so that no request waits for a compiler."""
+        parts, shape = self._parts, self._parts.shape
+        null = np.zeros(1, np.int32)
+        self._tables.warm_up()
+        for group in range(len(parts.groups)):
+            parts.engine.write_back(group, null, null)
+            parts.engine.recall(group, null, null)
+        parts.engine.fence(())
+        self._index_full_blocks(WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
+        parts.selections.warm_up(self._queries.row(0), len(parts.groups))
+        query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
+        key = query[:, : shape.num_kv_heads].contiguous()
+        parts.prefill.warm_up(query, key, key)
+        parts.engine.synchronize()
 
     def reset(self) -> None:
         """Drop all residency: nothing on the device or in the host pool is valid any more."""
@@ -204,11 +217,11 @@ class ResidencyRuntime:
         started = time.perf_counter()
         for copies in plan.recalls:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
-        parts.engine.fence()
+        parts.engine.fence((*plan.fresh, *self._poisoned()))
         for copies in plan.prefetches:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
         self._report.stalled(waited + time.perf_counter() - started)
-        self._lut = self._upload(parts.planner.lut)
+        self._tables.learn(plan.fresh)
         if parts.check_integrity:
             parts.planner.check_integrity()
         if parts.poison:
@@ -224,7 +237,7 @@ class ResidencyRuntime:
         parts.planner.complete(plan)
         row_of = {row.req_id: index for index, row in enumerate(self._rows)}
         for due in plan.due:
-            parts.selections.score(plan.step, due, parts.queries.row(row_of[due.req_id]), self._resident(due))
+            parts.selections.score(plan.step, due, self._queries.row(row_of[due.req_id]), self._resident(due))
         self._report.publish()
 
     def _index_full_blocks(self, full: WriteBacks) -> None:
@@ -232,28 +245,34 @@ class ResidencyRuntime:
         parts = self._parts
         if not parts.selector.needs_keys or not len(full.blocks):
             return
-        layout, keys = parts.engine.layout, []
-        for layer in parts.anchors:
-            slots = self._upload(full.slots[self._group_of[layer]])
-            pages = layout.page_view(layer).index_select(0, slots)
-            keys.append(parts.page_format.keys(layout.unflatten(layer, pages)))
-        parts.selector.add_blocks(self._upload(full.blocks), keys)
+        slots_of = [self._upload_ids(slots) for slots in full.slots]
+        slots = [slots_of[self._group_of[layer]] for layer in parts.anchors]
+        if parts.page_format.keys_are_views:
+            keys = [self._keys(layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
+            parts.selector.add_blocks(self._upload_ids(full.blocks), keys, slots)
+        else:
+            keys = [
+                self._keys(layer, parts.engine.layout.page_view(layer).index_select(0, at))
+                for layer, at in zip(parts.anchors, slots, strict=True)
+            ]
+            parts.selector.add_blocks(self._upload_ids(full.blocks), keys)
 
-    def _resident(self, due: DueSelection) -> torch.Tensor | None:
-        if due.first:
-            return None
-        return self._upload_bool(self._parts.planner.resident_mask(due.req_id, len(due.block_ids)))
+    def _keys(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
+        """Keys [n, Hkv, block_size, D] of a layer's pages [n, page_elems]."""
+        return self._parts.page_format.keys(self._parts.engine.layout.unflatten(layer, pages))
 
-    def _upload(self, array: IntArray) -> torch.Tensor:
-        """Copy host integers to the device as int64 without waiting."""
-        tensor = torch.from_numpy(array.astype(np.int64))
-        device = self._parts.shape.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    def _resident(self, due: DueSelection) -> BoolArray | None:
+        return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))
 
-    def _upload_bool(self, array: BoolArray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        device = self._parts.shape.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    def _upload_ids(self, ids: IntArray) -> torch.Tensor:
+        return upload(ids.astype(np.int64), self._parts.shape.device)
+
+    def _poisoned(self) -> list[Copies]:
+        """The slots that are about to be overwritten with NaN; the blocks beside them mean nothing."""
+        if not self._parts.poison:
+            return []
+        free = [self._parts.planner.free_slots(group) for group in range(len(self._parts.groups))]
+        return [Copies(group, slots, slots) for group, slots in enumerate(free)]
 
     def _poison_free_slots(self, plan: StepPlan) -> None:
         """Overwrite every slot without an owner with NaN and clear the newly written ones (debugging).
@@ -261,10 +280,10 @@ class ResidencyRuntime:
         A block that is being written must not inherit NaN: kernels load whole pages and mask by weight zero.
         """
         parts = self._parts
-        for group, layers in enumerate(parts.groups):
-            free = self._upload(parts.planner.free_slots(group))
-            fresh = [self._upload(copies.slots) for copies in plan.fresh if copies.group == group]
-            for layer in layers:
+        for poisoned in self._poisoned():
+            free = self._upload_ids(poisoned.slots)
+            fresh = [self._upload_ids(copies.slots) for copies in plan.fresh if copies.group == poisoned.group]
+            for layer in parts.groups[poisoned.group]:
                 pages = parts.engine.layout.page_view(layer)
                 pages[free] = float("nan")
                 for slots in fresh:

@@ -1,12 +1,15 @@
 """Runs the selector for requests that are due and delivers its scores some steps later, without a stall."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from flashmemory_vllm.indexer.base import ScoringRequest, Selector
-from flashmemory_vllm.residency.types import DueSelection, Selection
+from flashmemory_vllm.residency.types import BoolArray, DueSelection, Selection
+from flashmemory_vllm.runtime.uploads import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +26,7 @@ class _Pending:
 
 
 class SelectionQueue:
-    """Scores on the device, results on the host after a fixed number of steps.
+    """Scores on a stream of its own beside the model, results on the host after a fixed number of steps.
 
     A fixed delay, not "as soon as it has landed", so that equal requests give equal text however fast the copies
     are. A request's first selection is never delayed: it has no set to decode with yet.
@@ -31,38 +34,40 @@ class SelectionQueue:
     Args:
         selector: scores blocks.
         delay_steps: steps between capturing the queries and using the scores of a later selection.
+        device: where the selector's index lies.
     """
 
-    def __init__(self, selector: Selector, delay_steps: int) -> None:
+    def __init__(self, selector: Selector, delay_steps: int, device: torch.device) -> None:
         self._selector = selector
         self._delay_steps = delay_steps
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pending: list[_Pending] = []
         self._num_selections: dict[str, int] = {}
 
-    def score(self, step: int, due: DueSelection, queries: torch.Tensor, resident: torch.Tensor | None) -> None:
-        """Enqueue the selector for one request.
+    def score(self, step: int, due: DueSelection, queries: torch.Tensor, resident: BoolArray | None) -> None:
+        """Enqueue the selector for one request, after all device work enqueued so far.
 
         Args:
             step: the step whose forward pass has just been enqueued.
             due: the request and its full history blocks.
-            queries: [A, Hq, D] of its last token.
+            queries: [A, Hq, D] of its last token; may be overwritten once this returns.
             resident: bool [G, n], the set in force; None when there is none.
         """
-        device = queries.device
-        block_ids = torch.from_numpy(due.block_ids.astype("int64"))
         index = self._num_selections.get(due.req_id, 0)
         self._num_selections[due.req_id] = index + 1
-        on_cuda = device.type == "cuda"
-        ids = block_ids.pin_memory().to(device, non_blocking=True) if on_cuda else block_ids
-        scores = self._selector.score(ScoringRequest(due.req_id, ids, queries, index, resident))
+        queries = queries.clone()
         landed: torch.cuda.Event | None = None
-        if on_cuda:
-            scores_host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
-            scores_host.copy_(scores, non_blocking=True)
-            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            landed.record()
-        else:
+        with self._beside_the_model(queries):
+            ids = upload(due.block_ids.astype(np.int64), self._device)
+            mask = None if resident is None else upload(resident, self._device)
+            scores = self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask))
             scores_host = scores
+            if self._stream is not None:
+                scores_host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
+                scores_host.copy_(scores, non_blocking=True)
+                landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                landed.record()
         delay = 0 if due.first else self._delay_steps
         self._pending.append(_Pending(due.req_id, scores_host, landed, step + 1 + delay))
 
@@ -80,6 +85,32 @@ class SelectionQueue:
             self._num_selections.pop(req_id, None)
             self._selector.forget(req_id)
 
+    def warm_up(self, queries: torch.Tensor, num_groups: int) -> None:
+        """Score the null block for a request that does not exist, the first time and again.
+
+        Args:
+            queries: [A, Hq, D].
+            num_groups: G.
+        """
+        null_block = np.zeros(1, np.int32)
+        for step, first in enumerate((True, False)):
+            resident = None if first else np.ones((num_groups, 1), np.bool_)
+            self.score(step, DueSelection("", 1, first, null_block), queries, resident)
+        self.deliver(self._delay_steps + 2)
+        self.forget([""])
+
     def reset(self) -> None:
         """Forget every request."""
         self.forget([*self._num_selections])
+
+    @contextmanager
+    def _beside_the_model(self, queries: torch.Tensor) -> Iterator[None]:
+        """Enqueue on the selector's stream; what it allocates there is reused in the order of that stream."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # Allocated on the compute stream: not to be given out again before the selector has read it.
+        queries.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield

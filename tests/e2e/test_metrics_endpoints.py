@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flashmemory_vllm.cli.server import MODEL_NAME, Server
 from flashmemory_vllm.evaluation.vocabulary import BOS, encode
-from flashmemory_vllm.observability.metrics import METRICS, PREFIX, MetricSpec
+from flashmemory_vllm.observability.metrics import PREFIX, SERIES, MetricSpec
 from tests.e2e.questions import make_questions
 
 LABELS = {"model_name": MODEL_NAME, "engine": "0"}
@@ -16,18 +16,19 @@ PUBLISH_SECONDS = 15
 
 
 def scrape(server: Server) -> dict[str, float]:
-    """Our metrics by name without the prefix; each has one sample, with vLLM's own labels, of the right type."""
+    """Our values by series; each has one sample, with vLLM's own labels and the reason, of the right type."""
     text = httpx.get(f"{server.url}/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     ours = {name: family for name, family in families.items() if name.startswith(PREFIX)}
     # The Prometheus client adds to each counter when it was created
-    assert {name for name in ours if not name.endswith("_created")} == {family_name(spec) for spec in METRICS}
+    assert {name for name in ours if not name.endswith("_created")} == {family_name(spec) for spec in SERIES.values()}
     values = {}
-    for spec in METRICS:
+    for key, spec in SERIES.items():
         family = ours[family_name(spec)]
-        (sample,) = [sample for sample in family.samples if sample.name == spec.full_name]
-        assert (family.type, sample.labels) == (spec.kind, LABELS)
-        values[spec.name] = sample.value
+        labels = LABELS | dict(zip(spec.labels[len(LABELS) :], spec.series[key], strict=True))
+        (sample,) = [sample for sample in family.samples if sample.name == spec.full_name and sample.labels == labels]
+        assert family.type == spec.kind
+        values[key] = sample.value
     return values
 
 

@@ -46,18 +46,21 @@ class Regime:
 
     Attributes:
         device: "cpu" or "cuda".
-        mode: "eager", or "graphs" for compiled layers in CUDA graphs.
+        mode: "eager", "piecewise" for compiled layers in CUDA graphs with attention between them, or "graphs" for
+            vLLM's default: whole decode steps in one graph, the others piecewise.
         dtype: dtype of weights, activations and KV cache.
         num_tokens: tokens generated for each prompt.
+        runner: vLLM's model runner.
     """
 
     device: str
-    mode: Literal["eager", "graphs"]
+    mode: Literal["eager", "piecewise", "graphs"]
     dtype: Literal["float32", "float16", "bfloat16"]
     num_tokens: int
+    runner: Literal["v1", "v2"] = "v2"
 
     def __str__(self) -> str:
-        return f"{self.device}-{self.mode}-{self.dtype}"
+        return f"{self.device}-{self.runner}-{self.mode}-{self.dtype}"
 
     def must_agree(self, case: Case) -> bool:
         """Whether the texts have to be the same, rather than merely compared."""
@@ -65,10 +68,11 @@ class Regime:
 
 
 REGIMES = (
-    Regime("cpu", "eager", "float32", 48),
+    Regime("cpu", "eager", "float32", 48, "v1"),
     Regime("cuda", "eager", "bfloat16", 200),
+    Regime("cuda", "piecewise", "bfloat16", 200),
     Regime("cuda", "graphs", "bfloat16", 200),
-    Regime("cuda", "eager", "float16", 200),
+    Regime("cuda", "graphs", "bfloat16", 200, "v1"),
     Regime("cuda", "graphs", "float16", 200),
 )
 
@@ -78,9 +82,10 @@ class ExactnessRow:
     """One case in one regime.
 
     Attributes:
-        device: see `Regime`, as are mode and dtype.
-        mode: eager or graphs.
+        device: see `Regime`, as are mode, dtype and runner.
+        mode: eager, piecewise or graphs.
         dtype: of the model.
+        runner: v1 or v2.
         case: see the module.
         prompts: prompts that run at once.
         rounds: times that as many prompts ran.
@@ -105,6 +110,7 @@ class ExactnessRow:
     device: str
     mode: str
     dtype: str
+    runner: str
     case: Case
     prompts: int
     rounds: int
@@ -128,7 +134,7 @@ class ExactnessRow:
     def __str__(self) -> str:
         place = "" if self.first_divergence is None else f" (first at token {self.first_divergence})"
         return (
-            f"{self.device} {self.mode} {self.dtype} {self.case}: {self.identical} of {self.texts} texts "
+            f"{self.device} {self.runner} {self.mode} {self.dtype} {self.case}: {self.identical} of {self.texts} texts "
             f"identical{place}; {self.evictions} evictions, {self.recalls} recalls, {self.prefix_hits} prefix hits, "
             f"{self.preemptions} preemptions: {'; '.join(self.problems()) or 'as expected'}"
         )
@@ -149,12 +155,20 @@ class ExactnessRow:
 
 
 def make_rounds(seed: int = 0) -> list[list[list[int]]]:
-    """Three rounds of random prompts, the third the same as the first."""
+    """Three rounds of random prompts, the third the same as the first.
+
+    Every fourth prompt ends with the first token of a block: found in the prefix cache, it has one token left to
+    compute, and its history has to be fetched for a step that looks like decode.
+    """
     rng = random.Random(seed)
-    first, second = (
-        [[rng.randrange(2, VOCABULARY) for _ in range(rng.randint(*PROMPT_LENS))] for _ in range(NUM_PROMPTS)]
-        for _ in range(2)
-    )
+
+    def prompt(index: int) -> list[int]:
+        length = rng.randint(*PROMPT_LENS)
+        if index % 4 == 0:
+            length = length // BLOCK_SIZE * BLOCK_SIZE + 1
+        return [rng.randrange(2, VOCABULARY) for _ in range(length)]
+
+    first, second = ([prompt(index) for index in range(NUM_PROMPTS)] for _ in range(2))
     return [first, second, first]
 
 
@@ -180,13 +194,15 @@ def make_run(regime: Regime, case: Case | None, model: Path, rounds: list[list[l
     }
     if regime.device == "cuda":
         engine["gpu_memory_utilization"] = 0.2
-    if regime.mode == "graphs":
-        # Without full graphs, in which FlashAttention would split the keys in other places than ours does
+    if regime.mode == "piecewise":
         engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    env = {}
+    if regime.device == "cuda":
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if regime.runner == "v2" else "0"
     if case is None:
         if regime.device == "cuda":
             engine["attention_backend"] = "FLASH_ATTN"
-        return EngineRun(model, rounds, regime.num_tokens, engine=engine)
+        return EngineRun(model, rounds, regime.num_tokens, engine=engine, env=env)
     ours = {
         "resident_ratio": 1.0,
         "selector": "full",
@@ -196,7 +212,7 @@ def make_run(regime: Regime, case: Case | None, model: Path, rounds: list[list[l
         "host_memory_gib": 0.25,
         "check_integrity": True,
     }
-    return EngineRun(model, rounds, regime.num_tokens, flashmemory=ours, engine=engine)
+    return EngineRun(model, rounds, regime.num_tokens, flashmemory=ours, engine=engine, env=env)
 
 
 def compare(
@@ -218,6 +234,7 @@ def compare(
         device=regime.device,
         mode=regime.mode,
         dtype=regime.dtype,
+        runner=regime.runner,
         case=case,
         prompts=len(stock.tokens[0]),
         rounds=len(stock.tokens),

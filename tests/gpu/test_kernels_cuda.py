@@ -1,7 +1,7 @@
 """Compiled Triton kernels against their specification on the same GPU tensors.
 
-Regimes: every case of the ops' `cases.py`, low precision, NaN in what must not be read, and pinned host
-memory on either side of a copy.
+Regimes: every case of the ops' `cases.py`, low precision, NaN or poison in what must not be read or written, every
+configuration of a kernel that has several, and pinned host memory on either side of a copy.
 """
 
 from __future__ import annotations
@@ -10,17 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from flashmemory_kernels.compact_tables import cases as table_cases
+from flashmemory_kernels.compact_tables import compact_tables
+from flashmemory_kernels.compact_tables.naive import compact_tables_naive
 from flashmemory_kernels.copy_pages import copy_pages
 from flashmemory_kernels.copy_pages.cases import CASES as COPY_CASES
 from flashmemory_kernels.copy_pages.cases import CopyCase
+from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
+from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
+from flashmemory_kernels.ensemble_scores.naive import ensemble_scores_naive
 from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.cases import MergeCase
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
+from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
-from flashmemory_kernels.score_blocks.cases import CASES as SCORE_CASES
-from flashmemory_kernels.score_blocks.cases import ScoreCase
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
+from flashmemory_kernels.summarise_keys import Kind, summarise_keys
+from flashmemory_kernels.summarise_keys import cases as summary_cases
+from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
+from flashmemory_kernels.translate_slots import cases as translate_cases
+from flashmemory_kernels.translate_slots import translate_slots
+from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +42,8 @@ pytestmark = [
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
 # A dot product of at most 256 terms in another order.
 TOL_FP32_SUM: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+# Tensor cores truncate each of up to 16 partial sums: 16 * 2^-18 for sums below 64, times a scale of 0.3.
+TOL_TENSOR_CORES: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 # The same float32 result may round to either neighbour in bf16.
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
 
@@ -43,21 +56,70 @@ def test_merge_attention(case: MergeCase, dtype: torch.dtype) -> None:
     outs[0, 0], lses[0, :, 0] = torch.nan, -torch.inf
     outs[:, -1], lses[0, :, -1], lses[1, :, -1] = torch.nan, -torch.inf, torch.inf
     got = merge_attention(outs[0], lses[0], outs[1], lses[1])
-    expected = merge_attention_naive(outs[0], lses[0], outs[1], lses[1])
+    expected = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    merge_attention_naive(outs[0], lses[0], outs[1], lses[1], *expected)
     torch.testing.assert_close(got[0], expected[0], **(TOL_FP32 if dtype == torch.float32 else TOL_BF16))
     torch.testing.assert_close(got[1], expected[1], **TOL_FP32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", SCORE_CASES)
-def test_score_blocks(case: ScoreCase, dtype: torch.dtype) -> None:
-    query = torch.randn(case.num_heads, case.width, device="cuda").to(dtype)
-    ids = torch.randperm(case.num_pool_blocks, device="cuda")[: case.num_blocks]
-    shape = (case.num_pool_blocks, case.num_kv_heads, case.num_rows, case.width)
-    index = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
-    index[ids] = torch.randn(case.num_blocks, *shape[1:], device="cuda").to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", [*score_cases.CASES, *score_cases.BENCH_CASES[::4]])
+def test_score_blocks(case: score_cases.ScoreCase, dtype: torch.dtype) -> None:
+    query, index, ids = score_cases.make_inputs(case, dtype, "cuda")
     expected = score_blocks_naive(query, index, ids, 0.3)
-    torch.testing.assert_close(score_blocks(query, index, ids, 0.3), expected, **TOL_FP32_SUM)
+    tolerance = TOL_FP32_SUM if dtype == torch.float32 else TOL_TENSOR_CORES
+    torch.testing.assert_close(score_blocks(query, index, ids, 0.3), expected, **tolerance)
+
+
+@pytest.mark.parametrize("values", [(16, 1, 4, 1), (64, 3, 4, 2), (128, 4, 8, 3)])
+@pytest.mark.parametrize("case", score_cases.CASES)
+def test_score_blocks_under_any_configuration(case: score_cases.ScoreCase, values: tuple[int, int, int, int]) -> None:
+    from flashmemory_kernels.score_blocks.kernel import Config, score_blocks_triton
+
+    query, index, ids = score_cases.make_inputs(case, device="cuda")
+    got = score_blocks_triton(query, index, ids, 0.3, Config(*values))
+    torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_TENSOR_CORES)
+
+
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize("case", ensemble_cases.CASES)
+def test_ensemble_scores(case: ensemble_cases.EnsembleCase, aggregate: Aggregate) -> None:
+    mass, layer_groups, num_groups = ensemble_cases.make_inputs(case, "cuda")
+    got = ensemble_scores(mass, layer_groups, num_groups, aggregate)
+    expected = ensemble_scores_naive(mass, layer_groups, num_groups, aggregate)
+    torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", summary_cases.KINDS)
+@pytest.mark.parametrize("case", summary_cases.CASES)
+def test_summarise_keys(case: summary_cases.SummaryCase, kind: Kind, dtype: torch.dtype) -> None:
+    keys, slots, index, block_ids = summary_cases.make_inputs(case, kind, dtype, "cuda")
+    expected, gathered = index.clone(), index.clone()
+    summarise_keys(keys, slots, index, block_ids, kind)
+    summarise_keys(keys[slots], None, gathered, block_ids, kind)
+    summarise_keys_naive(keys, slots, expected, block_ids, kind)
+    tolerance = TOL_BF16 if dtype == torch.bfloat16 and kind == "mean" else TOL_FP32
+    torch.testing.assert_close(index, expected, **tolerance, equal_nan=True)
+    torch.testing.assert_close(gathered, index, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", translate_cases.CASES)
+def test_translate_slots(case: translate_cases.TranslateCase) -> None:
+    logical, lut, out = translate_cases.make_inputs(case, "cuda")
+    expected_logical, expected = logical.clone(), out.clone()
+    translate_slots(logical, lut, case.block_size, out)
+    translate_slots_naive(expected_logical, lut, case.block_size, expected)
+    assert torch.equal(out, expected)
+    assert torch.equal(logical, expected_logical)
+
+
+@pytest.mark.parametrize("case", table_cases.CASES)
+def test_compact_tables(case: table_cases.TableCase) -> None:
+    got, expected = table_cases.make_inputs(case, "cuda"), table_cases.make_inputs(case, "cuda")
+    compact_tables(*got)
+    compact_tables_naive(*expected)
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("places", ["host_to_device", "device_to_host", "device_to_device"])

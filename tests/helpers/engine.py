@@ -93,7 +93,7 @@ def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
         timeout=timeout_s,
         check=False,
         cwd=ROOT,
-        env=_environment(run),
+        env=engine_environment(run),
     )
     assert done.returncode == 0, f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     marked = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
@@ -125,7 +125,8 @@ def _request(run: EngineRun) -> dict[str, Any]:
     }
 
 
-def _environment(run: EngineRun) -> dict[str, str]:
+def engine_environment(run: EngineRun) -> dict[str, str]:
+    """Variables of the process that runs an engine."""
     paths = [str(entry_point_folder()), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = dict(os.environ) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -123,7 +123,7 @@ def test_prompt_that_another_request_computes_in_the_same_step(model: Path) -> N
     prompts = [random_prompts(1, length, length, seed=length)[0] for length in (560, 600, 690)]
     rounds = [requests for prompt in prompts for requests in ([prompt], [prompt, prompt])]
     # One selection for each request: when the next one comes depends on what else runs
-    run = _sparse_run(model, rounds, 40, resident_ratio=0.25, device_slots=12, tau_steps=64)
+    run = _sparse_run(model, rounds, 40, resident_ratio=0.25, device_slots=12, tau_steps=128)
     result = run_engine(replace(run, reset_prefix_cache=True))
     for alone, pair in zip(result.tokens[::2], result.tokens[1::2], strict=True):
         assert pair == alone * 2

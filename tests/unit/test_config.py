@@ -39,6 +39,11 @@ def test_given_options_replace_defaults() -> None:
             "flashmemory.host_memory_gib is nan: allowed is unset or a number > 0",
         ),
         ({"pin_host_memory": 1}, "flashmemory.pin_host_memory is 1: allowed is true or false"),
+        ({"mode": "never"}, "flashmemory.mode is 'never': allowed is one of always, pressure"),
+        (
+            {"prefetch_mib_per_step": 0},
+            "flashmemory.prefetch_mib_per_step is 0: allowed is an integer >= 1",
+        ),
         ({"aggregate": "sum"}, "flashmemory.aggregate is 'sum': allowed is one of max, mean"),
         (
             {"anchor_layers": [1, -2]},

@@ -1,6 +1,7 @@
 """What the platforms' backends share: compacted metadata, query capture and streamed history."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,31 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+    from flashmemory_vllm.runtime.tables import CompactedTable
 
-GROUP_METADATA = "flashmemory_groups"
+STEP_METADATA = "flashmemory"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepMetadata:
+    """What our implementation finds in the platform's metadata, under the attribute `STEP_METADATA`.
+
+    Attributes:
+        groups: the platform's metadata for each layer group.
+        one_token_rows: every row of the batch has one token.
+    """
+
+    groups: Sequence[Any]
+    one_token_rows: bool
 
 
 class CompactedBuilder:
     """Mixin before a metadata builder: attention sees compacted block tables of device slots.
 
     vLLM builds metadata from logical block ids and logical lengths. During a step of the residency runtime both
-    are replaced by its tables; outside of one (profiling, warm-up before the cache exists) nothing changes.
+    are replaced by its tables. Outside of one (warm-up, graph capture, dummy batches) block ids are slots already,
+    but the metadata still names the runtime's tensors: a graph captured with it replays on what later steps put
+    there. Before there is a runtime (profiling), nothing changes.
     """
 
     # V1 would otherwise put the raw logical table into metadata that it builds for a second group.
@@ -35,12 +52,11 @@ class CompactedBuilder:
         fast_build: bool = False,
     ) -> Any:
         """Build the platform's metadata, one per layer group; group 0's carries the others."""
-        base_build = super().build  # type: ignore[misc]
         runtime = runtime_of(self.vllm_config, self.layer_names[0])
-        if runtime is None or not runtime.in_step:
-            return base_build(common_prefix_len, common_attn_metadata, fast_build)
+        if runtime is None or common_attn_metadata.num_reqs > runtime.max_rows:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         built = []
-        for table in runtime.compacted_tables(common_attn_metadata.num_reqs, common_attn_metadata.seq_lens):
+        for group, table in enumerate(_tables(runtime, common_attn_metadata)):
             compacted = replace(
                 common_attn_metadata,
                 block_table_tensor=table.block_table,
@@ -48,9 +64,19 @@ class CompactedBuilder:
                 seq_lens_cpu_upper_bound=table.seq_lens_host,
                 max_seq_len=table.max_seq_len,
             )
-            built.append(base_build(common_prefix_len, compacted, fast_build))
-        setattr(built[0], GROUP_METADATA, built)
+            self.begin_group(group)
+            built.append(super().build(common_prefix_len, compacted, fast_build))  # type: ignore[misc]
+        setattr(built[0], STEP_METADATA, StepMetadata(built, common_attn_metadata.max_query_len == 1))
         return built[0]
+
+    def begin_group(self, group: int) -> None:
+        """Called before the metadata of each layer group is built; for state that groups must not share."""
+
+
+def _tables(runtime: "ResidencyRuntime", common: "CommonAttentionMetadata") -> "list[CompactedTable]":
+    if runtime.in_step:
+        return runtime.compacted_tables(common.num_reqs, common.seq_lens)
+    return runtime.physical_tables(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
 
 
 class ResidentImpl:
@@ -101,13 +127,13 @@ class ResidentImpl:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the platform's, over the layer group's resident blocks; streamed rows are completed afterwards."""
-        groups = getattr(attn_metadata, GROUP_METADATA, None)
-        metadata = attn_metadata if groups is None else groups[self.group]
+        step: StepMetadata | None = getattr(attn_metadata, STEP_METADATA, None)
+        metadata = attn_metadata if step is None else step.groups[self.group]
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
         )
-        if self.runtime is not None and groups is not None:
-            self.runtime.attended(self.layer_index, query, key, value, output)
+        if self.runtime is not None and step is not None:
+            self.runtime.attended(self.layer_index, query, key, value, output, one_token_rows=step.one_token_rows)
         return result
 
     def do_kv_cache_update(
@@ -119,8 +145,8 @@ class ResidentImpl:
         slot_mapping: torch.Tensor,
     ) -> None:
         """As the platform's, into the slots of this layer's group."""
-        if self.runtime is not None and self.group and self.runtime.in_step:
-            slot_mapping = self.runtime.slot_mapping(self.group)
+        if self.runtime is not None and self.group:
+            slot_mapping = self.runtime.slot_mapping(self.group, len(slot_mapping))
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
 
 

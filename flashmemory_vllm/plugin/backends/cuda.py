@@ -1,5 +1,8 @@
 """The CUDA backend: vLLM's FlashAttention over compacted tables, block-outermost device layout."""
 
+from typing import Any
+
+import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -15,8 +18,23 @@ from flashmemory_vllm.plugin.names import BACKEND_NAME
 class FlashMemoryCudaBuilder(CompactedBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention metadata over compacted tables."""
 
-    # Attention stays outside of CUDA graphs: streamed history and query capture run in Python.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # Decode runs in full graphs. Batches with more tokens a row capture queries where the host says, in Python.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    scheduler_metadata: torch.Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's."""
+        super().__init__(*args, **kwargs)
+        # vLLM sets it only where full graphs read it.
+        self._schedules: list[torch.Tensor | None] = [getattr(self, "scheduler_metadata", None)]
+
+    def begin_group(self, group: int) -> None:
+        """Give each layer group its own schedule: a captured graph reads it at each replay."""
+        while len(self._schedules) <= group:
+            first = self._schedules[0]
+            self._schedules.append(None if first is None else torch.zeros_like(first))
+        self.scheduler_metadata = self._schedules[group]
 
 
 class FlashMemoryCudaImpl(ResidentImpl, FlashAttentionImpl):

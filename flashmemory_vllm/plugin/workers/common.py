@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import CompilationTimes
 
     from flashmemory_vllm.runtime.capacity import CapacityPlan
+    from flashmemory_vllm.runtime.parts import StepBuffers
     from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 
 # vLLM sets up handlers for the names below its own only.
@@ -99,6 +100,7 @@ class ResidencyWorker:
             translate=self._translate_slots,
             rows=self._set_rows,
         )
+        compat.keep_steps_out_of_full_graphs(self.model_runner, self._needs_python)
 
     def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
         """Replace the runtime by one with other options; for evaluation, between requests.
@@ -120,6 +122,7 @@ class ResidencyWorker:
             {"flashmemory": started_with.model_dump(exclude_unset=True) | options}
         )
         fixed = (
+            "mode",
             "resident_ratio",
             "min_sparse_tokens",
             "sink_tokens",
@@ -133,13 +136,15 @@ class ResidencyWorker:
             )
         runtime = self._runtime()
         layer_names, num_logical_blocks = list(runtime.layer_names), runtime.num_logical_blocks
+        buffers = self._buffers_to_keep(runtime, config)
         runtime.release()
         self.flashmemory_config = config
-        self._attach_runtime(layer_names, num_logical_blocks)
+        self._attach_runtime(layer_names, num_logical_blocks, buffers)
         return self._runtime().index_bytes_per_block
 
     def compile_or_warm_up_model(self) -> "CompilationTimes":
         """As vLLM's. Its warm-up requests name physical blocks, below S, so they pass by the runtime."""
+        self._runtime().warm_up()
         runtime, self.flashmemory_runtime = self.flashmemory_runtime, None
         try:
             times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -178,11 +183,30 @@ class ResidencyWorker:
         if self.flashmemory_runtime is not None:
             self.flashmemory_runtime.set_rows(req_ids)
 
+    def _needs_python(self) -> bool:
+        return self.flashmemory_runtime is not None and self.flashmemory_runtime.needs_python
+
     def _runtime(self) -> "ResidencyRuntime":
         assert self.flashmemory_runtime is not None, "the KV cache is not initialised yet"
         return self.flashmemory_runtime
 
-    def _attach_runtime(self, layer_names: list[str], num_logical_blocks: int) -> None:
+    def _buffers_to_keep(self, runtime: "ResidencyRuntime", config: FlashMemoryConfig) -> "StepBuffers | None":
+        """The buffers that captured graphs refer to, if the new options can go on with them."""
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
+        shape = sizing.attention_shape(self.vllm_config, layers, self.device)
+        groups = shape.layer_groups(config.layer_groups)
+        if groups == runtime.groups and shape.anchor_layers(config.anchor_layers, groups) == runtime.anchors:
+            return runtime.buffers
+        if self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            raise ConfigError(
+                "flashmemory.anchor_layers, flashmemory.layer_groups: cannot be changed once CUDA graphs are captured; "
+                "allowed with --enforce-eager"
+            )
+        return None
+
+    def _attach_runtime(
+        self, layer_names: list[str], num_logical_blocks: int, buffers: "StepBuffers | None" = None
+    ) -> None:
         """Build the runtime over the allocated KV cache and bind every attention layer to it."""
         assert self._counters is not None
         layers = sizing.attention_layers(self.vllm_config, layer_names)
@@ -195,7 +219,9 @@ class ResidencyWorker:
             budget=sizing.budget_policy(self.vllm_config, self.flashmemory_config, {}),
             num_logical_blocks=num_logical_blocks,
             max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
+            max_num_tokens=sizing.max_num_tokens(self.vllm_config),
             counters=self._counters,
+            buffers=buffers,
         )
         for index, layer in enumerate(layers.values()):
             layer.impl.bind(runtime, index, runtime.group_of(index))

@@ -45,11 +45,14 @@ class History:
         self.queries = torch.randn(A, HQ, D, generator=generator) * 2
 
     def add_to(self, selector: Selector) -> None:
-        """In two portions, the second as transposed views, as the plugin delivers them."""
-        half = len(self.ids) // 2
+        """In two portions: gathered keys, then device pages with tokens outside of heads, NaN in other slots."""
+        half, num_slots = len(self.ids) // 2, 30
         selector.add_blocks(self.ids[:half], list(self.keys[:, :half]))
-        rest = self.keys[:, half:].transpose(2, 3).contiguous().transpose(2, 3)
-        selector.add_blocks(self.ids[half:], list(rest))
+        pages = torch.full((A, num_slots, BS, HKV, 2 * D), torch.nan).transpose(2, 3)[..., :D]
+        slots = [torch.randperm(num_slots)[: len(self.ids) - half] for _ in range(A)]
+        for layer_pages, layer_slots, keys in zip(pages, slots, self.keys, strict=True):
+            layer_pages[layer_slots] = keys[half:]
+        selector.add_blocks(self.ids[half:], list(pages), slots)
 
     def request(self, step_index: int = 0, resident: torch.Tensor | None = None) -> ScoringRequest:
         return ScoringRequest("r", self.ids, self.queries, step_index, resident)

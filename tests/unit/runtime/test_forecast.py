@@ -16,8 +16,8 @@ RATIO = 0.135
 
 def make(device_bytes: int, host_gib: float, seqs: int = 64, **options: object) -> Forecast:
     # No index keys unless a test asks for them
-    given = {"host_memory_gib": host_gib, "selector": "streaming", "staging_blocks": 1} | options
-    config = FlashMemoryConfig.from_additional_config({"flashmemory": given})
+    given = {"host_memory_gib": host_gib, "selector": "streaming", "staging_blocks": 1, "min_sparse_tokens": 2048}
+    config = FlashMemoryConfig.from_additional_config({"flashmemory": given | options})
     return forecast(MODEL, config, ServerSizes(device_bytes, 32768, seqs, 1024, 16))
 
 

@@ -1,0 +1,62 @@
+"""What a worker's residency runtime is assembled from."""
+
+from dataclasses import dataclass
+
+from flashmemory_vllm.indexer.base import Selector
+from flashmemory_vllm.observability.counters import CounterWriter
+from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.runtime.prefill import StreamedPrefill
+from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.selection import SelectionQueue
+from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.tables import StepTables
+from flashmemory_vllm.transfer.engine import TransferEngine
+from flashmemory_vllm.transfer.page_format import PageFormat
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBuffers:
+    """The device tensors that captured CUDA graphs refer to; they outlive a runtime.
+
+    Attributes:
+        tables: compacted tables and slot mappings.
+        queries: captured queries.
+    """
+
+    tables: StepTables
+    queries: QueryBuffer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RuntimeParts:
+    """What a runtime is assembled from.
+
+    Attributes:
+        shape: the model's attention layers.
+        groups: layer indices of each layer group.
+        anchors: layers whose queries and keys feed the selector.
+        planner: decides residency.
+        engine: moves pages.
+        page_format: what lies inside a page.
+        selector: scores blocks.
+        selections: runs the selector.
+        buffers: what attention reads and where it leaves its queries.
+        prefill: attention over history that is not on the device.
+        counters: this worker's shared counters.
+        check_integrity: check every invariant at every step.
+        poison: overwrite free slots with NaN at every step.
+    """
+
+    shape: AttentionShape
+    groups: tuple[tuple[int, ...], ...]
+    anchors: tuple[int, ...]
+    planner: StepPlanner
+    engine: TransferEngine
+    page_format: PageFormat
+    selector: Selector
+    selections: SelectionQueue
+    buffers: StepBuffers
+    prefill: StreamedPrefill
+    counters: CounterWriter
+    check_integrity: bool
+    poison: bool

@@ -1,0 +1,66 @@
+"""Scores come into force after a fixed number of steps, the first at once, and never for a request that is gone."""
+
+import numpy as np
+import torch
+
+from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.residency.types import DueSelection
+from flashmemory_vllm.runtime.selection import SelectionQueue
+
+CPU = torch.device("cpu")
+GEOMETRY = IndexGeometry(8, 4, 2, 1, 4, 1.0, (0,), (0,), 1, torch.float32, CPU)
+
+
+class QuerySum(Selector):
+    """Scores every block by the sum of the queries and records what it was asked."""
+
+    name = "query_sum"
+    needs_queries = True
+    needs_keys = False
+
+    def __init__(self) -> None:
+        super().__init__(GEOMETRY)
+        self.requests: list[ScoringRequest] = []
+
+    def score(self, request: ScoringRequest) -> torch.Tensor:
+        assert request.queries is not None
+        self.requests.append(request)
+        return request.queries.sum().expand(1, len(request.block_ids)).clone()
+
+
+def due(req_id: str = "a", *, first: bool) -> DueSelection:
+    return DueSelection(req_id, 3, first, np.array([5, 2, 6], dtype=np.int32))
+
+
+def make_queue(delay: int) -> tuple[SelectionQueue, QuerySum]:
+    selector = QuerySum()
+    return SelectionQueue(selector, delay, CPU), selector
+
+
+def test_the_first_selection_is_ready_for_the_next_step_and_later_ones_are_delayed() -> None:
+    queue, _ = make_queue(delay=2)
+    queue.score(10, due(first=True), torch.ones(1, 2, 4), None)
+    assert [selection.req_id for selection in queue.deliver(11)] == ["a"]
+    queue.score(20, due(first=False), torch.ones(1, 2, 4), np.ones((1, 3), np.bool_))
+    assert [len(queue.deliver(step)) for step in (21, 22, 23, 24)] == [0, 0, 1, 0]
+
+
+def test_queries_may_be_overwritten_after_scoring_was_asked_for() -> None:
+    queue, selector = make_queue(delay=0)
+    queries = torch.ones(1, 2, 4)
+    queue.score(1, due(first=True), queries, None)
+    queries.fill_(99)
+    assert queue.deliver(2)[0].scores.tolist() == [[8.0, 8.0, 8.0]]
+    assert selector.requests[0].queries is not None
+    assert selector.requests[0].queries.sum() == 8
+    assert selector.requests[0].block_ids.tolist() == [5, 2, 6]
+
+
+def test_selections_of_a_request_are_counted_until_it_is_gone() -> None:
+    queue, selector = make_queue(delay=1)
+    for step in (1, 2):
+        queue.score(step, due(first=step == 1), torch.ones(1, 2, 4), None)
+    queue.forget(["a"])
+    assert queue.deliver(9) == []
+    queue.score(10, due(first=True), torch.ones(1, 2, 4), None)
+    assert [request.step_index for request in selector.requests] == [0, 1, 0]
