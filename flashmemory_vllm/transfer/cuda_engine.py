@@ -19,7 +19,7 @@ from flashmemory_vllm.transfer.write_backs import PendingWriteBacks
 
 # From this size on the copy engines are busy with bytes rather than with descriptors, and they need no
 # multiprocessor. `python -m flashmemory_vllm.transfer.benchmark` measures both ways.
-MIN_DMA_PAGE_BYTES = 256 << 10
+MIN_DMA_PAGE_BYTES = 32 << 10
 # What waits for a part of a long write-back need not wait for all of it.
 WRITE_BACK_BYTES = 128 << 20
 # A copy kernel needs few multiprocessors, but those soon: the model's next kernel would take all of them.

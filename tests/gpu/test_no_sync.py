@@ -58,6 +58,7 @@ def test_steady_decode_steps_do_not_synchronise(tmp_path: Path) -> None:
         "async_scheduling": False,
         "additional_config": {
             "flashmemory": {
+                "selector": "exact",
                 "resident_ratio": 0.3,
                 "min_sparse_tokens": 256,
                 "recent_tokens": 64,

@@ -44,7 +44,6 @@ def merge_attention_kernel(
     weight_b = tl.exp(lse_b - top)
     total = tl.where(both_empty, 1.0, weight_a + weight_b)
     lse = tl.where(both_empty, empty, top + tl.log(total))
-    tl.store(p_lse + i_head * stride_loh + i_token * stride_lot, lse, m_token)
 
     i_dim = tl.arange(0, BLOCK_D)
     mask = m_token[:, None] & (i_dim < D)[None, :]
@@ -58,6 +57,9 @@ def merge_attention_kernel(
     out_a = tl.where(weight_a > 0, out_a * weight_a, 0.0)
     out_b = tl.where(weight_b > 0, out_b * weight_b, 0.0)
     out = (out_a + out_b) / total[:, None]
+    # In place, another thread of this program may still have to read what this one overwrites.
+    tl.debug_barrier()
+    tl.store(p_lse + i_head * stride_loh + i_token * stride_lot, lse, m_token)
     p_result = p_out + i_head * stride_oh + i_token[:, None] * stride_ot + i_dim[None, :]
     tl.store(p_result, out.to(p_out.dtype.element_ty), mask)
 
