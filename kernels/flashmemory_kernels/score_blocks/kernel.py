@@ -30,9 +30,9 @@ class Config(NamedTuple):
 
 
 CONFIGS = {
-    (1, 128): Config(tile_rows=128, tiles=1, num_warps=4, num_stages=1),
-    (1, 256): Config(tile_rows=64, tiles=1, num_warps=4, num_stages=1),
-    (16, 128): Config(tile_rows=128, tiles=1, num_warps=4, num_stages=1),
+    (1, 128): Config(tile_rows=64, tiles=1, num_warps=8, num_stages=1),
+    (1, 256): Config(tile_rows=128, tiles=1, num_warps=8, num_stages=1),
+    (16, 128): Config(tile_rows=64, tiles=4, num_warps=4, num_stages=2),
 }
 # Also for every float32 product: it runs on the ordinary cores, where a larger tile does not fit the registers.
 DEFAULT_CONFIG = Config(tile_rows=32, tiles=1, num_warps=4, num_stages=1)
