@@ -20,8 +20,10 @@ from flashmemory_vllm.transfer.write_backs import PendingWriteBacks
 # From this size on the copy engines are busy with bytes rather than with descriptors, and they need no
 # multiprocessor. `python -m flashmemory_vllm.transfer.benchmark` measures both ways.
 MIN_DMA_PAGE_BYTES = 32 << 10
-# What waits for a part of a long write-back need not wait for all of it.
-WRITE_BACK_BYTES = 128 << 20
+# A copy engine serves a stream until that stream has to wait: behind a prefill chunk's write-back the few bytes of
+# sampled tokens would take 17 ms to reach the host. Pieces of this size on two streams that wait for each other let
+# them through in half a millisecond, and what needs a piece need not wait for all.
+WRITE_BACK_BYTES = 32 << 20
 # A copy kernel needs few multiprocessors, but those soon: the model's next kernel would take all of them.
 HIGH_PRIORITY = -1
 
@@ -41,10 +43,11 @@ class CudaTransferEngine(TransferEngine):
         super().__init__(layout, pool)
         if not pool.pages.is_pinned():
             raise ConfigError("the CUDA transfer engine needs a pinned host pool; got pageable memory (pin=False)")
-        self._recalls, self._write_backs, self._gathers = (
+        self._recalls, self._gathers, *self._write_backs = (
             torch.cuda.Stream(layout.device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-            for _ in range(3)
+            for _ in range(4)
         )
+        self._written: Marker | None = None
         self._recalled = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending = PendingWriteBacks(len(layout.groups), pool.num_blocks, layout.num_slots)
         self._group_of = {layer: group for group, layers in enumerate(layout.groups) for layer in layers}
@@ -73,7 +76,7 @@ class CudaTransferEngine(TransferEngine):
 
     def synchronize(self) -> None:
         """Block the host until all issued copies have landed."""
-        for stream in (self._recalls, self._write_backs, self._gathers):
+        for stream in (self._recalls, self._gathers, *self._write_backs):
             stream.synchronize()
 
     def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
@@ -84,13 +87,17 @@ class CudaTransferEngine(TransferEngine):
         self._recalled.record(stream)
 
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
+        computed = self.marker()
         step = max(1, WRITE_BACK_BYTES // self._group_bytes(group))
-        with self._copying(self._write_backs, self.marker()) as stream:
-            for start in range(0, len(blocks), step):
-                part = slice(start, start + step)
+        for start in range(0, len(blocks), step):
+            part = slice(start, start + step)
+            # The other of the two, after all pieces before: the newest piece is the last to land.
+            self._write_backs.reverse()
+            with self._copying(self._write_backs[0], computed, self._written) as stream:
                 for run in self.layout.runs(group):
                     self._copy(run.device_pages, slots[part], self.pool.run_view(run), blocks[part], stream)
-                self._pending.add(group, blocks[part], slots[part], self._mark(stream))
+                self._written = self._mark(stream)
+            self._pending.add(group, blocks[part], slots[part], self._written)
 
     def _gather_layer(
         self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None

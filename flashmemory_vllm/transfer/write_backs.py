@@ -10,10 +10,10 @@ from flashmemory_vllm.transfer.engine import Ids, Marker
 
 
 class PendingWriteBacks:
-    """The write-backs of one stream that may not be done, found by the blocks they write and the slots they read.
+    """The write-backs that may not be done, found by the blocks they write and the slots they read.
 
-    Each write-back gets the next number, and each block and slot remembers the last one that touched it. A
-    stream works in order: who waits for the newest of several write-backs has waited for all of them.
+    Each write-back gets the next number, and each block and slot remembers the last one that touched it. They land
+    one after the other: who waits for the newest of several write-backs has waited for all of them.
 
     Args:
         num_groups: G.
@@ -39,7 +39,7 @@ class PendingWriteBacks:
             group: its layer group.
             blocks: [n] host blocks that it writes.
             slots: [n] slots that it reads.
-            landed: the stream right behind it.
+            landed: right behind it, and so behind all before.
         """
         self._prune()
         self._markers.append(landed)

@@ -89,10 +89,11 @@ def keep_busy() -> torch.Tensor:
     return product
 
 
-def delay(stream: torch.cuda.Stream) -> None:
-    """Keep a copy stream from going on for a second."""
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(LONG_CYCLES)  # type: ignore[no-untyped-call]
+def delay(*streams: torch.cuda.Stream) -> None:
+    """Keep copy streams from going on for a second."""
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(LONG_CYCLES)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.usefixtures("way")
@@ -131,7 +132,7 @@ def test_slots_are_saved_before_the_model_or_a_recall_overwrites_them() -> None:
         engine.pool.pages[5] = 5.0
         for cache in caches:
             cache[1], cache[2] = 1.0, 2.0
-        delay(engine._write_backs)
+        delay(*engine._write_backs)
         engine.write_back(0, ids(11, 12), ids(1, 2))
         engine.recall(0, ids(5), ids(1))
         engine.fence([Copies(0, ids(13), ids(2))])
@@ -153,7 +154,7 @@ def test_a_gather_reads_what_a_pending_write_back_writes() -> None:
     with engine_over(caches) as engine:
         caches[1][3], caches[1][4] = 3.0, 4.0
         blocks = ids(8, 9)
-        delay(engine._write_backs)
+        delay(*engine._write_backs)
         engine.write_back(0, blocks, ids(3, 4))
         engine.wait(engine.gather_layer(1, engine.upload(blocks), blocks, staging, None))
         assert staging[:, 0].tolist()[:2] == [3.0, 4.0]
@@ -181,7 +182,7 @@ def test_neither_a_fence_nor_a_gather_waits_for_write_backs_of_others() -> None:
     staging = torch.zeros(1, PAGE_ELEMS, device="cuda")
     with engine_over(make_caches(True, torch.float32)) as engine:
         engine.pool.pages[7] = 7.0
-        delay(engine._write_backs)
+        delay(*engine._write_backs)
         engine.write_back(0, ids(11), ids(1))
         engine.recall(0, ids(7), ids(3))
         engine.fence([Copies(0, ids(13), ids(2))])

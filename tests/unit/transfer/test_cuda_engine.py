@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferEng
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from tests.unit.transfer.pools import NUM_SLOTS, PAGE_ELEMS, block_outermost
-from tests.unit.transfer.streams import Device, simulated
+from tests.unit.transfer.streams import Device, Stream, simulated
 
 NUM_BLOCKS, NUM_STEPS = 9, 6
 GROUPS = [[0], [1]]
@@ -129,6 +130,23 @@ def test_a_fence_waits_for_the_write_backs_that_it_is_told_of_and_no_other() -> 
         engine.fence([Copies(0, np.array([7], np.int32), np.array([4], np.int32))])
         assert len(compute.queue) == 1
         assert engine.counters.late_fences == 0
+
+
+def test_pieces_of_a_write_back_land_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_engine, "WRITE_BACK_BYTES", 1)
+    with simulated(Idle(0), by_dma=True) as device:
+        engine = Worker(CudaTransferEngine, device).engine
+        device.current.synchronize()
+        engine.write_back(0, np.array([1, 2]), np.array([3, 4]))
+        device.current.synchronize()
+        assert isinstance(engine, CudaTransferEngine)
+        last, first = cast("list[Stream]", engine._write_backs)
+        while last.is_ready:
+            last.advance()
+        assert last.queue, "the second piece did not wait for the first"
+        first.synchronize()
+        last.synchronize()
+        assert not last.queue
 
 
 def test_a_fence_is_late_while_a_recall_is_under_way() -> None:
