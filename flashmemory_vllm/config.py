@@ -14,7 +14,7 @@ from flashmemory_vllm.errors import ConfigError
 
 SECTION = "flashmemory"
 
-SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o"]
+SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o", "neural"]
 Aggregate = Literal["max", "mean"]
 Mode = Literal["always", "pressure"]
 
@@ -58,8 +58,13 @@ class FlashMemoryConfig(BaseModel):
     selector: SelectorName = Field(
         default="h2o",
         description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
-        "bounds, `mean` by mean keys, `h2o` by the attention they received. `streaming` keeps sink and "
-        "recent tokens only; `random` and `full` (everything) are the baselines.",
+        "bounds, `mean` by mean keys, `h2o` by the attention they received, `neural` by a trained indexer. "
+        "`streaming` keeps sink and recent tokens only; `random` and `full` (everything) are the baselines.",
+    )
+    indexer: str | None = Field(
+        default=None,
+        description="Trained indexer: its file, a folder with `indexer.safetensors`, or a Hugging Face id. Makes the "
+        "selector `neural`; anchor layers and score threshold are those it was trained with.",
     )
     anchor_layers: LayerIndices | None = Field(
         default=None,
@@ -115,10 +120,11 @@ class FlashMemoryConfig(BaseModel):
         ge=0,
         description="Tokens of growth for which a running request has slots reserved as others are admitted.",
     )
-    staging_blocks: int = Field(
-        default=1024,
+    staging_blocks: int | None = Field(
+        default=None,
         ge=1,
-        description="Blocks in each of the three device buffers through which prefill streams host blocks.",
+        description="Blocks in each of the three device buffers through which prefill streams host blocks. Unset: "
+        "those of 16,384 tokens, but all three at most a 32nd of the device memory for KV.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything that is drawn at random.")
     pin_host_memory: bool = Field(
@@ -134,6 +140,20 @@ class FlashMemoryConfig(BaseModel):
         description="Fill slots that hold no block at each step, and staging before each fetch, with NaN, so that a "
         "stray read shows. For debugging.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _imply_selector(cls, options: dict[str, object]) -> dict[str, object]:
+        return {"selector": "neural", **options} if options.get("indexer") is not None else options
+
+    @model_validator(mode="after")
+    def _check_indexer(self) -> "FlashMemoryConfig":
+        if (self.selector == "neural") != (self.indexer is not None):
+            raise ConfigError(
+                f"{SECTION}.selector is {self.selector!r} and {SECTION}.indexer is {self.indexer!r}: "
+                "allowed is an indexer with the selector 'neural', and with no other"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_delay(self) -> "FlashMemoryConfig":
@@ -185,7 +205,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 _BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Le, "le", "<="))
-_TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", NoneType: "unset"}
+_TYPE_WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", NoneType: "unset"}
 
 
 def describe_allowed(field: FieldInfo) -> str:

@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "reference": {"evaluation"},
     "evaluation": {"indexer", "residency", "reference", KERNELS},
     "benchmark": {"evaluation"},
+    "capture": {"evaluation"},
     "training": {"indexer", "residency", "evaluation", "reference", KERNELS},
-    "plugin": {"runtime", "transfer", "indexer", "residency", "observability", "doctor", KERNELS},
-    "cli": {"runtime", "benchmark", "doctor", "reference", "evaluation", "training", "observability"},
+    "plugin": {"runtime", "transfer", "indexer", "residency", "observability", "doctor", "capture", KERNELS},
+    "cli": {"runtime", "benchmark", "capture", "doctor", "reference", "evaluation", "training", "observability"},
 }
 # What only one part may import, and what pure parts may import beside the standard library.
 ONLY_IN = {"vllm": {"plugin"}}

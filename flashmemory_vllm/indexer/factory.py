@@ -10,6 +10,7 @@ from flashmemory_vllm.indexer.bounds import BoundsSelector
 from flashmemory_vllm.indexer.exact import ExactSelector
 from flashmemory_vllm.indexer.heavy_hitter import HeavyHitterSelector
 from flashmemory_vllm.indexer.mean import MeanSelector
+from flashmemory_vllm.indexer.neural import NeuralSelector
 from flashmemory_vllm.indexer.positional import FullSelector, RandomSelector, StreamingSelector
 
 _SELECTORS: dict[str, type[Selector]] = {
@@ -22,6 +23,7 @@ _SELECTORS: dict[str, type[Selector]] = {
         BoundsSelector,
         ExactSelector,
         HeavyHitterSelector,
+        NeuralSelector,
     )
 }
 

@@ -16,7 +16,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.host_memory import available_host_bytes
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime import capacity
-from flashmemory_vllm.runtime.assembly import index_bytes_per_block, staging_bytes
+from flashmemory_vllm.runtime.assembly import index_bytes_per_block, plan_staging
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
@@ -96,7 +96,7 @@ def _plan(
         budget,
         shape.block_bytes,
         index_bytes_per_block(config, shape),
-        staging_bytes(config, shape),
+        plan_staging(config, shape, device_bytes),
     )
 
 

@@ -97,6 +97,11 @@ class StepPlanner:
         """Running totals, live."""
         return self._counters
 
+    @property
+    def requests(self) -> RequestRegistry:
+        """The known requests, live; for reading only."""
+        return self._requests
+
     def offer(self, selection: Selection) -> None:
         """Hand in a selector's scores; they take effect at the next plan that schedules the request.
 

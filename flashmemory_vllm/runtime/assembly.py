@@ -1,6 +1,7 @@
 """Puts a worker's runtime together from its configuration and its allocated KV cache."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -12,6 +13,7 @@ from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import Geometry
+from flashmemory_vllm.runtime.capacity import Staging
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
@@ -26,15 +28,50 @@ from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 from flashmemory_vllm.transfer.streaming import PartialAttention
 
+# Tokens that one part of a streamed history holds, where staging may take as much.
+STAGED_TOKENS = 16384
+STAGING_SHARE = 1 / 32
+
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
     """Device bytes of one logical block's index keys, before anything is allocated."""
     return _selector(config, _geometry(config, shape, 1, torch.device("meta"))).bytes_per_block()
 
 
-def staging_bytes(config: FlashMemoryConfig, shape: AttentionShape) -> int:
-    """Device bytes of the staging buffers."""
-    return NUM_STAGING_BUFFERS * config.staging_blocks * shape.block_bytes // shape.num_layers
+def plan_staging(config: FlashMemoryConfig, shape: AttentionShape, device_bytes: int) -> Staging:
+    """The staging buffers: as asked for, or parts of 16K tokens where that is a small share of the device memory.
+
+    The longer the parts, the less merging them costs beside attention; below that share, a few more slots serve
+    better.
+
+    Args:
+        config: our options.
+        shape: the model's attention layers.
+        device_bytes: device memory for slots, index keys and staging together.
+    """
+    bytes_per_block = NUM_STAGING_BUFFERS * shape.block_bytes // shape.num_layers
+    blocks = config.staging_blocks
+    if blocks is None:
+        affordable = int(device_bytes * STAGING_SHARE) // bytes_per_block
+        blocks = max(1, min(STAGED_TOKENS // shape.block_size, affordable))
+    return Staging(blocks, blocks * bytes_per_block)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSizes:
+    """Sizes a runtime is built with.
+
+    Attributes:
+        num_logical_blocks: N.
+        staging_blocks: blocks of one layer in each staging buffer.
+        max_num_seqs: most requests in a batch.
+        max_num_tokens: most tokens in a batch, padding included.
+    """
+
+    num_logical_blocks: int
+    staging_blocks: int
+    max_num_seqs: int
+    max_num_tokens: int
 
 
 def build_runtime(  # noqa: PLR0913 - the one place where everything meets
@@ -45,9 +82,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     attend: PartialAttention,
     config: FlashMemoryConfig,
     budget: BudgetPolicy,
-    num_logical_blocks: int,
-    max_num_seqs: int,
-    max_num_tokens: int,
+    sizes: RuntimeSizes,
     counters: CounterWriter,
     buffers: StepBuffers | None = None,
 ) -> ResidencyRuntime:
@@ -60,9 +95,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
         attend: attention over a part of the keys.
         config: our options.
         budget: slots of one request.
-        num_logical_blocks: N.
-        max_num_seqs: most requests in a batch.
-        max_num_tokens: most tokens in a batch, padding included.
+        sizes: what was planned, and the largest batch.
         counters: this worker's shared counters.
         buffers: of an earlier runtime with the same layer groups and anchor layers, which captured CUDA graphs
             refer to. Default: None, new ones.
@@ -72,26 +105,20 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     """
     groups = shape.layer_groups(config.layer_groups)
     anchors = shape.anchor_layers(config.anchor_layers, groups)
-    engine = _engine(PageLayout(caches, groups), num_logical_blocks, config, shape.device)
-    selector = _selector(config, _geometry(config, shape, num_logical_blocks, shape.device))
-    if buffers is None:
-        width = -(-budget.max_model_len // shape.block_size) + 1
-        sizes = TableSizes(
-            config.layer_groups, num_logical_blocks, shape.block_size, max_num_seqs, max_num_tokens, width
-        )
-        buffers = _buffers(sizes, len(anchors), shape)
+    engine = _engine(PageLayout(caches, groups), sizes.num_logical_blocks, config, shape.device)
+    selector = _selector(config, _geometry(config, shape, sizes.num_logical_blocks, shape.device))
     return ResidencyRuntime(
         RuntimeParts(
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=_planner(num_logical_blocks, budget, config, engine.layout),
+            planner=_planner(sizes.num_logical_blocks, budget, config, engine.layout),
             engine=engine,
             page_format=page_format,
             selector=selector,
             selections=SelectionQueue(selector, config.selection_delay_steps, shape.device),
-            buffers=buffers,
-            prefill=_prefill(engine, page_format, shape, attend, config),
+            buffers=buffers or _buffers(sizes, len(anchors), shape, config, budget),
+            prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
@@ -113,9 +140,19 @@ def _planner(
     )
 
 
-def _buffers(sizes: TableSizes, num_anchors: int, shape: AttentionShape) -> StepBuffers:
-    tables = StepTables(sizes, shape.device, skip_streamed=shape.device.type == "cuda")
-    return StepBuffers(tables, QueryBuffer(num_anchors, sizes.max_rows, shape))
+def _buffers(
+    sizes: RuntimeSizes, num_anchors: int, shape: AttentionShape, config: FlashMemoryConfig, budget: BudgetPolicy
+) -> StepBuffers:
+    table_sizes = TableSizes(
+        num_groups=config.layer_groups,
+        num_logical_blocks=sizes.num_logical_blocks,
+        block_size=shape.block_size,
+        max_rows=sizes.max_num_seqs,
+        max_tokens=sizes.max_num_tokens,
+        width=-(-budget.max_model_len // shape.block_size) + 1,
+    )
+    tables = StepTables(table_sizes, shape.device, skip_streamed=shape.device.type == "cuda")
+    return StepBuffers(tables, QueryBuffer(num_anchors, sizes.max_num_seqs, shape))
 
 
 def _prefill(
@@ -124,10 +161,11 @@ def _prefill(
     shape: AttentionShape,
     attend: PartialAttention,
     config: FlashMemoryConfig,
+    staging_blocks: int,
 ) -> StreamedPrefill:
     layout = engine.layout
     page_elems = layout.page_view(0).shape[1]
-    size = (NUM_STAGING_BUFFERS, config.staging_blocks, page_elems)
+    size = (NUM_STAGING_BUFFERS, staging_blocks, page_elems)
     return StreamedPrefill(
         engine,
         page_format,

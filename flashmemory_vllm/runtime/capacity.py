@@ -1,6 +1,7 @@
 """How many slots and logical blocks fit: one calculation for the server's start and for planning ahead."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
@@ -26,6 +27,18 @@ class MemoryBudget:
     max_num_seqs: int
 
 
+class Staging(NamedTuple):
+    """The buffers through which prefill streams host blocks.
+
+    Attributes:
+        blocks: blocks of one layer in each buffer.
+        bytes: device bytes of all buffers.
+    """
+
+    blocks: int
+    bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class CapacityPlan:
     """The sizes the server starts with.
@@ -35,7 +48,7 @@ class CapacityPlan:
         num_logical_blocks: N, blocks of the scheduler and of the host pool, the null block included.
         block_bytes: bytes of one block over all layers.
         index_bytes: device bytes of index keys.
-        staging_bytes: device bytes of the staging buffers.
+        staging: the staging buffers.
         request_slots: slots that the longest request may reserve.
     """
 
@@ -43,7 +56,7 @@ class CapacityPlan:
     num_logical_blocks: int
     block_bytes: int
     index_bytes: int
-    staging_bytes: int
+    staging: Staging
     request_slots: int
 
     @property
@@ -62,7 +75,7 @@ class CapacityPlan:
             f"{self.num_slots} slots ({self.slot_bytes / GIB:.3f} GiB on the device) for "
             f"{self.num_logical_blocks} logical blocks ({self.host_bytes / GIB:.3f} GiB on the host), "
             f"index keys {self.index_bytes / GIB:.3f} GiB, "
-            f"staging {self.staging_bytes / GIB:.3f} GiB; the longest request reserves {self.request_slots} slots"
+            f"staging {self.staging.bytes / GIB:.3f} GiB; the longest request reserves {self.request_slots} slots"
         )
 
 
@@ -92,7 +105,7 @@ def plan_capacity(
     budget: BudgetPolicy,
     block_bytes: int,
     index_bytes_per_block: int,
-    staging_bytes: int,
+    staging: Staging,
 ) -> CapacityPlan:
     """Size the device slots and the logical blocks.
 
@@ -104,7 +117,7 @@ def plan_capacity(
         budget: slots that one request may hold.
         block_bytes: bytes of a block over all layers.
         index_bytes_per_block: device bytes of a logical block's index keys.
-        staging_bytes: device bytes of the staging buffers.
+        staging: the staging buffers.
 
     Raises:
         ConfigError: one request of the longest length does not fit in the slots or in the host pool.
@@ -119,7 +132,7 @@ def plan_capacity(
             "lower --max-model-len"
         )
     request_slots = budget.worst_case()
-    spendable = memory.device_bytes - staging_bytes
+    spendable = memory.device_bytes - staging.bytes
     wanted_slots = request_slots + 1 if memory.device_slots is None else min(memory.device_slots, most_blocks)
     left_for_index = spendable - wanted_slots * block_bytes
     if index_bytes_per_block:
@@ -137,7 +150,7 @@ def plan_capacity(
             f"{num_blocks} blocks; give fewer, or raise --kv-cache-memory-bytes or --gpu-memory-utilization"
         )
     if num_slots - 1 < request_slots:
-        needed = (request_slots + 1) * block_bytes + staging_bytes + (request_blocks + 1) * index_bytes_per_block
+        needed = (request_slots + 1) * block_bytes + staging.bytes + (request_blocks + 1) * index_bytes_per_block
         given = f"--kv-cache-memory-bytes: {device}" if memory.device_slots is None else slots_given
         raise ConfigError(
             f"{given} makes {num_slots} slots, but one request of --max-model-len {budget.max_model_len} needs "
@@ -145,4 +158,4 @@ def plan_capacity(
             f"--max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
         )
     index_bytes = num_blocks * index_bytes_per_block
-    return CapacityPlan(num_slots, num_blocks, block_bytes, index_bytes, staging_bytes, request_slots)
+    return CapacityPlan(num_slots, num_blocks, block_bytes, index_bytes, staging, request_slots)

@@ -8,7 +8,7 @@ from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.ledger import SlotLedger
-from flashmemory_vllm.runtime.assembly import index_bytes_per_block, staging_bytes
+from flashmemory_vllm.runtime.assembly import index_bytes_per_block, plan_staging
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, budget_policy, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 
@@ -111,7 +111,7 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         budget,
         shape.block_bytes,
         index_bytes_per_block(config, shape),
-        staging_bytes(config, shape),
+        plan_staging(config, shape, server.device_bytes),
     )
     request_blocks = cdiv(server.context_tokens, server.block_size)
     by_blocks = (capacity.num_logical_blocks - 1) // request_blocks

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from flashmemory_vllm.residency.types import (
     StepPlan,
     WriteBacks,
 )
+from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.report import Reporter
+from flashmemory_vllm.runtime.status import runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
 from flashmemory_vllm.runtime.uploads import upload
 
@@ -40,6 +43,7 @@ class ResidencyRuntime:
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
         self._report = Reporter(parts.counters, parts.planner, parts.engine)
+        self._history = SelectionHistory(parts.planner, parts.engine.counters)
         self._plan: StepPlan | None = None
         self._rows: list[Row] = []
         # An idle server already tells its sizes.
@@ -195,6 +199,10 @@ class ResidencyRuntime:
         parts.prefill.warm_up(query, key, key)
         parts.engine.synchronize()
 
+    def status(self, client_id: Callable[[str], str]) -> dict[str, Any]:
+        """The fields of `RuntimeStatus` between two steps; `client_id` turns the engine's request ids into others."""
+        return runtime_status(self._parts.planner, self._history, client_id)
+
     def reset(self) -> None:
         """Drop all residency: nothing on the device or in the host pool is valid any more."""
         self._parts.engine.synchronize()
@@ -221,6 +229,7 @@ class ResidencyRuntime:
         for copies in plan.prefetches:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
         self._report.stalled(waited + time.perf_counter() - started)
+        self._history.note(plan)
         self._tables.learn(plan.fresh)
         if parts.check_integrity:
             parts.planner.check_integrity()

@@ -17,8 +17,9 @@ from flashmemory_vllm.plugin import compat, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
+from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
-from flashmemory_vllm.runtime.assembly import build_runtime
+from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,6 +143,11 @@ class ResidencyWorker:
         self._attach_runtime(layer_names, num_logical_blocks, buffers)
         return self._runtime().index_bytes_per_block
 
+    def flashmemory_status(self) -> dict[str, Any]:
+        """What this worker holds: the fields of `status_reader.Status`. vLLM calls it between two steps."""
+        status = self._runtime().status(client_request_id)
+        return {"engine": self.vllm_config.parallel_config.data_parallel_index, "rank": self.rank, **status}
+
     def compile_or_warm_up_model(self) -> "CompilationTimes":
         """As vLLM's. Its warm-up requests name physical blocks, below S, so they pass by the runtime."""
         self._runtime().warm_up()
@@ -209,6 +215,7 @@ class ResidencyWorker:
     ) -> None:
         """Build the runtime over the allocated KV cache and bind every attention layer to it."""
         assert self._counters is not None
+        assert self._capacity is not None
         layers = sizing.attention_layers(self.vllm_config, layer_names)
         runtime = build_runtime(
             shape=sizing.attention_shape(self.vllm_config, layers, self.device),
@@ -217,9 +224,12 @@ class ResidencyWorker:
             attend=sizing.partial_attention(self.device),
             config=self.flashmemory_config,
             budget=sizing.budget_policy(self.vllm_config, self.flashmemory_config, {}),
-            num_logical_blocks=num_logical_blocks,
-            max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
-            max_num_tokens=sizing.max_num_tokens(self.vllm_config),
+            sizes=RuntimeSizes(
+                num_logical_blocks=num_logical_blocks,
+                staging_blocks=self._capacity.staging.blocks,
+                max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
+                max_num_tokens=sizing.max_num_tokens(self.vllm_config),
+            ),
             counters=self._counters,
             buffers=buffers,
         )

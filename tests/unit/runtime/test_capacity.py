@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.runtime.capacity import CapacityPlan, MemoryBudget, plan_capacity
+from flashmemory_vllm.runtime.capacity import CapacityPlan, MemoryBudget, Staging, plan_capacity
 
 BLOCK_BYTES = 1000
 
@@ -29,7 +29,7 @@ def plan(
     device_blocks: int, host_blocks: int, *, slots: int | None = None, index: int = 0, seqs: int = 8
 ) -> CapacityPlan:
     memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, slots, seqs)
-    return plan_capacity(memory, budget(), BLOCK_BYTES, index, 0)
+    return plan_capacity(memory, budget(), BLOCK_BYTES, index, Staging(1, 0))
 
 
 def test_host_memory_sets_the_logical_blocks() -> None:

@@ -1,0 +1,124 @@
+"""What is asked while a model is recorded."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashmemory_vllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        ids: token ids.
+        max_tokens: tokens to generate at most.
+        group: prompts of one group share text, so that a split into training and validation keeps them together.
+        answer: first and last output token that the prompt was asked for. Default: unknown.
+    """
+
+    ids: tuple[int, ...]
+    max_tokens: int
+    group: int
+    answer: tuple[int, int] | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that tell prompts apart."""
+        return prompt_digest(self.ids)
+
+
+def prompt_digest(ids: Sequence[int]) -> bytes:
+    """SHA-256 of token ids (int32, little endian)."""
+    return hashlib.sha256(np.asarray(ids, "<i4").tobytes()).digest()
+
+
+def digest_of_all(prompts: Sequence[Prompt]) -> str:
+    """One hexadecimal digest of prompts in their order, and of how many tokens each may generate."""
+    joined = hashlib.sha256()
+    for prompt in prompts:
+        joined.update(prompt.digest + prompt.max_tokens.to_bytes(4, "little"))
+    return joined.hexdigest()
+
+
+class Encoder:
+    """Turns text and chats into token ids.
+
+    Args:
+        encode: token ids of plain text, special tokens included.
+        encode_chat: token ids of a list of messages, the beginning of the answer included. None for a model
+            without a chat template.
+    """
+
+    def __init__(
+        self, encode: Callable[[str], list[int]], encode_chat: Callable[[list[dict[str, str]]], list[int]] | None
+    ) -> None:
+        self._encode = encode
+        self._encode_chat = encode_chat
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        return self._encode(text)
+
+    def question(self, text: str) -> list[int]:
+        """Token ids of one user turn, or of plain text where the model knows no chats."""
+        return self.text(text) if self._encode_chat is None else self._encode_chat([{"role": "user", "content": text}])
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat.
+
+        Raises:
+            ConfigError: the model has no chat template.
+        """
+        if self._encode_chat is None:
+            raise ConfigError("--prompts: messages are given, but the model has no chat template; allowed: prompt")
+        return self._encode_chat(messages)
+
+
+def read_prompts(path: Path, encoder: Encoder, max_tokens: int) -> list[Prompt]:
+    """Read a file of prompts, one JSON object in each line.
+
+    An object has one of `prompt_ids` (token ids), `prompt` (text) and `messages` (a chat), and may have `max_tokens`
+    and `group` (an integer; default: a group for each line).
+
+    Args:
+        path: the file.
+        encoder: for text and chats.
+        max_tokens: where an object does not say.
+
+    Raises:
+        ConfigError: a line is something else.
+    """
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            ids = _ids(found, encoder)
+            limit, group = int(found.get("max_tokens", max_tokens)), int(found.get("group", number - 1))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"--prompts: {path}, line {number} ({type(error).__name__}: {error}): allowed is a JSON object with "
+                "one of prompt_ids, prompt and messages, and at will max_tokens and group"
+            ) from None
+        if not ids or limit < 1:
+            raise ConfigError(f"--prompts: {path}, line {number}: at least one token to read and to write is needed")
+        prompts.append(Prompt(ids, limit, group))
+    if not prompts:
+        raise ConfigError(f"--prompts: {path} is empty: allowed is at least one line")
+    return prompts
+
+
+def _ids(found: dict[str, Any], encoder: Encoder) -> tuple[int, ...]:
+    if "prompt_ids" in found:
+        return tuple(int(token) for token in found["prompt_ids"])
+    if "messages" in found:
+        return tuple(encoder.chat(found["messages"]))
+    return tuple(encoder.text(found["prompt"]))

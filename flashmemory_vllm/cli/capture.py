@@ -1,0 +1,188 @@
+"""`flashmemory capture`: record what dense attention looks at, to train an indexer on and to know the best set."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.reference import reference_model_path
+
+if TYPE_CHECKING:
+    from flashmemory_vllm.capture.prompts import Prompt
+    from flashmemory_vllm.capture.writer import CaptureMeta, ModelShape
+
+GIB = 1 << 30
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the `capture` command."""
+    parser = subparsers.add_parser("capture", help="record what a model's dense attention looks at")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the recording; one that was begun goes on")
+    parser.add_argument(
+        "--model", default=str(reference_model_path()), help="folder or Hugging Face id. Default: the shipped model"
+    )
+    parser.add_argument("--prompts", type=Path, help="JSON lines. Default: generated documents with questions")
+    parser.add_argument(
+        "--accuracy-questions", type=int, help="ask what `flashmemory accuracy` asks at --tokens: so many of each task"
+    )
+    parser.add_argument("--documents", type=int, default=200, help="documents to generate. Default: 200")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the longest one. Default: 8192")
+    parser.add_argument("--max-output-tokens", type=int, default=512, help="most tokens of an answer. Default: 512")
+    parser.add_argument(
+        "--anchor-layers", type=int, nargs="+", help="layers to keep queries and keys of. Default: three, as in serving"
+    )
+    parser.add_argument("--top-p", type=float, default=0.6, help="mass of a layer's golden blocks. Default: 0.6")
+    parser.add_argument("--min-votes", type=int, help="layers that make a block golden. Default: 15 %% of them")
+    parser.add_argument("--every", type=int, default=1, help="output tokens between two recorded. Default: 1")
+    parser.add_argument("--window", type=int, default=64, help="steps that a selection is to serve. Default: 64")
+    parser.add_argument("--delay", type=int, default=1, help="steps that a selection comes late. Default: 1")
+    parser.add_argument("--layer-mass", action="store_true", help="keep each layer's mass; what the oracle reads")
+    parser.add_argument("--max-gib", type=float, default=64.0, help="GiB that the folder may take. Default: 64")
+    parser.add_argument("--seed", type=int, default=0, help="seed of generated documents. Default: 0")
+    parser.add_argument("--batch", type=int, default=16, help="requests that run at once. Default: 16")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block. Default: 16")
+    parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
+    parser.add_argument("--gpu-memory-bytes", type=int, help="device memory for KV. Default: vLLM's share")
+    parser.add_argument("--commit", help="commit to name, where git is not there to ask")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record what the folder lacks."""
+    from flashmemory_vllm.capture.run import record
+    from flashmemory_vllm.capture.writer import CaptureWriter, is_complete
+
+    check(args)
+    if is_complete(args.out):
+        print(f"{args.out} is complete")
+        return 0
+    from flashmemory_vllm.plugin.capture import CaptureEngine
+
+    anchors = None if args.anchor_layers is None else tuple(args.anchor_layers)
+    prompts, stop_token_ids = make_prompts(args)
+    longest = max(prompt.max_tokens for prompt in prompts)
+    engine = CaptureEngine(args.model, engine_arguments(args, prompts), anchors, longest, stop_token_ids)
+    with closing(engine):
+        shape = engine.record(args.top_p, args.every, layer_mass=args.layer_mass)
+        meta = make_meta(args, shape, engine.model_type, prompts)
+        writer = CaptureWriter(args.out, meta, int(args.max_gib * GIB))
+        record(engine, prompts, writer, args.every, args.batch)
+    print(f"{writer.num_documents} documents in {args.out}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for option in (
+        "documents",
+        "accuracy_questions",
+        "tokens",
+        "max_output_tokens",
+        "min_votes",
+        "every",
+        "window",
+        "batch",
+        "block_size",
+    ):
+        given = getattr(args, option)
+        if given is not None and given < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} is {given}: allowed is 1 or more")
+    if args.prompts is not None and args.accuracy_questions is not None:
+        raise ConfigError("--accuracy-questions: given with --prompts; allowed is one of them")
+    if args.delay < 0:
+        raise ConfigError(f"--delay is {args.delay}: allowed is 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top-p is {args.top_p}: allowed is above 0 and at most 1")
+    if not args.max_gib > 0:
+        raise ConfigError(f"--max-gib is {args.max_gib}: allowed is above 0")
+
+
+def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ...]]":
+    """What to ask, and the tokens that end an answer.
+
+    The reference model is asked in its own language; any other by generated text, unless there is a file.
+
+    Raises:
+        ConfigError: the file holds something else, or a prompt does not fill one block.
+    """
+    from flashmemory_vllm.capture.prompts import read_prompts
+    from flashmemory_vllm.capture.reference_prompts import (
+        accuracy_prompts,
+        reference_prompts,
+        speaks_reference_language,
+    )
+    from flashmemory_vllm.capture.text_prompts import text_prompts
+    from flashmemory_vllm.plugin.capture import load_encoder
+
+    encoder, stop_token_ids = load_encoder(args.model)
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts, encoder, args.max_output_tokens)
+    elif args.accuracy_questions is not None:
+        prompts = accuracy_prompts(args.accuracy_questions, args.tokens)
+    elif speaks_reference_language(encoder.text):
+        prompts = reference_prompts(args.documents, args.tokens, args.seed, args.max_output_tokens)
+    else:
+        prompts = text_prompts(encoder, args.documents, args.tokens, args.max_output_tokens, args.seed)
+    shortest = min(len(prompt.ids) for prompt in prompts)
+    if shortest < args.block_size:
+        raise ConfigError(
+            f"a prompt has {shortest} tokens: allowed is --block-size ({args.block_size}) or more, to have a block"
+        )
+    return prompts, stop_token_ids
+
+
+def make_meta(
+    args: argparse.Namespace, shape: "ModelShape", model_type: str, prompts: "Sequence[Prompt]"
+) -> "CaptureMeta":
+    """What `meta.json` is to say.
+
+    Raises:
+        ConfigError: more votes are asked for than there are layers.
+    """
+    from flashmemory_vllm.capture.labels import default_min_votes
+    from flashmemory_vllm.capture.prompts import digest_of_all
+    from flashmemory_vllm.capture.writer import CaptureMeta
+    from flashmemory_vllm.evaluation.provenance import Provenance
+
+    min_votes = default_min_votes(shape.num_layers) if args.min_votes is None else args.min_votes
+    if min_votes > shape.num_layers:
+        raise ConfigError(f"--min-votes is {min_votes}: allowed is at most {shape.num_layers}, the model's layers")
+    recorded = {
+        "prompts": digest_of_all(prompts),
+        "seed": args.seed if args.prompts is None else None,
+        "every": args.every,
+        "layer_mass": args.layer_mass,
+    }
+    return CaptureMeta(
+        model=Path(args.model).name if Path(args.model).is_dir() else args.model,
+        model_type=model_type,
+        shape=shape,
+        top_p=args.top_p,
+        min_votes=min_votes,
+        window=args.window,
+        delay=args.delay,
+        provenance=asdict(Provenance.collect(["flashmemory", *sys.argv[1:]], args.commit)) | recorded,
+    )
+
+
+def engine_arguments(args: argparse.Namespace, prompts: "Sequence[Prompt]") -> dict[str, object]:
+    """Arguments of `vllm.LLM`: room for the longest prompt with its answer, and no more."""
+    arguments: dict[str, object] = {
+        "max_model_len": max(len(prompt.ids) + prompt.max_tokens for prompt in prompts),
+        "max_num_seqs": args.batch,
+        "block_size": args.block_size,
+        "dtype": args.dtype,
+    }
+    if args.gpu_memory_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = args.gpu_memory_bytes
+        # vLLM refuses to start when less than this share of the device is free, though the size is given.
+        arguments["gpu_memory_utilization"] = 0.1
+    return arguments

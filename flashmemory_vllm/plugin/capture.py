@@ -1,0 +1,152 @@
+"""Engines inside this process that record their requests, or decode with a selector that knows the future."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from flashmemory_vllm.capture.document import Recording
+from flashmemory_vllm.capture.prompts import Encoder, Prompt, prompt_digest
+from flashmemory_vllm.capture.writer import ModelShape
+from flashmemory_vllm.indexer.oracle import Future, OracleSelector
+from flashmemory_vllm.plugin.offline import OfflineGenerator
+
+EXTENSION = "flashmemory_vllm.plugin.capture_worker.CaptureExtension"
+
+
+class _StepByStep(OfflineGenerator):
+    """An engine whose requests begin one by one."""
+
+    def __init__(
+        self,
+        model: str,
+        engine_args: Mapping[str, object],
+        options: Mapping[str, object],
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        # A replayed graph would pass by those who look on.
+        watched = {"worker_extension_cls": EXTENSION, "enforce_eager": True}
+        super().__init__(model, {**engine_args, **watched}, options, stop_token_ids)
+
+    def _begin(self, name: str, ids: Sequence[int], max_tokens: int) -> str:
+        """Queue a prompt; returns the id that the worker sees."""
+        engine = self._llm.llm_engine
+        (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(ids)}])
+        req_id: str = engine.add_request(name, rendered, self._sampling(max_tokens))
+        return req_id
+
+    def _step(self) -> Iterator[tuple[str, list[int]]]:
+        """Names and output ids of the prompts that one step finished."""
+        for output in self._llm.llm_engine.step():
+            if output.finished:
+                yield output.request_id, list(output.outputs[0].token_ids)
+
+
+class CaptureEngine(_StepByStep):
+    """Greedy generation with dense attention, recorded; see `_StepByStep` for the other arguments.
+
+    Args:
+        model: folder or Hugging Face id of the model.
+        engine_args: further arguments of `vllm.LLM`.
+        anchor_layers: layers whose queries and pooled keys are recorded. None for our default.
+        max_output_tokens: most tokens of an answer.
+        stop_token_ids: tokens that end an answer, beside the model's own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        engine_args: Mapping[str, object],
+        anchor_layers: tuple[int, ...] | None,
+        max_output_tokens: int,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        options = {
+            "resident_ratio": 1.0,
+            "selector": "full",
+            "anchor_layers": anchor_layers,
+            # Slots for all of a request from its admission on: none is ever preempted.
+            "growth_reserve_tokens": max_output_tokens,
+        }
+        # A block that is found, not computed, would have no recorded keys.
+        super().__init__(model, {**engine_args, "enable_prefix_caching": False}, options, stop_token_ids)
+        self._req_ids: dict[str, str] = {}
+
+    def record(self, top_p: float, every: int, *, layer_mass: bool) -> ModelShape:
+        """Record all requests from now on; see `RecorderSettings` for the arguments."""
+        told = self._llm.collective_rpc("flashmemory_record", args=(top_p, every), kwargs={"layer_mass": layer_mass})
+        shape: ModelShape = told[0]
+        return shape
+
+    @property
+    def model_type(self) -> str:
+        """The architecture that the model's configuration names."""
+        kind: str = self._llm.llm_engine.vllm_config.model_config.hf_config.model_type
+        return kind
+
+    def submit(self, name: str, prompt: Prompt) -> None:
+        """Begin a prompt."""
+        self._req_ids[name] = self._begin(name, prompt.ids, prompt.max_tokens)
+
+    def finished(self) -> Iterator[tuple[str, list[int], Recording]]:
+        """Run one step; names, output ids and recordings of the prompts that it finished."""
+        for name, output_ids in self._step():
+            recording = self._llm.collective_rpc("flashmemory_take", args=(self._req_ids.pop(name),))[0]
+            yield name, output_ids, recording
+
+
+class OracleGenerator(_StepByStep):
+    """Greedy generation whose selector looks the future up; for evaluation only.
+
+    Args:
+        future: what dense attention looked at, for every prompt that will be asked.
+        model: folder of the model.
+        engine_args: further arguments of `vllm.LLM`.
+        options: our options at start; the selector is always `oracle`.
+        stop_token_ids: tokens that end an answer, beside the model's own.
+    """
+
+    def __init__(
+        self,
+        future: Future,
+        model: str,
+        engine_args: Mapping[str, object],
+        options: Mapping[str, object],
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        OracleSelector.future = self._future = future
+        super().__init__(model, engine_args, {**options, "selector": "oracle"}, stop_token_ids)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | int) -> list[list[int]]:
+        """As `OfflineGenerator.generate`.
+
+        Raises:
+            ConfigError: the future does not know a prompt.
+        """
+        self._llm.collective_rpc("flashmemory_time")
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        for index, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+            self._future.name(self._begin(str(index), ids, limit), prompt_digest(ids))
+        answers: dict[str, list[int]] = {}
+        while len(answers) < len(prompts):
+            answers.update(self._step())
+        return [answers[str(index)] for index in range(len(prompts))]
+
+    def close(self) -> None:
+        """Stop the engine and forget the future."""
+        super().close()
+        OracleSelector.future = None
+
+
+def load_encoder(model: str) -> tuple[Encoder, tuple[int, ...]]:
+    """The model's tokenizer, and the token that ends an answer."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+
+    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    end = tokenizer.eos_token_id
+    encoder = Encoder(tokenizer.encode, None if tokenizer.chat_template is None else encode_chat)
+    return encoder, () if end is None else (int(end),)

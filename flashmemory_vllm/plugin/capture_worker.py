@@ -1,0 +1,186 @@
+"""What a worker gets on top for evaluation: its runtime is watched, for recording and for the oracle's clock."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashmemory_vllm.capture.document import Recording
+from flashmemory_vllm.capture.recorder import BatchRow, Recorder, RecorderSettings
+from flashmemory_vllm.capture.writer import ModelShape
+from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.indexer.oracle import OracleSelector
+from flashmemory_vllm.plugin import sizing
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInput
+    from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+    from flashmemory_vllm.runtime.tables import CompactedTable
+
+
+class WatchedRuntime:
+    """Stands before a worker's runtime and does what that does; a subclass looks on."""
+
+    def __init__(self, runtime: "ResidencyRuntime") -> None:
+        self._runtime = runtime
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+
+class RecordedRuntime(WatchedRuntime):
+    """Shows a recorder every real forward pass.
+
+    Args:
+        runtime: the worker's; one layer group at a resident ratio of 1.
+        recorder: keeps what attention looked at.
+    """
+
+    def __init__(self, runtime: "ResidencyRuntime", recorder: Recorder) -> None:
+        super().__init__(runtime)
+        self._recorder = recorder
+        self._prompt_lens: dict[str, int] = {}
+        self._computed: dict[str, int] = {}
+        self._scheduled: Mapping[str, int] = {}
+        self._req_ids: Sequence[str] = ()
+
+    @contextmanager
+    def step(self, step_input: "StepInput") -> Iterator[None]:
+        """As the runtime's."""
+        if step_input.preempted:
+            raise IntegrityError(f"capture: {list(step_input.preempted)} were preempted; lower --batch")
+        for req_id in step_input.finished:
+            self._prompt_lens.pop(req_id, None)
+        self._prompt_lens |= {request.req_id: request.prefill_len for request in step_input.new}
+        self._computed = {request.req_id: request.num_computed_tokens for request in _scheduled(step_input)}
+        self._scheduled = step_input.num_scheduled_tokens
+        with self._runtime.step(step_input):
+            yield
+            self._recorder.end()
+
+    def set_rows(self, req_ids: Sequence[str]) -> None:
+        """As the runtime's."""
+        self._runtime.set_rows(req_ids)
+        self._req_ids = req_ids
+
+    def compacted_tables(self, num_rows: int, seq_lens: torch.Tensor) -> "list[CompactedTable]":
+        """As the runtime's.
+
+        Raises:
+            IntegrityError: a row does not have all its blocks on the device.
+        """
+        tables = self._runtime.compacted_tables(num_rows, seq_lens)
+        rows = [
+            BatchRow(req_id, self._prompt_lens[req_id], self._computed[req_id], self._scheduled[req_id], slots)
+            for req_id, slots in zip(self._req_ids, tables[0].block_table, strict=False)
+        ]
+        for row, seq_len in zip(rows, tables[0].seq_lens_host.tolist(), strict=False):
+            if row.seq_len != seq_len:
+                raise IntegrityError(
+                    f"capture: request {row.req_id} has {seq_len} of {row.seq_len} tokens on the device; lower --batch"
+                )
+        self._recorder.begin(rows)
+        return tables
+
+    def attended(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        one_token_rows: bool,
+    ) -> None:
+        """As the runtime's."""
+        self._runtime.attended(layer, query, key, value, output, one_token_rows=one_token_rows)
+        if self._runtime.in_step:
+            self._recorder.layer(layer, query)
+
+
+class TimedRuntime(WatchedRuntime):
+    """Tells the oracle how far each request has come."""
+
+    @contextmanager
+    def step(self, step_input: "StepInput") -> Iterator[None]:
+        """As the runtime's."""
+        future = OracleSelector.future
+        assert future is not None, "an oracle was made without a future"
+        for request in _scheduled(step_input):
+            scheduled = step_input.num_scheduled_tokens[request.req_id]
+            future.advance(request.req_id, request.num_computed_tokens + scheduled)
+        with self._runtime.step(step_input):
+            yield
+
+
+class CaptureExtension:
+    """Methods that vLLM adds to our worker, for `collective_rpc`; named as `--worker-extension-cls`."""
+
+    def flashmemory_record(self: "WorkerBase", top_p: float, every: int, *, layer_mass: bool) -> ModelShape:
+        """Record all requests from now on.
+
+        Args:
+            top_p: see `RecorderSettings`, as are every and layer_mass.
+            every: see there.
+            layer_mass: see there.
+
+        Returns:
+            Sizes of the model.
+        """
+        runtime = self.flashmemory_runtime
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
+        shape = sizing.attention_shape(self.vllm_config, layers, self.device)
+        page_format = sizing.page_format(self.vllm_config, layers, self.device)
+        caches = [layer.kv_cache for layer in layers.values()]
+
+        def read_keys(layer: int, slots: torch.Tensor) -> torch.Tensor:
+            pages, table = page_format.select(caches[layer], slots)
+            keys = page_format.keys(pages)
+            return keys if table is None else keys.index_select(0, table)
+
+        settings = RecorderSettings(
+            num_layers=shape.num_layers,
+            anchor_layers=runtime.anchors,
+            block_size=shape.block_size,
+            softmax_scale=shape.softmax_scale,
+            top_p=top_p,
+            every=every,
+            layer_mass=layer_mass,
+        )
+        self.flashmemory_recorder = Recorder(settings, read_keys)
+        _watch(self, layers.values(), RecordedRuntime(runtime, self.flashmemory_recorder))
+        return ModelShape(
+            num_layers=shape.num_layers,
+            num_query_heads=shape.num_query_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+            anchor_layers=runtime.anchors,
+            softmax_scale=shape.softmax_scale,
+            dtype=str(shape.dtype).removeprefix("torch."),
+        )
+
+    def flashmemory_take(self: "WorkerBase", req_id: str) -> Recording:
+        """The recording of a finished request."""
+        return self.flashmemory_recorder.take(req_id)
+
+    def flashmemory_time(self: "WorkerBase") -> None:
+        """Keep the oracle's clock from now on."""
+        runtime = self.flashmemory_runtime
+        if isinstance(runtime, TimedRuntime):
+            return
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
+        _watch(self, layers.values(), TimedRuntime(runtime))
+
+
+def _scheduled(step_input: "StepInput") -> "tuple[NewRequest | RunningRequest, ...]":
+    return (*step_input.new, *step_input.running)
+
+
+def _watch(worker: "WorkerBase", layers: Any, watched: WatchedRuntime) -> None:
+    for index, layer in enumerate(layers):
+        layer.impl.bind(watched, index, watched.group_of(index))
+    worker.flashmemory_runtime = watched

@@ -1,0 +1,130 @@
+"""The last selections of a worker: what each one changed, what it had fetched, and whether a step waited for it."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.residency.requests import RequestState
+from flashmemory_vllm.residency.types import IntArray, StepPlan
+from flashmemory_vllm.transfer.engine import TransferCounters
+
+MAX_SELECTIONS = 16
+
+
+@dataclass(slots=True, eq=False)
+class Cycle:
+    """One selection that came into force. Positions are those of blocks within the request.
+
+    Attributes:
+        state: the request.
+        step: the step that it was first planned with.
+        first: the request had none before.
+        num_blocks: blocks of the request that held tokens after that step.
+        chosen: per group int32 `[k]`, the blocks of the set, those still on their way included.
+        recalled: per group int32 `[m]`, those of them that had to come from the host.
+        num_changed: blocks that the selection before it had not chosen, over all groups; blocks that did not
+            exist then do not count. All chosen ones if it is the first.
+        late: a step waited for copies when some of `recalled` were due.
+    """
+
+    state: RequestState
+    step: int
+    first: bool
+    num_blocks: int
+    chosen: tuple[IntArray, ...]
+    recalled: tuple[IntArray, ...]
+    num_changed: int
+    late: bool = False
+
+
+class SelectionHistory:
+    """Notes each selection as it comes into force. A step without one costs two comparisons.
+
+    Args:
+        planner: whose selections.
+        copied: totals of the engine that moves the blocks.
+    """
+
+    def __init__(self, planner: StepPlanner, copied: TransferCounters) -> None:
+        self._planner = planner
+        self._copied = copied
+        self._latest: dict[str, Cycle] = {}
+        self._last: deque[Cycle] = deque(maxlen=MAX_SELECTIONS)
+        self._arriving: list[Cycle] = []
+        self._num_selections = 0
+        self._num_late = 0
+        self.step = 0
+
+    def __iter__(self) -> Iterator[Cycle]:
+        """The last selections, the newest first."""
+        return reversed(self._last)
+
+    def cycle_of(self, state: RequestState) -> Cycle | None:
+        """The selection that a request's set follows."""
+        cycle = self._latest.get(state.req_id)
+        return cycle if cycle is not None and cycle.state is state else None
+
+    def note(self, plan: StepPlan) -> None:
+        """Learn of a step, after its recalls are fenced and before its plan is complete."""
+        self.step = plan.step
+        due = self._arriving
+        if self._planner.counters.selections != self._num_selections:
+            new = [self._begin(state, plan) for state in self._chosen_now(plan)]
+            self._num_selections = self._planner.counters.selections
+            self._forget_gone()
+            # What waits for nothing has had its copies recalled for this very step.
+            due = due + [cycle for cycle in new if not cycle.state.is_changing and any(map(len, cycle.recalled))]
+            self._arriving = self._arriving + new
+        if self._copied.late_fences != self._num_late:
+            self._num_late = self._copied.late_fences
+            for cycle in due:
+                cycle.late = True
+        if self._arriving:
+            self._arriving = [cycle for cycle in self._arriving if cycle.state.is_changing]
+
+    def _chosen_now(self, plan: StepPlan) -> list[RequestState]:
+        states = (self._planner.requests.get(req_id) for req_id in plan.rows)
+        return [state for state in states if state is not None and state.selection > self._num_selections]
+
+    def _begin(self, state: RequestState, plan: StepPlan) -> Cycle:
+        before = self.cycle_of(state)
+        row = plan.rows[state.req_id]
+        num_blocks = -(-(row.num_computed_tokens + row.num_tokens) // self._planner.geometry.block_size)
+        chosen = tuple(np.union1d(resident.held, resident.waiting) for resident in state.sets)
+        cycle = Cycle(
+            state=state,
+            step=plan.step,
+            first=before is None,
+            num_blocks=num_blocks,
+            chosen=chosen,
+            recalled=_recalled(state, plan),
+            num_changed=_num_changed(chosen, before),
+        )
+        self._latest[state.req_id] = cycle
+        self._last.append(cycle)
+        return cycle
+
+    def _forget_gone(self) -> None:
+        known = self._planner.requests
+        self._latest = {req_id: cycle for req_id, cycle in self._latest.items() if known.get(req_id) is cycle.state}
+
+
+def _recalled(state: RequestState, plan: StepPlan) -> tuple[IntArray, ...]:
+    """Per group the positions that this plan recalls, prefetches, or leaves for later steps to prefetch."""
+    recalled = [np.union1d(resident.landing, resident.waiting) for resident in state.sets]
+    for copies in plan.recalls:
+        now = np.flatnonzero(np.isin(state.blocks.ids, copies.blocks)).astype(np.int32)
+        recalled[copies.group] = np.union1d(recalled[copies.group], now)
+    return tuple(recalled)
+
+
+def _num_changed(chosen: tuple[IntArray, ...], before: Cycle | None) -> int:
+    if before is None:
+        return sum(positions.size for positions in chosen)
+    return sum(
+        int(np.count_nonzero(~np.isin(positions[positions < before.num_blocks], earlier)))
+        for positions, earlier in zip(chosen, before.chosen, strict=True)
+    )

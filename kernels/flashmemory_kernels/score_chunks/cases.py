@@ -1,0 +1,48 @@
+"""Inputs of `score_chunks` shared by tests and benchmarks."""
+
+from typing import NamedTuple
+
+import torch
+
+from flashmemory_kernels.score_chunks.naive import CODE_DTYPE, quantise_codes
+
+
+class ChunkCase(NamedTuple):
+    """n of N blocks in A layers, each with one code of E under H index heads."""
+
+    num_layers: int
+    num_pool_blocks: int
+    num_blocks: int
+    num_heads: int
+    width: int
+
+
+CASES = (
+    ChunkCase(1, num_pool_blocks=2, num_blocks=1, num_heads=1, width=8),
+    ChunkCase(3, num_pool_blocks=40, num_blocks=23, num_heads=6, width=20),
+    ChunkCase(2, num_pool_blocks=150, num_blocks=140, num_heads=16, width=128),
+    ChunkCase(2, num_pool_blocks=9, num_blocks=0, num_heads=4, width=64),
+)
+
+# Three anchor layers of an 8B model over 32K, 128K and 500K tokens in blocks of 16.
+BENCH_CASES = tuple(
+    ChunkCase(3, num_blocks + 64, num_blocks, num_heads=16, width=128) for num_blocks in (2048, 8192, 31250)
+)
+
+
+def make_inputs(
+    case: ChunkCase, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments of the op; codes and scales of blocks that are not asked for are NaN."""
+    generator = torch.Generator(device).manual_seed(0)
+    query = torch.randn(case.num_layers, case.num_heads, case.width, generator=generator, device=device).to(dtype)
+    gates = torch.randn(case.num_layers, case.num_heads, generator=generator, device=device).to(dtype)
+    rows = torch.randn(case.num_layers, case.num_pool_blocks, case.width, generator=generator, device=device)
+    ids = torch.randperm(case.num_pool_blocks, generator=generator, device=device)
+    codes, scales = quantise_codes(rows)
+    others = ids[case.num_blocks :]
+    # The one NaN of e4m3, without its sign.
+    codes.view(torch.uint8)[:, others] = 0x7F
+    assert codes.dtype == CODE_DTYPE
+    scales[:, others] = torch.nan
+    return query, gates, codes, scales, ids[: case.num_blocks]

@@ -1,0 +1,230 @@
+"""The status page in a real browser: of a server that decodes, and of one whose answers are made up."""
+
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from flashmemory_vllm.cli.server import MODEL_NAME, Server
+from flashmemory_vllm.evaluation.vocabulary import BOS, encode
+from flashmemory_vllm.plugin.endpoints import FlashMemoryEndpoints
+from flashmemory_vllm.plugin.status_reader import StatusReader
+from tests.e2e.questions import make_questions
+from tests.integration.plugin.statuses import STRIP, StatusEngine, make_request, make_status
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# One rectangle of a strip, as the page writes it.
+RECTANGLE = re.compile(r"M(\d+) ([\d.]+)h(\d+)v")
+PITCH, ROW_HEIGHT = 6, 15
+ANSWER_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless browser of this machine."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path")
+    with sync_playwright() as playwright:
+        # Without its sandbox, which root and most containers cannot have; it opens nothing but our page.
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty tab; a script error or a blocked file in it fails the test."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("console", lambda message: errors.append(message.text) if "Content Security" in message.text else None)
+    yield tab
+    tab.close()
+    assert errors == []
+
+
+@contextmanager
+def serving(app: FastAPI, port: int = 0) -> Iterator[int]:
+    """Serve an application in a thread; gives its port."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def make_app(statuses: Sequence[dict[str, Any]], api_keys: Sequence[str] = ()) -> FastAPI:
+    """Our routes over an engine whose answers are given."""
+    app = FastAPI()
+    FlashMemoryEndpoints().attach_router(app)
+    app.state.flashmemory_api_keys = tuple(api_keys)
+    app.state.flashmemory_status = StatusReader(StatusEngine(statuses))
+    return app
+
+
+def read_strip(page: Page, request_id: str) -> list[str]:
+    """The state of each block of a request, from what is drawn."""
+    strip = page.locator(f'[data-request="{request_id}"] .strip')
+    per_row = int(strip.get_attribute("width") or 0) // PITCH
+    states: dict[int, str] = {}
+    for path in strip.locator("path").all():
+        for left, top, width in RECTANGLE.findall(path.get_attribute("d") or ""):
+            first = int(float(top)) // ROW_HEIGHT * per_row + int(left) // PITCH
+            for position in range(first, first + int(width) // PITCH):
+                assert position not in states, "two states are drawn for one block"
+                states[position] = path.get_attribute("data-state") or ""
+    return [states[position] for position in range(len(states))]
+
+
+def expand(strip: Sequence[Any]) -> list[str]:
+    """The state of each block."""
+    return [state for state, count in strip for _ in range(count)]
+
+
+def ask(server: Server, num_tokens: int, max_tokens: int) -> dict[str, Any]:
+    """One completion of a prompt of this length, to the last token asked for."""
+    (question,) = make_questions("late", num_tokens, 1, seed=num_tokens)
+    body = {"model": MODEL_NAME, "prompt": [BOS, *encode(question.prompt)], "max_tokens": max_tokens}
+    response = httpx.post(f"{server.url}/v1/completions", json=body | {"ignore_eos": True}, timeout=300)
+    answer: dict[str, Any] = response.raise_for_status().json()
+    return answer
+
+
+def read_at_one_step(server: Server) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The status, and one decoding request as its own route tells it at the same step."""
+    status_url, requests_url = f"{server.url}/flashmemory/status", f"{server.url}/flashmemory/requests"
+    with ThreadPoolExecutor() as pool:
+        for _ in range(200):
+            running = httpx.get(requests_url).json()["requests"]
+            ids = [one["engine_request_id"] for one in running if one["phase"] == "decode"]
+            # Who asks at once gets one answer.
+            answers = list(pool.map(httpx.get, [status_url, *(f"{requests_url}/{request_id}" for request_id in ids)]))
+            status = answers[0].json()
+            for one in (answer.json() for answer in answers[1:] if answer.is_success):
+                if one["step"] == status["step"]:
+                    return status, one
+    raise AssertionError("no two answers were of the same step")
+
+
+def test_the_strip_of_a_decoding_request_is_what_its_route_tells(server: Server, page: Page) -> None:
+    page.goto(f"{server.url}/flashmemory")
+    expect(page.get_by_text("No request runs.")).to_be_visible()
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(ask, server, *lengths) for lengths in ((8192, 400), (3000, 400))]
+        status, told = read_at_one_step(server)
+        page.route("**/flashmemory/status", lambda route: route.fulfill(json=status))
+        request_id = told["engine_request_id"]
+        expect(page.locator(f'[data-request="{request_id}"]')).to_have_attribute("data-step", str(told["step"]))
+        drawn = read_strip(page, request_id)
+        page.unroute_all()
+        # Live again: it goes on by itself.
+        expect(page.locator("#facts")).not_to_contain_text(f"step {told['step']} ", timeout=ANSWER_MS)
+        ids = {answer.result()["id"] for answer in answers}
+    assert drawn == expand(told["strips"][0])
+    assert len(drawn) == told["num_blocks"] > 90
+    assert {"sink", "recent", "resident", "evicted"} <= set(drawn)
+    expect(page.get_by_text("No request runs.")).to_be_visible(timeout=ANSWER_MS)
+    assert told["request_id"].removesuffix("-0") in ids
+    # What it chose stays when it has ended.
+    expect(page.get_by_role("cell", name=told["request_id"]).first).to_be_visible()
+
+
+def test_it_asks_for_the_api_key_and_sends_it(page: Page) -> None:
+    app = make_app([make_status(make_request("cmpl-a-0"))], api_keys=["secret"])
+    with serving(app) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        field = page.get_by_label("This server has an API key")
+        expect(field).to_be_focused()
+        expect(page.get_by_role("heading", name="Memory", exact=True)).to_be_hidden()
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_have_text("this key is not right")
+        page.keyboard.type("secret")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_have_text("live")
+        expect(page.get_by_role("heading", name="cmpl-a-0")).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("status")).to_have_text("live")
+
+
+def test_a_server_that_goes_away_is_told_and_found_again(page: Page) -> None:
+    with serving(make_app([make_status(make_request("cmpl-a-0"))])) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.get_by_role("status")).to_have_text("live")
+    expect(page.get_by_role("status")).to_contain_text("server does not answer")
+    expect(page.get_by_role("heading", name="cmpl-a-0")).to_be_visible()
+    with serving(make_app([make_status(step=99)]), port):
+        expect(page.get_by_role("status")).to_have_text("live", timeout=ANSWER_MS)
+        expect(page.get_by_text("No request runs.")).to_be_visible()
+        expect(page.get_by_text("step 99")).to_be_visible()
+
+
+def test_another_backend_is_told(page: Page) -> None:
+    app = make_app([])
+    app.state.flashmemory_status = None
+    with serving(app) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.get_by_role("status")).to_contain_text("does not run --attention-backend flashmemory")
+
+
+def test_a_request_id_is_text_whatever_it_holds(page: Page) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    with serving(make_app([make_status(make_request(hostile))])) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.get_by_role("heading", name=hostile)).to_be_visible()
+        assert page.locator("img").count() == 0
+
+
+def test_every_layer_group_has_a_strip_and_a_late_selection_is_marked(page: Page) -> None:
+    request = make_request("cmpl-a-0", strips=[STRIP, STRIP[::-1]])
+    with serving(make_app([make_status(request)])) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.get_by_role("img", name=re.compile("layer group"))).to_have_count(2)
+        expect(page.get_by_role("cell", name="late")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_narrow_screen_with_a_very_long_request(
+    page: Page, scheme: Any, contrast_of: Callable[[str], float]
+) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 320, "height": 700})
+    strip = [["sink", 4], *([["evicted", 30], ["resident", 2]] * 1024), ["recent", 8]]
+    with serving(make_app([make_status(make_request("cmpl-" + "long" * 30, strips=[strip]))])) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.get_by_role("img", name=re.compile("30,720 evicted"))).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") == 320
+        for selector in ("h1", "#facts", "#connection", ".note", ".counts", "th"):
+            assert contrast_of(selector) >= 4.5, selector
+
+
+@pytest.fixture
+def contrast_of(page: Page) -> Callable[[str], float]:
+    """Contrast of a text against the page by WCAG 2: 21 for black on white."""
+
+    def luminance(selector: str, name: str) -> float:
+        color = page.locator(selector).first.evaluate("(one, name) => getComputedStyle(one)[name]", name)
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(selector: str) -> float:
+        dark, light = sorted((luminance(selector, "color"), luminance("body", "backgroundColor")))
+        return (light + 0.05) / (dark + 0.05)
+
+    return contrast

@@ -1,0 +1,77 @@
+"""A document's tensors: rows joined as the format says, nothing lost but what it leaves out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flashmemory_vllm.capture.document import LEAST_MASS, Document, Recording
+from flashmemory_vllm.errors import IntegrityError
+from tests.unit.capture.documents import BLOCK_SIZE, MIN_VOTES, make_document
+
+
+def test_rows_come_back_out_of_the_joined_arrays() -> None:
+    document = make_document(1, prompt_len=30, num_outputs=7)
+    tensors = document.tensors(BLOCK_SIZE, MIN_VOTES)
+    for index, token in enumerate(document.recording.tokens):
+        assert tensors["positions"][index] == token.position
+        golden = slice(tensors["golden_ptr"][index], tensors["golden_ptr"][index + 1])
+        # The block that the token itself lies in is no candidate
+        expected = [block for block in range(token.position // BLOCK_SIZE) if token.votes[block] >= MIN_VOTES]
+        assert tensors["golden_ids"][golden].tolist() == expected
+        assert tensors["golden_votes"][golden].tolist() == token.votes[expected].tolist()
+        mass = slice(tensors["mass_ptr"][index], tensors["mass_ptr"][index + 1])
+        dense = np.zeros(len(token.mass))
+        dense[tensors["mass_ids"][mass]] = tensors["mass"][mass]
+        np.testing.assert_allclose(dense, token.mass, rtol=1e-3, atol=LEAST_MASS)
+        assert token.layer_mass is not None
+        width = token.layer_mass.shape[2]
+        assert np.array_equal(tensors["layer_mass"][:, index, :, :width], token.layer_mass)
+        assert not tensors["layer_mass"][:, index, :, width:].any()
+    types = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+    assert types == {
+        "keys": "float16",
+        "queries": "float16",
+        "positions": "int32",
+        "golden_ptr": "int32",
+        "golden_ids": "int32",
+        "golden_votes": "uint8",
+        "mass_ptr": "int32",
+        "mass_ids": "int32",
+        "mass": "float16",
+        "group": "int32",
+        "answer": "int32",
+        "digest": "uint8",
+        "outputs": "int32",
+        "layer_mass": "float16",
+    }
+
+
+def test_what_was_computed_beyond_the_stop_token_is_left_out() -> None:
+    tensors = make_document(2, num_outputs=5, num_recorded=6).tensors(BLOCK_SIZE, MIN_VOTES)
+    assert tensors["positions"].tolist() == [9, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("every", "given", "recorded"),
+    [
+        (1, (2, 8), (2, 8)),
+        (1, (2, 30), (2, 9)),
+        (3, (2, 8), (1, 2)),
+        (3, (4, 5), (-1, -1)),
+        (1, (20, 22), (-1, -1)),
+        (1, None, (-1, -1)),
+    ],
+)
+def test_answer_in_recorded_tokens(every: int, given: tuple[int, int] | None, recorded: tuple[int, int]) -> None:
+    document = make_document(3, num_outputs=10, every=every, answer=given)
+    assert tuple(document.tensors(BLOCK_SIZE, MIN_VOTES)["answer"].tolist()) == recorded
+
+
+def test_numbers_beyond_float16_are_refused() -> None:
+    document: Document = make_document(4)
+    keys = document.recording.keys.copy()
+    keys[0, 0, 0, 0, 0] = np.inf
+    broken = replace(document, recording=Recording(keys, document.recording.tokens))
+    with pytest.raises(IntegrityError, match="keys of the model"):
+        broken.tensors(BLOCK_SIZE, MIN_VOTES)

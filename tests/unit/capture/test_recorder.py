@@ -1,0 +1,109 @@
+"""A recorder that watches a made-up model, whose every key is known, through chunked prefill and batched decode."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from flashmemory_vllm.capture.document import Recording
+from flashmemory_vllm.capture.labels import block_mass, golden_votes, pooled_keys
+from flashmemory_vllm.capture.recorder import BatchRow, Recorder, RecorderSettings
+from flashmemory_vllm.errors import IntegrityError
+
+LAYERS, HQ, HKV, D, BS, SLOTS = 3, 4, 2, 8, 4, 64
+ANCHORS = (0, 2)
+SCALE, TOP_P = 0.4, 0.6
+
+
+class Model:
+    """Requests with random queries and keys, whose pages lie anywhere among the slots."""
+
+    def __init__(self, lengths: Sequence[int], every: int = 1, *, layer_mass: bool = True) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.queries = [torch.randn(LAYERS, length, HQ, D, generator=generator) * 2 for length in lengths]
+        self.keys = [torch.randn(LAYERS, length, HKV, D, generator=generator) for length in lengths]
+        self.pages = torch.full((LAYERS, SLOTS, HKV, BS, D), torch.nan)
+        self.slots = torch.randperm(SLOTS, generator=generator).view(len(lengths), -1).int()
+        settings = RecorderSettings(LAYERS, ANCHORS, BS, SCALE, TOP_P, every, layer_mass)
+        self.recorder = Recorder(settings, lambda layer, slots: self.pages[layer].index_select(0, slots))
+
+    def step(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
+        """One forward pass of rows (request, prompt length, computed tokens, new tokens)."""
+        self.recorder.begin(
+            [BatchRow(str(index), prompt, done, new, self.slots[index]) for index, prompt, done, new in rows]
+        )
+        for layer in range(LAYERS):
+            for index, _, done, new in rows:
+                for token in range(done, done + new):
+                    page = self.slots[index, token // BS]
+                    self.pages[layer, page, :, token % BS] = self.keys[index][layer, token]
+            query = torch.cat([self.queries[index][layer, done : done + new] for index, _, done, new in rows])
+            self.recorder.layer(layer, query)
+        self.recorder.end()
+
+    def shares(self, index: int, position: int) -> torch.Tensor:
+        """[L, Hq, n] of one token."""
+        num_blocks = position // BS + 1
+        padded = torch.zeros(LAYERS, num_blocks * BS, HKV, D)
+        padded[:, : position + 1] = self.keys[index][:, : position + 1]
+        blocks = padded.view(LAYERS, num_blocks, BS, HKV, D).transpose(2, 3)
+        return torch.stack(
+            [
+                block_mass(self.queries[index][layer, position], blocks[layer], position + 1, SCALE)
+                for layer in range(LAYERS)
+            ]
+        )
+
+    def check(self, index: int, recording: Recording, positions: Iterator[int]) -> None:
+        expected = list(positions)
+        assert [token.position for token in recording.tokens] == expected
+        for token in recording.tokens:
+            shares = self.shares(index, token.position)
+            np.testing.assert_allclose(token.mass, shares.mean((0, 1)), rtol=1e-5)
+            assert token.votes.tolist() == golden_votes(shares.mean(1), TOP_P).tolist()
+            own = self.queries[index][list(ANCHORS), token.position].half()
+            assert np.array_equal(token.queries, own.numpy())
+            if token.layer_mass is not None:
+                both = torch.stack((shares.mean(1), shares.amax(1))).half()
+                np.testing.assert_allclose(token.layer_mass, both, rtol=1e-3, atol=1e-6)
+        num_full = (expected[-1] + 1) // BS
+        full = self.keys[index][list(ANCHORS), : num_full * BS].view(len(ANCHORS), num_full, BS, HKV, D)
+        pooled = torch.stack([pooled_keys(layer.transpose(1, 2)) for layer in full])
+        np.testing.assert_allclose(recording.keys, pooled.numpy(), rtol=1e-3)
+
+
+def test_two_requests_in_chunks_and_batches() -> None:
+    model = Model([40, 40])
+    model.step([(0, 19, 0, 10)])
+    model.step([(1, 9, 0, 9), (0, 19, 10, 9)])
+    for step in range(8):
+        rows = [(0, 19, 19 + step, 1), (1, 9, 9 + step, 1)]
+        model.step(rows[:: -1 if step % 2 else 1])
+    model.check(0, model.recorder.take("0"), iter(range(18, 27)))
+    model.check(1, model.recorder.take("1"), iter(range(8, 17)))
+
+
+def test_every_third_output_token() -> None:
+    model = Model([40], every=3, layer_mass=False)
+    model.step([(0, 11, 0, 11)])
+    for step in range(7):
+        model.step([(0, 11, 11 + step, 1)])
+    recording = model.recorder.take("0")
+    assert all(token.layer_mass is None for token in recording.tokens)
+    assert [token.position for token in recording.tokens] == [10, 13, 16]
+    model.check(0, recording, iter([10, 13, 16]))
+
+
+def test_a_request_that_began_unseen_is_refused() -> None:
+    with pytest.raises(IntegrityError, match="recording begins with its first token"):
+        Model([40]).step([(0, 11, 8, 3)])
+
+
+def test_a_pass_that_left_layers_out_is_refused() -> None:
+    model = Model([40])
+    model.recorder.begin([BatchRow("0", 11, 0, 11, model.slots[0])])
+    model.pages.zero_()
+    model.recorder.layer(0, model.queries[0][0, :11])
+    with pytest.raises(IntegrityError, match="1 of 3 layers"):
+        model.recorder.end()

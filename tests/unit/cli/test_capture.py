@@ -1,0 +1,65 @@
+"""`flashmemory capture` refuses what it cannot record, and starts an engine that every prompt fits in."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from flashmemory_vllm.capture.prompts import Prompt
+from flashmemory_vllm.capture.writer import ModelShape
+from flashmemory_vllm.cli import app
+from flashmemory_vllm.cli.capture import check, engine_arguments, make_meta
+from flashmemory_vllm.errors import ConfigError
+
+SHAPE = ModelShape(6, 4, 2, 64, 16, (2, 3, 4), 0.125, "bfloat16")
+PROMPTS = [Prompt((1,) * 100, 50, 0), Prompt((1,) * 120, 20, 1)]
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return app.build_parser().parse_args(["capture", "--out", "data", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--documents", "0"), "--documents is 0"),
+        (("--max-output-tokens", "0"), "--max-output-tokens is 0"),
+        (("--min-votes", "0"), "--min-votes is 0"),
+        (("--every", "-1"), "--every is -1"),
+        (("--delay", "-1"), "--delay is -1"),
+        (("--top-p", "0"), "--top-p is 0.0"),
+        (("--top-p", "1.5"), "--top-p is 1.5"),
+        (("--max-gib", "nan"), "--max-gib is nan"),
+        (("--prompts", "p.jsonl", "--accuracy-questions", "3"), "--accuracy-questions: given with --prompts"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check(parse(*arguments))
+    assert said in str(refusal.value)
+
+
+def test_defaults_are_allowed() -> None:
+    check(parse())
+
+
+def test_room_for_the_longest_prompt_with_its_answer() -> None:
+    arguments = engine_arguments(parse("--batch", "3", "--gpu-memory-bytes", "1024"), PROMPTS)
+    assert (arguments["max_model_len"], arguments["max_num_seqs"]) == (150, 3)
+    assert arguments["kv_cache_memory_bytes"] == 1024
+    assert "kv_cache_memory_bytes" not in engine_arguments(parse(), PROMPTS)
+
+
+def test_meta_of_a_capture() -> None:
+    meta = make_meta(parse("--every", "2", "--commit", "c", "--model", "org/name"), SHAPE, "qwen3", PROMPTS)
+    assert (meta.model, meta.min_votes, meta.window, meta.delay) == ("org/name", 2, 64, 1)
+    assert (meta.provenance["every"], meta.provenance["layer_mass"], meta.provenance["commit"]) == (2, False, "c")
+    assert make_meta(parse("--min-votes", "6"), SHAPE, "qwen3", PROMPTS).min_votes == 6
+    with pytest.raises(ConfigError, match="--min-votes is 7: allowed is at most 6"):
+        make_meta(parse("--min-votes", "7"), SHAPE, "qwen3", PROMPTS)
+
+
+def test_a_complete_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "index.json").write_text("{}")
+    assert app.main(["capture", "--out", str(tmp_path)]) == 0
+    assert "is complete" in capsys.readouterr().out

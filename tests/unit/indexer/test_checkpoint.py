@@ -1,0 +1,125 @@
+"""Checkpoints of indexers: what is saved comes back, and damage of every kind is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.checkpoint import (
+    FILE_NAME,
+    METADATA_KEY,
+    VERSION,
+    load_indexer,
+    read_spec,
+    resolve_indexer,
+    save_indexer,
+)
+from tests.unit.indexer.test_neural import SPEC, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_indexer(make_model(), tmp_path / FILE_NAME)
+    return tmp_path / FILE_NAME
+
+
+def _metadata(version: int = VERSION, **changes: object) -> dict[str, str]:
+    return {METADATA_KEY: json.dumps({"version": version, "spec": asdict(SPEC) | changes})}
+
+
+def test_what_is_saved_comes_back(path: Path) -> None:
+    model = load_indexer(path, CPU)
+    assert model.spec == read_spec(path) == SPEC
+    assert not any(weight.requires_grad for weight in model.parameters())
+    for name, weight in make_model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_a_truncated_file_is_refused(path: Path) -> None:
+    for size in (path.stat().st_size - 1, 100, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ConfigError, match=r"cannot be read: .*; allowed is a whole safetensors file"):
+            load_indexer(path, CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["query_up", "key_spread", "calibration"])
+def test_a_number_that_is_none_is_refused(path: Path, name: str, value: float) -> None:
+    weights = load_file(path)
+    weights[name].view(-1)[-1] = value
+    save_file(weights, path, metadata=_metadata())
+    with pytest.raises(ConfigError, match=f"{name} has NaN or infinite values"):
+        load_indexer(path, CPU)
+
+
+def test_other_weights_are_refused(path: Path) -> None:
+    weights = load_file(path)
+    save_file({name: weight for name, weight in weights.items() if name != "bias"}, path, metadata=_metadata())
+    with pytest.raises(ConfigError, match=r"weights \['bias'\] are missing or unknown"):
+        load_indexer(path, CPU)
+    save_file(weights | {"gate": weights["gate"][:, :-1].clone()}, path, metadata=_metadata())
+    with pytest.raises(ConfigError, match=r"gate has the shape \[3, 11, 3\], its spec says \[3, 12, 3\]"):
+        load_indexer(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "pt"}, "has no 'flashmemory_indexer' in its metadata: it is another kind of file"),
+        (None, "has no 'flashmemory_indexer' in its metadata"),
+        (_metadata(version=2), "has the format version 2: allowed is 1"),
+        ({METADATA_KEY: "{"}, "has no valid spec"),
+        ({METADATA_KEY: "{}"}, "has no valid spec in its metadata: KeyError"),
+        (_metadata(other=3), r"fields \['other'\] are missing or unknown"),
+        (_metadata(aggregate="sum"), "aggregate is 'sum'"),
+    ],
+)
+def test_other_metadata_are_refused(path: Path, metadata: dict[str, str] | None, message: str) -> None:
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(ConfigError, match=message):
+        read_spec(path)
+
+
+def test_equal_weights_make_equal_files(path: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        save_indexer(make_model(), tmp_path / f"{number}.safetensors")
+        assert (tmp_path / f"{number}.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_files_and_folders_are_found(path: Path) -> None:
+    assert resolve_indexer(str(path)) == resolve_indexer(str(path.parent)) == path
+
+
+@pytest.mark.parametrize("name", ["/no/such/file", "missing/indexer.safetensors", "one-word", "a/b/c"])
+def test_what_is_neither_file_nor_hub_id_is_refused(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"allowed is a file, a folder with indexer\.safetensors, or a Hugging Face id"
+    ):
+        resolve_indexer(name)
+
+
+def test_a_hub_id_is_fetched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(repo_id: str, filename: str) -> str:
+        assert (repo_id, filename) == ("owner/name", FILE_NAME)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert resolve_indexer("owner/name") == path
+
+
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(repo_id: str, filename: str) -> str:
+        raise ConnectionError(f"no way to {repo_id}/{filename}\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ConfigError, match=r"could not be fetched .*\(no way to owner/name/indexer.safetensors\)"):
+        resolve_indexer("owner/name")

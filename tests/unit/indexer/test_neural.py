@@ -1,0 +1,188 @@
+"""Selector `neural`: what serving scores is what was trained, from pages or gathered keys, and misfits are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flashmemory_kernels.score_chunks import dequantise_codes
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, create_selector
+from flashmemory_vllm.indexer.checkpoint import save_indexer
+from flashmemory_vllm.indexer.neural import NeuralSelector
+from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, ensemble
+
+SPEC = IndexerSpec(
+    model="toy",
+    num_layers=6,
+    num_query_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    block_size=8,
+    anchor_layers=(1, 3, 4),
+    rank=12,
+    num_heads=3,
+    dim=20,
+    aggregate="max",
+    threshold=0.5,
+    tau=64,
+    delay=1,
+    data="0" * 64,
+)
+N, NUM_BLOCKS, NUM_SLOTS = 30, 23, 25
+
+
+def make_model(spec: IndexerSpec = SPEC) -> NeuralIndexer:
+    """Drawn weights with every part of the formula at work."""
+    generator = torch.Generator().manual_seed(0)
+    model = NeuralIndexer(spec)
+    model.init_weights(generator)
+    for weight in (model.gate, model.bias, model.distance):
+        torch.nn.init.normal_(weight, generator=generator)
+    model.standardise(torch.randn(9, 3, 4, 16, generator=generator), torch.randn(9, 3, 2, 3, 16, generator=generator))
+    model.calibrate(0.7, -0.3)
+    return model.eval()
+
+
+def make_geometry(spec: IndexerSpec = SPEC, layer_groups: tuple[int, ...] = (0, 0, 0)) -> IndexGeometry:
+    return IndexGeometry(
+        num_logical_blocks=N,
+        block_size=spec.block_size,
+        num_query_heads=spec.num_query_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        softmax_scale=0.25,
+        anchor_layers=spec.anchor_layers,
+        layer_groups=layer_groups,
+        num_groups=max(layer_groups) + 1,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+class History:
+    """Random keys of some blocks under shuffled ids, and random queries."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randperm(N, generator=generator)[:NUM_BLOCKS]
+        self.keys = torch.randn(3, NUM_BLOCKS, 2, 8, 16, generator=generator)
+        self.queries = torch.randn(3, 4, 16, generator=generator)
+
+    @property
+    def pooled(self) -> torch.Tensor:
+        """As the data format has it, [n, A, Hkv, 3, D]."""
+        keys = self.keys.transpose(0, 1)
+        return torch.stack((keys.amax(3), keys.amin(3), keys.mean(3)), dim=3)
+
+    def expected(self, model: NeuralIndexer) -> torch.Tensor:
+        """Logits of the module, [A, n]."""
+        rows = torch.arange(NUM_BLOCKS).unsqueeze(0)
+        with torch.no_grad():
+            logits: torch.Tensor = model(self.queries.unsqueeze(0), self.pooled, rows, NUM_BLOCKS - rows.float())[0]
+        return logits
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    path = tmp_path / "indexer.safetensors"
+    save_indexer(make_model(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("layer_groups", [(0, 0, 0), (1, 0, 1)])
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+def test_score_is_the_modules_probability(tmp_path: Path, aggregate: str, layer_groups: tuple[int, ...]) -> None:
+    model = make_model(replace(SPEC, aggregate=aggregate))  # type: ignore[arg-type]
+    save_indexer(model, tmp_path / "indexer.safetensors")
+    selector = create_selector("neural", make_geometry(layer_groups=layer_groups), indexer=str(tmp_path))
+    history = History()
+    selector.add_blocks(history.ids, list(history.keys))
+    logits = history.expected(model)
+    rows = [
+        ensemble(logits[[own == group for own in layer_groups]], model.spec.aggregate)
+        for group in range(max(layer_groups) + 1)
+    ]
+    score = selector.score(ScoringRequest("r", history.ids, history.queries, 0))
+    assert score.dtype == torch.float32
+    # fp8 codes may round the other way where two sums differ in their last bit.
+    torch.testing.assert_close(score, model.probability(torch.stack(rows)), rtol=1e-3, atol=1e-4)
+
+
+def test_pages_give_the_codes_of_gathered_keys(checkpoint: str) -> None:
+    history = History()
+    gathered, paged = (NeuralSelector(make_geometry(), checkpoint) for _ in range(2))
+    gathered.add_blocks(history.ids, list(history.keys))
+    pages = torch.full((3, NUM_SLOTS, 8, 2, 32), torch.nan).transpose(2, 3)[..., :16]
+    slots = [torch.randperm(NUM_SLOTS)[:NUM_BLOCKS] for _ in range(3)]
+    for layer_pages, layer_slots, keys in zip(pages, slots, history.keys, strict=True):
+        layer_pages[layer_slots] = keys
+    half = NUM_BLOCKS // 2
+    for part in (slice(half), slice(half, None)):
+        paged.add_blocks(history.ids[part], list(pages), [layer_slots[part] for layer_slots in slots])
+    request = ScoringRequest("r", history.ids, history.queries, 0)
+    torch.testing.assert_close(paged.score(request), gathered.score(request), rtol=1e-3, atol=1e-4)
+
+
+def test_stored_codes_are_the_rounded_ones(checkpoint: str) -> None:
+    selector, history = NeuralSelector(make_geometry(), checkpoint), History()
+    selector.add_blocks(history.ids, list(history.keys))
+    stored = dequantise_codes(selector.codes, selector.scales)[:, history.ids]
+    with torch.no_grad():
+        codes = make_model().encode_keys(history.pooled).transpose(0, 1)
+    # Three bits of mantissa; the smallest numbers of a row have fewer.
+    torch.testing.assert_close(stored, codes, rtol=2**-4, atol=float(codes.abs().max()) / 448 * 2**-9)
+
+
+def test_bytes_per_block_are_known_before_anything_is_allocated(checkpoint: str) -> None:
+    selector = NeuralSelector(make_geometry(), checkpoint)
+    allocated = selector.codes.untyped_storage().nbytes() + selector.scales.untyped_storage().nbytes()
+    assert selector.bytes_per_block() * N == allocated == 3 * (20 + 4) * N
+    meta = NeuralSelector(replace(make_geometry(), device=torch.device("meta")), checkpoint)
+    assert meta.bytes_per_block() == selector.bytes_per_block()
+    assert meta.codes.is_meta
+    assert meta.score_threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_query_heads": 8}, r"num_query_heads 4 \(served: 8\)"),
+        ({"num_kv_heads": 4}, r"num_kv_heads 2 \(served: 4\)"),
+        ({"head_dim": 64}, r"head_dim 16 \(served: 64\)"),
+        ({"block_size": 16}, r"block_size 8 \(served: 16\)"),
+        ({"anchor_layers": (1, 3, 5)}, r"anchor_layers \[1, 3, 4\] \(served: \[1, 3, 5\]\)"),
+        ({"head_dim": 64, "block_size": 16}, r"head_dim 16 \(served: 64\), block_size 8 \(served: 16\)"),
+    ],
+)
+def test_another_model_is_refused(checkpoint: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=r"was trained for 'toy' with .*" + message):
+        NeuralSelector(make_geometry(replace(SPEC, **change)), checkpoint)
+
+
+def test_what_is_missing_is_told(checkpoint: str) -> None:
+    with pytest.raises(ConfigError, match=r"layer groups \[1\] have none of them"):
+        NeuralSelector(make_geometry(layer_groups=(0, 0, 2)), checkpoint)
+    with pytest.raises(ConfigError, match="'neural' needs the option indexer"):
+        create_selector("neural", make_geometry())
+    with pytest.raises(ConfigError, match="needs queries"):
+        NeuralSelector(make_geometry(), checkpoint).score(ScoringRequest("r", torch.arange(2), None, 0))
+
+
+def test_an_indexer_implies_the_selector() -> None:
+    def read(**options: object) -> FlashMemoryConfig:
+        return FlashMemoryConfig.from_additional_config({"flashmemory": options})
+
+    assert read(indexer="x.safetensors").selector == "neural"
+    assert read(indexer="x.safetensors", selector="neural").indexer == "x.safetensors"
+    with pytest.raises(ConfigError, match=r"flashmemory\.selector is 'bounds' and flashmemory\.indexer is 'x'"):
+        read(indexer="x", selector="bounds")
+    with pytest.raises(ConfigError, match=r"'neural' and flashmemory\.indexer is None"):
+        read(selector="neural")
+    with pytest.raises(ConfigError, match=r"flashmemory\.indexer is 3: allowed is unset or text"):
+        read(indexer=3)

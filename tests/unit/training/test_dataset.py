@@ -1,0 +1,129 @@
+"""Recordings as files: what is read is what was written, windows and unions follow the definition, damage is told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.training.dataset import Document, Ragged, TrainingData, split_documents
+from tests.unit.training.recordings import Toy, write_recordings
+
+SMALL = Toy(documents=3, prompt_blocks=8, tokens=10, per_shard=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_recordings(tmp_path, SMALL)
+    return tmp_path
+
+
+def _document(positions: list[int], golden: list[list[int]], block_size: int = 2, num_blocks: int = 40) -> Document:
+    pointers = torch.tensor([0, *np.cumsum([len(ids) for ids in golden])], dtype=torch.int32)
+    ids = torch.tensor([block for blocks in golden for block in blocks], dtype=torch.int32)
+    tensors = {
+        "keys": torch.zeros(1, num_blocks, 1, 3, 2),
+        "queries": torch.zeros(len(positions), 1, 1, 2),
+        "positions": torch.tensor(positions, dtype=torch.int32),
+        "golden_ptr": pointers,
+        "golden_ids": ids,
+        "mass_ptr": pointers,
+        "mass_ids": ids,
+        "mass": torch.full((len(ids),), 0.25, dtype=torch.float16),
+    }
+    return Document(tensors, block_size)
+
+
+@given(
+    steps=st.lists(st.integers(1, 3), min_size=1, max_size=20),
+    golden=st.lists(st.sets(st.integers(0, 30)), min_size=20, max_size=20),
+    tau=st.integers(1, 8),
+    delay=st.integers(0, 3),
+)
+def test_union_and_mass_of_a_window_are_those_of_its_tokens(
+    steps: list[int], golden: list[set[int]], tau: int, delay: int
+) -> None:
+    positions = (10 + np.cumsum(steps)).tolist()
+    document = _document(positions, [sorted(ids) for ids in golden[: len(positions)]])
+    for token, position in enumerate(positions):
+        in_force = [
+            other for other, later in enumerate(positions) if position + 1 + delay <= later <= position + tau + delay
+        ]
+        window = document.window(token, tau, delay)
+        assert list(range(*window)) == in_force
+        needed = sorted({block for other in in_force for block in golden[other] if block < position // 2})
+        assert document.golden.union(*window, document.num_candidates(token)).tolist() == needed
+        mass = document.mass.sums(*window, 31)
+        assert mass.tolist() == [0.25 * sum(block in golden[other] for other in in_force) for block in range(31)]
+
+
+def test_blocks_that_nearly_all_tokens_need_are_trivial() -> None:
+    golden = [[0, 3]] * 8 + [[0]] * 2
+    assert np.flatnonzero(_document(list(range(20, 30)), golden).trivial_blocks()).tolist() == [0]
+    assert len(Ragged(np.zeros(1, np.int64), np.zeros(0, np.int64)).union(0, 0, 5)) == 0
+
+
+def test_documents_are_found_in_their_shards(folder: Path) -> None:
+    data = TrainingData(folder)
+    assert (len(data), data.meta.anchor_layers, data.meta.block_size) == (3, (2, 4), 16)
+    first, last = data.load(0), data.load(2)
+    assert first.queries.shape == (10, 2, 4, 16)
+    assert first.keys.shape == (2, 8, 2, 3, 16)
+    assert not torch.equal(first.keys, last.keys)
+
+
+def test_the_split_follows_the_seed_and_leaves_out_nothing() -> None:
+    train, validation = split_documents(20, 0.1, seed=3)
+    assert (len(train), len(validation)) == (18, 2)
+    assert sorted([*train, *validation]) == list(range(20))
+    assert split_documents(20, 0.1, seed=3) == (train, validation)
+    assert split_documents(20, 0.1, seed=4) != (train, validation)
+    assert [len(part) for part in split_documents(2, 0.9, seed=0)] == [1, 1]
+    with pytest.raises(ConfigError, match="has 1 documents: allowed is 2 or more"):
+        split_documents(1, 0.1, seed=0)
+
+
+def test_an_unfinished_folder_is_refused(folder: Path) -> None:
+    (folder / "index.json").unlink()
+    with pytest.raises(ConfigError, match=r"index\.json does not exist; allowed is the folder of a finished capture"):
+        TrainingData(folder)
+
+
+def test_a_truncated_shard_is_refused(folder: Path) -> None:
+    shard = folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"shard-00001.* has not the \d+ bytes"):
+        TrainingData(folder)
+
+
+def test_a_wrong_shard_is_refused(folder: Path) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][1] |= {"documents": 2}
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="has 4 documents, its meta says 3"):
+        TrainingData(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2: allowed is 1"),
+        ({"documents": 4}, "has 3 documents, its meta says 4"),
+    ],
+)
+def test_a_wrong_meta_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        TrainingData(folder)
+
+
+def test_tensors_of_another_model_are_refused(folder: Path) -> None:
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_query_heads": 8}))
+    with pytest.raises(ConfigError, match=r"document 1 of .*: queries is \[10, 2, 4, 16\], expected \[10, 2, 8, 16\]"):
+        TrainingData(folder).load(1)

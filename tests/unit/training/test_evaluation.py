@@ -1,0 +1,71 @@
+"""Quality of a selection: by hand on a small document, and the oracle is the best there is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
+from flashmemory_vllm.training.dataset import TrainingData
+from flashmemory_vllm.training.evaluation import MAIN_RATIO, IndexerScorer, Question, ask, frame_of, judge
+from flashmemory_vllm.training.processes import Processes
+from flashmemory_vllm.training.trainer import TrainSettings, make_spec
+from flashmemory_vllm.training.validation import Validation
+from tests.unit.training.recordings import Toy, write_recordings
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    folder: Path = tmp_path_factory.mktemp("data")
+    write_recordings(folder, Toy(documents=4, tokens=24))
+    return TrainingData(folder)
+
+
+def test_a_selection_is_judged_by_what_it_keeps(data: TrainingData) -> None:
+    document = data.load(0)
+    # 1601 tokens: of 101 blocks 13 are kept, 4 of the sink and 3 recent ones among them
+    mass = np.zeros(100, np.float32)
+    mass[[0, 40, 50]] = [0.5, 0.25, 0.25]
+    question = Question(0, 100, 1601, needed=np.array([0, 40, 50]), mass=mass)
+    frame, budget = frame_of(question, document.block_size, MAIN_RATIO)
+    assert (frame.sink_end, frame.recent_start, budget) == (4, 98, 13)
+    scores = torch.zeros(100)
+    scores[40:46] = 1
+    quality = judge(document, question, scores, MAIN_RATIO)
+    assert quality.recall == pytest.approx(2 / 3)
+    assert quality.mass == pytest.approx(0.75)
+
+
+def test_attention_to_newer_blocks_is_never_missed(data: TrainingData) -> None:
+    mass = np.zeros(103, np.float32)
+    mass[[60, 102]] = [0.25, 0.75]
+    question = Question(0, 100, 1601, needed=np.array([60]), mass=mass)
+    assert judge(data.load(0), question, -torch.arange(100.0), MAIN_RATIO) == (0, 0.75)
+
+
+def test_the_oracle_is_the_best_and_random_is_not_good(data: TrainingData) -> None:
+    validation = Validation(data, range(4), tau=4, delay=1, limit=12)
+    scores = {name: Processes().mean(columns) for name, columns in validation.run_baselines().items()}
+    for key in scores["oracle"]:
+        assert scores["oracle"][key] == max(values[key] for values in scores.values())
+    assert scores["oracle"]["mass@0.135"] > 0.99
+    assert scores["random"]["mass@0.135"] < 0.6
+    assert len(validation) == 4 * 12
+
+
+def test_questions_are_spread_over_a_document(data: TrainingData) -> None:
+    tokens = [question.token for question in ask(data.load(1), tau=4, delay=1, limit=5)]
+    assert (len(tokens), tokens[0], tokens[-1]) == (5, 0, 21)
+
+
+def test_a_document_is_scored_as_the_model_does(data: TrainingData) -> None:
+    model = NeuralIndexer(make_spec(data, TrainSettings(rank=16, heads=4, dim=32))).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.distance)
+    document = data.load(0)
+    num_candidates = document.num_candidates(3)
+    blocks = torch.arange(num_candidates).unsqueeze(0)
+    with torch.no_grad():
+        logits = model(document.queries[3:4], document.keys.transpose(0, 1), blocks, num_candidates - blocks.float())
+    torch.testing.assert_close(IndexerScorer(model, document)(3), ensemble(logits, "max")[0], rtol=1e-4, atol=1e-5)

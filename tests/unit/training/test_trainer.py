@@ -1,0 +1,156 @@
+"""Training lowers the loss and finds needed blocks, repeats under a seed, and goes on as if never stopped."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.training.dataset import TrainingData
+from flashmemory_vllm.training.processes import Processes
+from flashmemory_vllm.training.trainer import (
+    Trainer,
+    TrainResult,
+    TrainSettings,
+    focal_loss,
+    learning_rate_share,
+    make_spec,
+)
+from flashmemory_vllm.training.validation import Validation
+from tests.unit.training.recordings import Toy, write_recordings
+
+SETTINGS = TrainSettings(
+    epochs=3, batch=32, rank=32, heads=4, dim=32, tau=6, patience=100, validation_share=0.2, questions=16, save_every=7
+)
+SHORT = replace(SETTINGS, epochs=2, validate_every=5)
+RECALL, MASS = "recall@0.135", "mass@0.135"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    folder: Path = tmp_path_factory.mktemp("small")
+    write_recordings(folder, Toy(documents=10, prompt_blocks=60, tokens=24))
+    return TrainingData(folder)
+
+
+def _trainer(data: TrainingData, state: Path, settings: TrainSettings = SHORT) -> Trainer:
+    return Trainer(data, settings, state, Processes(), torch.device("cpu"), lambda _line: None)
+
+
+def _stop_after(trainer: Trainer, step: int) -> None:
+    """Let a run be killed before the step."""
+    train = trainer._train
+
+    def kill(*args: object) -> None:
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        train(*args)  # type: ignore[arg-type]
+
+    trainer._train = kill  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+
+
+def _assert_equal(one: TrainResult, other: TrainResult) -> None:
+    for name, weight in one.model.state_dict().items():
+        torch.testing.assert_close(other.model.state_dict()[name], weight, rtol=0, atol=0)
+    assert [{**row, "loss": None} for row in one.history] == [{**row, "loss": None} for row in other.history]
+    torch.testing.assert_close(
+        [row["loss"] for row in one.history], [row["loss"] for row in other.history], rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_training_finds_needed_blocks(tmp_path: Path) -> None:
+    write_recordings(tmp_path / "data", Toy(documents=20, tokens=96))
+    data = TrainingData(tmp_path / "data")
+    trainer = _trainer(data, tmp_path / "state.pt", SETTINGS)
+    drawn = NeuralIndexer(make_spec(data, SETTINGS)).eval()
+    drawn.init_weights(torch.Generator().manual_seed(0))
+    untrained = Processes().mean(trainer.validation.run(drawn))
+    random = Processes().mean(trainer.validation.run_baseline("random"))
+    bounds = Processes().mean(trainer.validation.run_baseline("bounds"))
+    history = trainer.run().history
+    best = max(history, key=lambda row: row[RECALL])
+    assert history[-1]["loss"] < 0.7 * history[1]["loss"]
+    # Block 0, which is forced, is half of what most questions need: recall starts at one half.
+    for other in (random, untrained, bounds):
+        assert best[RECALL] > other[RECALL] + 0.05
+        assert best[MASS] > other[MASS] + 0.08
+    assert best[RECALL] > history[0][RECALL] + 0.02
+
+
+def test_equal_seeds_give_equal_weights(small: TrainingData, tmp_path: Path) -> None:
+    first, second = (_trainer(small, tmp_path / f"{name}.pt").run() for name in "ab")
+    _assert_equal(first, second)
+    other = _trainer(small, tmp_path / "c.pt", replace(SHORT, seed=1)).run()
+    assert not torch.equal(other.model.key_project, first.model.key_project)
+
+
+@pytest.mark.parametrize("killed_before", [8, 14, 18])
+def test_a_killed_run_goes_on_as_if_never_stopped(small: TrainingData, tmp_path: Path, killed_before: int) -> None:
+    settings = replace(SHORT, epochs=4)
+    whole = _trainer(small, tmp_path / "whole.pt", settings).run()
+    assert whole.steps > killed_before
+    killed = _trainer(small, tmp_path / "killed.pt", settings)
+    _stop_after(killed, killed_before)
+    resumed = _trainer(small, tmp_path / "killed.pt", settings)
+    resumed.resume()
+    assert resumed.step == killed_before // 7 * 7
+    _assert_equal(resumed.run(), whole)
+    finished = _trainer(small, tmp_path / "killed.pt", settings)
+    finished.resume()
+    _assert_equal(finished.run(), whole)
+
+
+def test_other_settings_or_data_are_not_resumed(small: TrainingData, tmp_path: Path) -> None:
+    _trainer(small, tmp_path / "state.pt", replace(SHORT, epochs=1)).run()
+    with pytest.raises(ConfigError, match=r"was made with lr 0\.001, 0\.01 is given; allowed is the same"):
+        _trainer(small, tmp_path / "state.pt", replace(SHORT, epochs=1, lr=0.01)).resume()
+    write_recordings(tmp_path / "data", Toy(documents=11, prompt_blocks=60, tokens=24))
+    with pytest.raises(ConfigError, match="was made with data"):
+        _trainer(TrainingData(tmp_path / "data"), tmp_path / "state.pt", replace(SHORT, epochs=1)).resume()
+
+
+def test_training_ends_when_recall_no_longer_rises(small: TrainingData, tmp_path: Path) -> None:
+    result = _trainer(small, tmp_path / "state.pt", replace(SHORT, lr=1e-12, patience=2)).run()
+    assert result.steps == 10
+    assert len(result.history) == 3
+
+
+def test_the_best_weights_are_kept_not_the_last(small: TrainingData, tmp_path: Path) -> None:
+    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, lr=1.0))
+    result = trainer.run()
+    best = max(row[RECALL] for row in result.history)
+    assert Processes().mean(trainer.validation.run(result.model.eval()))[RECALL] == best
+    assert result.history[-1][RECALL] < best
+
+
+def test_calibration_makes_a_probability(small: TrainingData, tmp_path: Path) -> None:
+    trainer = _trainer(small, tmp_path / "state.pt")
+    model = trainer.run().model.eval()
+    validation: Validation = trainer.validation
+    before = validation.threshold_share(model)
+    validation.calibrate(model)
+    logits, labels = validation._candidates(model)
+    probabilities = model.probability(logits)
+    # The maximum-likelihood offset makes the mean probability the share of needed blocks.
+    assert float(probabilities.mean()) == pytest.approx(float(labels.float().mean()), abs=1e-3)
+    assert validation.threshold_share(model)[0] <= before[0]
+
+
+def test_focal_loss_is_its_definition() -> None:
+    logits, labels, weights = torch.randn(5, 7), (torch.rand(5, 7) < 0.3).float(), torch.rand(5, 7)
+    right = torch.where(labels == 1, logits.sigmoid(), 1 - logits.sigmoid())
+    expected = (-((1 - right) ** 2) * right.log() * weights).sum() / weights.sum()
+    torch.testing.assert_close(focal_loss(logits, labels, weights), expected)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    shares = [learning_rate_share(step, 1000) for step in range(1000)]
+    assert shares[0] == pytest.approx(1 / 30)
+    assert max(shares) == shares[30] == 1.0
+    assert shares[-1] < 1e-4
+    assert all(math.isfinite(learning_rate_share(step, 1)) for step in range(2))
