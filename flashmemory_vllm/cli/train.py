@@ -1,0 +1,119 @@
+"""`flashmemory train`: a neural indexer from recorded attention, alone or in every process that torchrun starts."""
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from flashmemory_vllm.config import Aggregate
+from flashmemory_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+# Name, default, smallest value, help
+_INTEGERS = (
+    ("epochs", 4, 1, "passes over the recorded tokens"),
+    ("batch", 64, 1, "tokens of a step, of all processes together"),
+    ("rank", 64, 1, "width of the bottleneck between queries and index heads"),
+    ("heads", 16, 1, "index heads"),
+    ("dim", 128, 1, "elements of a block's code; a block takes this many bytes and 4 for each anchor layer"),
+    ("tau", 64, 1, "decode steps for which a selection is in force, as tau_steps in serving"),
+    ("seed", 0, 0, "seed of weights, split, order and negatives"),
+    ("validate-every", 0, 0, "steps between two validations; 0 is half an epoch"),
+    ("patience", 6, 1, "validations without a better recall after which training ends"),
+    ("questions", 32, 1, "validation tokens of a document, at most"),
+    ("save-every", 500, 1, "steps between two saved states"),
+)
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the `train` command."""
+    parser = subparsers.add_parser("train", help="train a neural indexer on what `capture` recorded")
+    parser.add_argument("--data", type=Path, required=True, help="folder of a finished capture")
+    parser.add_argument("--out", type=Path, required=True, help="file of the weights, .safetensors; card beside it")
+    for name, default, _, text in _INTEGERS:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}. Default: {default}")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate. Default: 0.001")
+    parser.add_argument("--delay", type=int, help="steps until a selection is in force. Default: as recorded")
+    parser.add_argument(
+        "--aggregate", choices=get_args(Aggregate), default="max", help="how layers are combined. Default: max"
+    )
+    parser.add_argument(
+        "--validation-share", type=float, default=0.1, help="share of the documents that is kept back. Default: 0.1"
+    )
+    parser.add_argument("--device", help="torch device. Default: cuda if there is one, else cpu")
+    parser.add_argument("--resume", action="store_true", help="go on from the saved state if there is one")
+    parser.add_argument("--commit", help="commit to name in the card, where git is not there to ask")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, calibrate, and write weights, card and curves."""
+    from flashmemory_vllm.evaluation.provenance import Provenance
+    from flashmemory_vllm.training.card import require_matplotlib
+    from flashmemory_vllm.training.dataset import TrainingData
+    from flashmemory_vllm.training.finish import finish
+    from flashmemory_vllm.training.processes import Processes
+    from flashmemory_vllm.training.trainer import Trainer, TrainSettings
+
+    _check(args)
+    require_matplotlib()
+    device = _device(args.device)
+    data = TrainingData(args.data)
+    if args.delay is None:
+        args.delay = data.meta.delay
+    settings = TrainSettings(**{field.name: getattr(args, field.name) for field in fields(TrainSettings)})
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    state = args.out.with_suffix(".state.pt")
+    processes = Processes.join(device)
+    try:
+        trainer = Trainer(data, settings, state, processes, device, _report)
+        if args.resume and state.is_file():
+            trainer.resume()
+        result = trainer.run()
+    finally:
+        processes.leave()
+    if processes.is_first:
+        provenance = Provenance.collect(["flashmemory", *sys.argv[1:]], args.commit)
+        for path in finish(result, trainer.validation, provenance, args.out):
+            print(path)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {args.out}: allowed is a file that ends in .safetensors")
+    smallest = [(name, getattr(args, name.replace("-", "_")), least) for name, _, least, _ in _INTEGERS]
+    if args.delay is not None:
+        smallest.append(("delay", args.delay, 0))
+    for name, given, least in smallest:
+        if given < least:
+            raise ConfigError(f"--{name} is {given}: allowed is {least} or more")
+    if not args.lr > 0:
+        raise ConfigError(f"--lr is {args.lr}: allowed is a number above 0")
+    if not 0 < args.validation_share < 1:
+        raise ConfigError(f"--validation-share is {args.validation_share}: allowed is a number between 0 and 1")
+
+
+def _device(given: str | None) -> "torch.device":
+    """The device asked for; of several processes on CUDA each takes the one of its number."""
+    import torch
+
+    name = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device is {name!r}: allowed is a device of torch, such as cpu or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name!r}: torch sees no CUDA device, allowed is cpu")
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(local_rank)) if device.type == "cuda" and local_rank else device
+
+
+def _report(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)

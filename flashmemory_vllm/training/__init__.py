@@ -1,0 +1,1 @@
+"""Training of the neural indexer from recorded attention."""

@@ -1,0 +1,227 @@
+"""Reads recorded attention: a folder of shards, each of whole documents, and what each document tells a trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flashmemory_vllm.errors import ConfigError
+
+FORMAT = 1
+META_NAME = "meta.json"
+INDEX_NAME = "index.json"
+# Blocks that more than this share of a document's tokens need are easy: they say little about the query.
+TRIVIAL_SHARE = 0.8
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class DataMeta:
+    """What all documents of a folder have in common; fields as in `meta.json`.
+
+    Attributes:
+        model: name of the recorded model.
+        num_layers: its attention layers.
+        num_query_heads: its query heads, Hq.
+        num_kv_heads: its KV heads, Hkv.
+        head_dim: elements of one key, D.
+        block_size: tokens in a block.
+        anchor_layers: layers whose queries and keys were recorded (A of them).
+        softmax_scale: factor on `q . k` in its attention.
+        delay: steps from a query to the step before its selection is in force.
+        documents: number of documents in all shards.
+        digest: SHA-256 of the file.
+    """
+
+    model: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    anchor_layers: tuple[int, ...]
+    softmax_scale: float
+    delay: int
+    documents: int
+    digest: str
+
+
+class Ragged:
+    """Block ids of each recorded token, and a value with each, in one flat array.
+
+    Args:
+        pointers: int64 [T + 1], where each token's entries begin, and the end of the last.
+        ids: int64 [nnz], block ids.
+        values: [nnz], or None.
+    """
+
+    def __init__(self, pointers: IntArray, ids: IntArray, values: FloatArray | None = None) -> None:
+        self.pointers, self.ids, self.values = pointers, ids, values
+
+    def union(self, first: int, end: int, below: int) -> IntArray:
+        """Ids under `below` of any of the tokens `[first, end)`, ascending."""
+        ids = np.unique(self.ids[self.pointers[first] : self.pointers[end]])
+        return ids[: np.searchsorted(ids, below)]
+
+    def sums(self, first: int, end: int, num_blocks: int) -> FloatArray:
+        """Sum of the values of each block over the tokens `[first, end)`, [num_blocks] or more."""
+        assert self.values is not None
+        entries = slice(int(self.pointers[first]), int(self.pointers[end]))
+        sums: FloatArray = np.bincount(self.ids[entries], self.values[entries], num_blocks).astype(np.float32)
+        return sums
+
+
+class Document:
+    """One recorded document; large tensors stay in the file until rows of them are asked for.
+
+    Attributes:
+        positions: int64 [T], token index of each recorded token, ascending.
+        golden: blocks that each token needs.
+        mass: attention mass of each token's blocks.
+        keys: float16 [A, n_blocks, Hkv, 3, D].
+        queries: float16 [T, A, Hq, D].
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], block_size: int) -> None:
+        self.block_size = block_size
+        self.keys, self.queries = tensors["keys"], tensors["queries"]
+        self.positions: IntArray = _integers(tensors["positions"])
+        self.golden = Ragged(_integers(tensors["golden_ptr"]), _integers(tensors["golden_ids"]))
+        self.mass = Ragged(
+            _integers(tensors["mass_ptr"]), _integers(tensors["mass_ids"]), tensors["mass"].numpy().astype(np.float32)
+        )
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_blocks(self) -> int:
+        """Full blocks of the document."""
+        return self.keys.shape[1]
+
+    def num_candidates(self, token: int) -> int:
+        """Blocks that are full when this recorded token asks."""
+        return int(self.positions[token]) // self.block_size
+
+    def window(self, token: int, tau: int, delay: int) -> tuple[int, int]:
+        """Recorded tokens `[first, end)` for which the set that this one asks for is in force."""
+        steps = self.positions[token] + delay + np.array([1, tau + 1])
+        first, end = np.searchsorted(self.positions, steps)
+        return int(first), int(end)
+
+    def trivial_blocks(self) -> npt.NDArray[np.bool_]:
+        """Which blocks nearly all tokens need, [n_blocks]."""
+        counts = np.bincount(self.golden.ids, minlength=self.num_blocks)[: self.num_blocks]
+        return counts > TRIVIAL_SHARE * len(self)
+
+
+class TrainingData:
+    """A complete folder of recordings.
+
+    Args:
+        folder: with `meta.json`, `index.json` and shards.
+
+    Raises:
+        ConfigError: the folder is incomplete, of another format, or a shard does not hold what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = _read_meta(folder)
+        self._places: list[tuple[Path, int]] = []
+        for shard in _read_json(folder / INDEX_NAME)["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise ConfigError(
+                    f"--data: {path} is missing or has not the {shard['bytes']} bytes that the index says"
+                )
+            self._places += [(path, number) for number in range(shard["documents"])]
+        if len(self._places) != self.meta.documents:
+            raise ConfigError(
+                f"--data: {folder} has {len(self._places)} documents, its meta says {self.meta.documents}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def load(self, number: int) -> Document:
+        """Open one document; safetensors maps its file, so that only what is read takes memory.
+
+        Raises:
+            ConfigError: a tensor is missing or does not have the shape that the meta says.
+        """
+        path, place = self._places[number]
+        names = ("keys", "queries", "positions", "golden_ptr", "golden_ids", "mass_ptr", "mass_ids", "mass")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(f"doc{place}.{name}") for name in names}
+        except SafetensorError as error:
+            raise ConfigError(f"--data: document {place} of {path} cannot be read: {error}") from error
+        self._check(tensors, f"document {place} of {path}")
+        return Document(tensors, self.meta.block_size)
+
+    def _check(self, tensors: dict[str, torch.Tensor], where: str) -> None:
+        meta, num_tokens = self.meta, len(tensors["positions"])
+        anchors = len(meta.anchor_layers)
+        num_blocks = tensors["keys"].shape[1] if tensors["keys"].dim() > 1 else 0
+        wanted = {
+            "keys": (anchors, num_blocks, meta.num_kv_heads, 3, meta.head_dim),
+            "queries": (num_tokens, anchors, meta.num_query_heads, meta.head_dim),
+            "golden_ptr": (num_tokens + 1,),
+            "mass_ptr": (num_tokens + 1,),
+            "mass": tuple(tensors["mass_ids"].shape),
+        }
+        for name, shape in wanted.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ConfigError(f"--data: {where}: {name} is {list(tensors[name].shape)}, expected {list(shape)}")
+        if num_tokens and int(tensors["positions"].max()) // meta.block_size > num_blocks:
+            raise ConfigError(f"--data: {where}: has {num_blocks} blocks, fewer than its positions tell")
+
+
+def split_documents(num_documents: int, validation_share: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Documents to train on and to validate on, drawn from the seed; at least one of each.
+
+    Raises:
+        ConfigError: there are fewer than two documents.
+    """
+    if num_documents < 2:
+        raise ConfigError(f"--data has {num_documents} documents: allowed is 2 or more, one of them to validate on")
+    order = np.random.default_rng(seed).permutation(num_documents).tolist()
+    num_validation = min(max(1, round(validation_share * num_documents)), num_documents - 1)
+    return sorted(order[num_validation:]), sorted(order[:num_validation])
+
+
+def _integers(tensor: torch.Tensor) -> IntArray:
+    array: IntArray = tensor.numpy().astype(np.int64)
+    return array
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"--data: {path} does not exist; allowed is the folder of a finished capture")
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"--data: {path} is no JSON: {error}") from error
+    return content
+
+
+def _read_meta(folder: Path) -> DataMeta:
+    path = folder / META_NAME
+    content = _read_json(path)
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"--data: {path} has format {content.get('format')!r}: allowed is {FORMAT}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    content |= {"digest": digest, "anchor_layers": tuple(content["anchor_layers"])}
+    return DataMeta(**{name: content[name] for name in DataMeta.__dataclass_fields__})

@@ -1,0 +1,290 @@
+"""Trains a neural indexer on recorded attention, in one process or several."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flashmemory_kernels.ensemble_scores import Aggregate
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, ensemble
+from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps
+from flashmemory_vllm.training.dataset import TrainingData, split_documents
+from flashmemory_vllm.training.evaluation import MAIN_RATIO
+from flashmemory_vllm.training.processes import Processes
+from flashmemory_vllm.training.start import calibrate_layers, start_from_data
+from flashmemory_vllm.training.validation import Validation
+
+FOCAL_GAMMA = 2
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.03
+MAX_GRAD_NORM = 1.0
+THRESHOLD = 0.5
+# What the first logits are calibrated on
+_FIRST_BATCHES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """What a training run may choose; see `flashmemory train --help`.
+
+    Attributes:
+        epochs: passes over the recorded tokens.
+        lr: peak learning rate.
+        batch: tokens of a step, of all processes together.
+        rank: width of the query bottleneck.
+        heads: index heads.
+        dim: elements of a block's code.
+        aggregate: how the layers' logits become one.
+        tau: decode steps for which a selection is in force.
+        delay: steps from a query to the step before its selection is in force.
+        seed: seed of weights, split, order and negatives.
+        validation_share: share of the documents that is kept back.
+        validate_every: steps between two validations; 0 is half an epoch.
+        patience: validations without a better recall after which training ends.
+        questions: validation tokens of a document, at most.
+        save_every: steps between two saved states.
+    """
+
+    epochs: int = 4
+    lr: float = 1e-3
+    batch: int = 64
+    rank: int = 64
+    heads: int = 16
+    dim: int = 128
+    aggregate: Aggregate = "max"
+    tau: int = 64
+    delay: int = 1
+    seed: int = 0
+    validation_share: float = 0.1
+    validate_every: int = 0
+    patience: int = 6
+    questions: int = 32
+    save_every: int = 500
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The best model of a run and how it came about.
+
+    Attributes:
+        model: with the weights of the best validation, not calibrated.
+        history: a row for each validation, the untrained model's first.
+        steps: steps taken.
+        minutes: wall-clock of training, resumed parts included.
+        train_documents: how many documents it learnt from.
+    """
+
+    model: NeuralIndexer
+    history: list[dict[str, float]]
+    steps: int
+    minutes: float
+    train_documents: int
+
+
+def focal_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of the focal loss with gamma 2 (arXiv 1708.02002), all tensors of one shape."""
+    entropy = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    # exp(-entropy) is the probability given to the right label
+    return ((1 - torch.exp(-entropy)) ** FOCAL_GAMMA * entropy * weights).sum() / weights.sum()
+
+
+def learning_rate_share(step: int, num_steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to zero."""
+    num_warmup = max(1, round(WARMUP_SHARE * num_steps))
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
+def make_spec(data: TrainingData, settings: TrainSettings) -> IndexerSpec:
+    """The indexer that these settings make for the recorded model."""
+    shape = ("model", "num_layers", "num_query_heads", "num_kv_heads", "head_dim", "block_size", "anchor_layers")
+    return IndexerSpec(
+        **{name: getattr(data.meta, name) for name in shape},
+        rank=settings.rank,
+        num_heads=settings.heads,
+        dim=settings.dim,
+        aggregate=settings.aggregate,
+        threshold=THRESHOLD,
+        tau=settings.tau,
+        delay=settings.delay,
+        data=data.meta.digest,
+    )
+
+
+class Trainer:
+    """Model, optimiser and data of one run.
+
+    A batch follows from the seed and its step alone, so a saved state needs no state of random generators.
+
+    Args:
+        data: recordings.
+        settings: choices.
+        state: file of the saved state.
+        processes: this process among those that train together.
+        device: where to train.
+        report: takes lines for the user; called in the first process only.
+
+    Raises:
+        ConfigError: there is too little data.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        settings: TrainSettings,
+        state: Path,
+        processes: Processes,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
+        self.settings, self.device, self.processes = settings, device, processes
+        self._state, self._report = state, report
+        train, held_back = split_documents(len(data), settings.validation_share, settings.seed)
+        self._num_train = len(train)
+        per_process = max(1, settings.batch // processes.world_size)
+        sampling = Sampling(
+            per_process, settings.tau, settings.delay, settings.seed, processes.rank, processes.world_size
+        )
+        self.steps = TrainingSteps(data, train, sampling)
+        self.num_steps = settings.epochs * self.steps.steps_per_epoch
+        self.validation = Validation(data, held_back, settings.tau, settings.delay, settings.questions)
+        self.model = NeuralIndexer(make_spec(data, settings))
+        self.model.init_weights(torch.Generator().manual_seed(settings.seed))
+        start_from_data(self.model, data, train)
+        calibrate_layers(self.model, [self.steps[step] for step in range(min(_FIRST_BATCHES, self.num_steps))])
+        self.model.to(device)
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
+        )
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._best: dict[str, torch.Tensor] = {}
+        self._losses: list[torch.Tensor] = []
+        self._seconds_before, self._started = 0.0, time.monotonic()
+
+    def run(self) -> TrainResult:
+        """Train until all steps are done or recall no longer rises."""
+        forward = self.processes.wrap(self.model)
+        every = self.settings.validate_every or max(1, self.steps.steps_per_epoch // 2)
+        self._started = time.monotonic()
+        if not self.history:
+            self._validate()
+        with tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not self.processes.is_first) as bar:
+            for batch in self._batches():
+                if self._has_stalled():
+                    break
+                self._train(batch, forward)
+                bar.update()
+                if self.step % every == 0 or self.step == self.num_steps:
+                    self._validate()
+                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.4f}", recall=f"{self._recalls()[-1]:.3f}")
+                if self.step % self.settings.save_every == 0:
+                    self._save()
+        self._save()
+        self.model.load_state_dict(self._best)
+        return TrainResult(self.model, self.history, self.step, self.seconds / 60, self._num_train)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, that before a resume included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def resume(self) -> None:
+        """Go on from the saved state.
+
+        Raises:
+            ConfigError: it was made with other settings or other data.
+        """
+        saved: dict[str, Any] = torch.load(self._state, map_location="cpu", weights_only=True)
+        for name, mine in self._identity().items():
+            if saved["identity"][name] != mine:
+                raise ConfigError(
+                    f"--resume: {self._state} was made with {name} {saved['identity'][name]!r}, "
+                    f"{mine!r} is given; allowed is the same"
+                )
+        self.model.load_state_dict(saved["model"])
+        self._optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.history, self._best = saved["step"], saved["history"], saved["best"]
+        self._losses = list(saved["losses"])
+        self._seconds_before, self._started = saved["seconds"], time.monotonic()
+
+    def _identity(self) -> dict[str, object]:
+        return asdict(self.settings) | {"data": self.model.spec.data, "processes": self.processes.world_size}
+
+    def _batches(self) -> DataLoader[Batch]:
+        on_gpu = self.device.type == "cuda"
+        return DataLoader(
+            self.steps,
+            batch_size=None,
+            sampler=range(self.step, self.num_steps),
+            num_workers=2 if on_gpu else 0,
+            pin_memory=on_gpu,
+        )
+
+    def _train(self, batch: Batch, forward: NeuralIndexer | DistributedDataParallel) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.lr * learning_rate_share(self.step, self.num_steps)
+        batch = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+        half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        with half:
+            logits = forward(batch.queries, batch.pooled, batch.rows, batch.distance).float()
+        # Each layer on its own and all together: a layer that cannot know learns to stay silent.
+        alone = focal_loss(logits, *(part.unsqueeze(1).expand_as(logits) for part in (batch.labels, batch.weights)))
+        loss = alone + focal_loss(ensemble(logits, self.settings.aggregate), batch.labels, batch.weights)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self._optimizer.step()
+        self.step += 1
+        self._losses.append(loss.detach())
+
+    def _validate(self) -> None:
+        self.model.eval()
+        row = self.processes.mean(self.validation.run(self.model, self.processes.rank, self.processes.world_size))
+        self.model.train()
+        loss = torch.stack(self._losses).mean().item() if self._losses else math.nan
+        self._losses.clear()
+        self.history.append({"step": self.step, "loss": loss, **row})
+        recalls = self._recalls()
+        if not self._best or recalls[-1] > max(recalls[:-1]):
+            self._best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if self.processes.is_first:
+            self._report(f"step {self.step}: loss {loss:.4f}, recall {recalls[-1]:.3f} at {MAIN_RATIO:.1%}")
+
+    def _recalls(self) -> list[float]:
+        return [row[f"recall@{MAIN_RATIO}"] for row in self.history]
+
+    def _has_stalled(self) -> bool:
+        recalls = self._recalls()
+        return len(recalls) - 1 - recalls.index(max(recalls)) >= self.settings.patience
+
+    def _save(self) -> None:
+        """Write the state, whole or not at all."""
+        if not self.processes.is_first:
+            return
+        saved = {
+            "identity": self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "best": self._best,
+            "step": self.step,
+            "history": self.history,
+            "losses": self._losses,
+            "seconds": self.seconds,
+        }
+        partial = self._state.with_name(self._state.name + ".partial")
+        torch.save(saved, partial)
+        partial.replace(self._state)

@@ -1,0 +1,120 @@
+"""Judges an indexer on documents that were kept back: while it trains, for its calibration, and for its card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.training.calibration import fit_platt
+from flashmemory_vllm.training.dataset import Document, TrainingData
+from flashmemory_vllm.training.evaluation import (
+    BASELINES,
+    MAIN_RATIO,
+    RATIOS,
+    Baseline,
+    IndexerScorer,
+    Question,
+    Scorer,
+    ask,
+    baseline_scorer,
+    evaluate,
+    frame_of,
+)
+
+Columns = dict[str, list[float]]
+
+
+class Validation:
+    """Questions about the documents kept back.
+
+    Args:
+        data: recordings.
+        documents: those kept back.
+        tau: steps for which a selection is in force.
+        delay: steps from a query to the step before its selection is in force.
+        limit: questions of a document, at most.
+
+    Raises:
+        ConfigError: the documents give no question that any candidate answers.
+    """
+
+    def __init__(self, data: TrainingData, documents: Sequence[int], tau: int, delay: int, limit: int) -> None:
+        self._data = data
+        self._questions = {number: ask(data.load(number), tau, delay, limit) for number in documents}
+        if not any(len(one.needed) for questions in self._questions.values() for one in questions):
+            raise ConfigError(f"--data: no recorded token of the validation documents {list(documents)} needs a block")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents kept back."""
+        return len(self._questions)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._questions.values()))
+
+    def run(self, model: NeuralIndexer, rank: int = 0, world_size: int = 1) -> Columns:
+        """Recall and mass at every ratio, a number for each question.
+
+        Args:
+            model: in evaluation mode.
+            rank: which process asks.
+            world_size: number of processes that share the documents.
+        """
+        return self._columns(lambda document, _: IndexerScorer(model, document), rank, world_size)
+
+    def run_baseline(self, name: Baseline) -> Columns:
+        """The same for a selector that needs no training."""
+        meta = self._data.meta
+        return self._columns(lambda document, questions: baseline_scorer(name, document, meta, questions), 0, 1)
+
+    def run_baselines(self) -> dict[str, Columns]:
+        """The same for all of them."""
+        return {name: self.run_baseline(name) for name in BASELINES}
+
+    def calibrate(self, model: NeuralIndexer) -> None:
+        """Fit the model's probability on all candidates that serving could leave out; mutates the model.
+
+        Raises:
+            ConfigError: the documents are so short that serving leaves out nothing.
+        """
+        logits, labels = self._candidates(model)
+        if not len(labels):
+            raise ConfigError("--data: validation documents have no block beside those that are always resident")
+        model.calibrate(*fit_platt(logits, labels))
+
+    def threshold_share(self, model: NeuralIndexer) -> tuple[float, float]:
+        """Share of the candidates that reach the model's threshold, and the share of those that are needed."""
+        logits, labels = self._candidates(model)
+        reaches = model.probability(logits.to(model.bias.device)).cpu() >= model.spec.threshold
+        return float(reaches.float().mean()), float(labels[reaches].float().mean())
+
+    def _candidates(self, model: NeuralIndexer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of every candidate that is not forced, over all questions."""
+        logits, labels = [], []
+        for number, questions in self._questions.items():
+            document = self._data.load(number)
+            scorer = IndexerScorer(model, document)
+            for question in questions:
+                frame, _ = frame_of(question, document.block_size, MAIN_RATIO)
+                free = slice(frame.sink_end, min(frame.recent_start, question.num_candidates))
+                needed = torch.zeros(question.num_candidates, dtype=torch.bool)
+                needed[torch.from_numpy(question.needed)] = True
+                logits.append(scorer(question.token).cpu()[free])
+                labels.append(needed[free])
+        return torch.cat(logits), torch.cat(labels)
+
+    def _columns(
+        self, make_scorer: Callable[[Document, Sequence[Question]], Scorer], rank: int, world_size: int
+    ) -> Columns:
+        columns: Columns = {f"{what}@{ratio}": [] for what in ("recall", "mass") for ratio in RATIOS}
+        for number in list(self._questions)[rank::world_size]:
+            document, questions = self._data.load(number), self._questions[number]
+            if not questions:
+                continue
+            for ratio, quality in evaluate(document, questions, make_scorer(document, questions)):
+                columns[f"recall@{ratio}"].append(quality.recall)
+                columns[f"mass@{ratio}"].append(quality.mass)
+        return columns
