@@ -55,11 +55,12 @@ class FlashMemoryConfig(BaseModel):
         ge=1,
         description="Decode steps between two selections of a request. 16 suits untrained selectors.",
     )
-    selector: SelectorName = Field(
+    selector: Literal[SelectorName, "oracle"] = Field(
         default="h2o",
         description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
         "bounds, `mean` by mean keys, `h2o` by the attention they received, `neural` by a trained indexer. "
-        "`streaming` keeps sink and recent tokens only; `random` and `full` (everything) are the baselines.",
+        "`streaming` keeps sink and recent tokens only; `random` and `full` (everything) are the baselines, "
+        "`oracle` is for evaluation only.",
     )
     indexer: str | None = Field(
         default=None,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flashmemory_vllm.evaluation.accuracy import AccuracyPlan
 
 T = TypeVar("T")
+NEURAL = "neural"
 # Shorter prompts keep every block.
 MIN_SPARSE_TOKENS = 2048
 
@@ -27,9 +28,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--model", type=Path, default=reference_model_path(), help="folder. Default: the shipped model")
     parser.add_argument(
         "--selectors",
-        default=",".join(get_args(SelectorName)),
-        help="comma-separated; full is dense attention. Default: %(default)s",
+        default=",".join(name for name in get_args(SelectorName) if name != NEURAL),
+        help="comma-separated; full is dense attention, neural needs --indexer. Default: %(default)s",
     )
+    parser.add_argument("--indexer", help="trained indexer, for the selector neural: file, folder or Hugging Face id")
     parser.add_argument("--tasks", help="comma-separated. Default: all")
     parser.add_argument(
         "--tokens", default=DEFAULT_LENGTHS, help="prompt tokens, comma-separated. Default: %(default)s"
@@ -90,10 +92,15 @@ def make_plan(args: argparse.Namespace) -> "AccuracyPlan":
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}: allowed is 1 or more")
     selectors = _choices("--selectors", args.selectors, {name: name for name in get_args(SelectorName)})
+    if (NEURAL in selectors) != (args.indexer is not None):
+        raise ConfigError(
+            f"--indexer is {args.indexer!r} and --selectors is {args.selectors!r}: allowed is an indexer with the "
+            f"selector {NEURAL}, and with no other"
+        )
     tasks = _choices("--tasks", args.tasks or ",".join(TASK_NAMES), {name: name for name in TASK_NAMES})
     anchors = None if args.anchor_layers is None else _numbers("--anchor-layers", args.anchor_layers, smallest=0)
     return AccuracyPlan(
-        settings=settings_of(selectors, args.tau, args.ratio, args.groups, anchors),
+        settings=settings_of(selectors, args.tau, args.ratio, args.groups, anchors, args.indexer),
         tasks=tasks,
         lengths=_numbers("--tokens", args.tokens),
         num_questions=args.questions,

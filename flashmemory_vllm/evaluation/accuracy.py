@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from flashmemory_vllm.evaluation.accuracy_rows import (
     DENSE,
+    NEURAL,
     AccuracyRow,
     Setting,
     load_rows,
@@ -59,10 +60,24 @@ class Generator(Protocol):
 
 
 def settings_of(
-    selectors: Sequence[str], tau: int, ratio: float, groups: int, anchors: tuple[int, ...] | None = None
+    selectors: Sequence[str],
+    tau: int,
+    ratio: float,
+    groups: int,
+    anchors: tuple[int, ...] | None = None,
+    indexer: str | None = None,
 ) -> tuple[Setting, ...]:
-    """One setting for each selector; the dense baseline comes first, at a ratio of 1 and in one layer group."""
-    settings = (Setting(name, tau, ratio, groups, anchors) for name in dict.fromkeys(selectors) if name != DENSE)
+    """One setting for each selector; the dense baseline comes first, at a ratio of 1 and in one layer group.
+
+    A trained indexer brings its own anchor layers.
+    """
+    settings = (
+        Setting(name, tau, ratio, groups, indexer=indexer)
+        if name == NEURAL
+        else Setting(name, tau, ratio, groups, anchors)
+        for name in dict.fromkeys(selectors)
+        if name != DENSE
+    )
     dense = (Setting(DENSE, tau, 1.0, 1),) if DENSE in selectors else ()
     return (*dense, *settings)
 

@@ -10,6 +10,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.tasks import TaskName
 
 DENSE = "full"
+NEURAL = "neural"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Setting:
         ratio: resident blocks over all blocks of a request.
         groups: layer groups that choose sets of their own.
         anchors: layers whose queries and keys feed the selector. Default: what our configuration chooses.
+        indexer: trained indexer, for the selector `neural`.
     """
 
     selector: str
@@ -29,11 +31,13 @@ class Setting:
     ratio: float
     groups: int
     anchors: tuple[int, ...] | None = None
+    indexer: str | None = None
 
     def options(self) -> dict[str, object]:
         """The same as options of our configuration."""
         return {
             "selector": self.selector,
+            "indexer": self.indexer,
             "tau_steps": self.tau,
             "resident_ratio": self.ratio,
             "layer_groups": self.groups,
@@ -65,6 +69,7 @@ class AccuracyRow:
         commit: commit of the checkout.
         gpu: name of the device.
         versions: version by distribution.
+        indexer: trained indexer, if the selector has one.
     """
 
     model: str
@@ -86,11 +91,12 @@ class AccuracyRow:
     commit: str
     gpu: str
     versions: dict[str, str]
+    indexer: str | None = None
 
     @property
     def setting(self) -> Setting:
         """What was set for this row."""
-        return Setting(self.selector, self.tau, self.ratio, self.groups, self.anchors)
+        return Setting(self.selector, self.tau, self.ratio, self.groups, self.anchors, self.indexer)
 
     @property
     def questions_key(self) -> tuple[object, ...]:

@@ -90,6 +90,11 @@ class Selector(ABC):
     def __init__(self, geometry: IndexGeometry) -> None:
         self.geometry = geometry
 
+    @property
+    def score_threshold(self) -> float | None:
+        """Score below which a block is not worth a slot; None if the selector has no such notion."""
+        return None
+
     def bytes_per_block(self) -> int:
         """Device bytes of index keys per logical block, all anchor layers together."""
         return 0

@@ -11,6 +11,7 @@ from flashmemory_vllm.indexer.exact import ExactSelector
 from flashmemory_vllm.indexer.heavy_hitter import HeavyHitterSelector
 from flashmemory_vllm.indexer.mean import MeanSelector
 from flashmemory_vllm.indexer.neural import NeuralSelector
+from flashmemory_vllm.indexer.oracle import OracleSelector
 from flashmemory_vllm.indexer.positional import FullSelector, RandomSelector, StreamingSelector
 
 _SELECTORS: dict[str, type[Selector]] = {
@@ -24,10 +25,12 @@ _SELECTORS: dict[str, type[Selector]] = {
         ExactSelector,
         HeavyHitterSelector,
         NeuralSelector,
+        OracleSelector,
     )
 }
 
-SELECTOR_NAMES: tuple[str, ...] = tuple(_SELECTORS)
+# The oracle is for evaluation and cannot be served.
+SELECTOR_NAMES: tuple[str, ...] = tuple(name for name in _SELECTORS if name != OracleSelector.name)
 
 
 def create_selector(name: str, geometry: IndexGeometry, **options: object) -> Selector:

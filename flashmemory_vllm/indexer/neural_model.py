@@ -179,7 +179,7 @@ class NeuralIndexer(nn.Module):
         codes = self.encode_keys(pooled)
         # Forward the rounded codes, backward as if they were not.
         codes = codes + (dequantise_codes(*quantise_codes(codes)) - codes).detach()
-        products = torch.einsum("bahe,bkae->bahk", heads, codes[rows].to(heads.dtype)).float().relu()
+        products = torch.einsum("bahe,bkae->bahk", heads, codes.to(heads.dtype)[rows]).float().relu()
         return self.place(torch.einsum("bah,bahk->bak", gates.float(), products), distance)
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,10 @@ from math import inf
 
 import torch
 
-from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.config import SECTION, FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
+from flashmemory_vllm.indexer.checkpoint import read_spec, resolve_indexer
 from flashmemory_vllm.indexer.factory import create_selector, option_names
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
@@ -31,6 +33,24 @@ from flashmemory_vllm.transfer.streaming import PartialAttention
 # Tokens that one part of a streamed history holds, where staging may take as much.
 STAGED_TOKENS = 16384
 STAGING_SHARE = 1 / 32
+
+
+def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int, ...]:
+    """The layers whose queries and keys feed the selector: those asked for, a trained indexer's own, or the default.
+
+    Raises:
+        ConfigError: a layer does not exist, a group has none, or the indexer cannot be read or is for another depth.
+    """
+    given = config.anchor_layers
+    if config.indexer is not None:
+        spec = read_spec(resolve_indexer(config.indexer))
+        if spec.num_layers != shape.num_layers:
+            raise ConfigError(
+                f"{SECTION}.indexer: {config.indexer!r} was trained for a model of {spec.num_layers} attention layers, "
+                f"this one has {shape.num_layers}"
+            )
+        given = spec.anchor_layers if given is None else given
+    return shape.anchor_layers(given, shape.layer_groups(config.layer_groups))
 
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
@@ -103,8 +123,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     Raises:
         ConfigError: host memory cannot be had, or an option does not fit the model.
     """
-    groups = shape.layer_groups(config.layer_groups)
-    anchors = shape.anchor_layers(config.anchor_layers, groups)
+    groups, anchors = shape.layer_groups(config.layer_groups), anchor_layers(config, shape)
     engine = _engine(PageLayout(caches, groups), sizes.num_logical_blocks, config, shape.device)
     selector = _selector(config, _geometry(config, shape, sizes.num_logical_blocks, shape.device))
     return ResidencyRuntime(
@@ -112,7 +131,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=_planner(sizes.num_logical_blocks, budget, config, engine.layout),
+            planner=_planner(sizes.num_logical_blocks, budget, config, engine.layout, selector.score_threshold),
             engine=engine,
             page_format=page_format,
             selector=selector,
@@ -127,15 +146,20 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
 
 
 def _planner(
-    num_logical_blocks: int, budget: BudgetPolicy, config: FlashMemoryConfig, layout: PageLayout
+    num_logical_blocks: int,
+    budget: BudgetPolicy,
+    config: FlashMemoryConfig,
+    layout: PageLayout,
+    selectors_threshold: float | None,
 ) -> StepPlanner:
     geometry = Geometry(num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size)
     group_bytes = max(sum(layout.layer_bytes(layer) for layer in group) for group in layout.groups)
+    threshold = selectors_threshold if config.score_threshold is None else config.score_threshold
     return StepPlanner(
         geometry,
         budget,
         config.tau_steps,
-        -inf if config.score_threshold is None else config.score_threshold,
+        -inf if threshold is None else threshold,
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
     )
 
@@ -185,8 +209,7 @@ def _engine(layout: PageLayout, num_blocks: int, config: FlashMemoryConfig, devi
 
 
 def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int, device: torch.device) -> IndexGeometry:
-    groups = shape.layer_groups(config.layer_groups)
-    anchors = shape.anchor_layers(config.anchor_layers, groups)
+    groups, anchors = shape.layer_groups(config.layer_groups), anchor_layers(config, shape)
     group_of = {layer: group for group, layers in enumerate(groups) for layer in layers}
     return IndexGeometry(
         num_logical_blocks=num_blocks,

@@ -179,7 +179,7 @@ Chooses the KV blocks that stay on the device while {model} decodes. It reads qu
 
     {command}
 
-{minutes:.1f} minutes and {steps:,} steps on {device}, commit {commit} ({versions}), with {train:,} documents of the \
+{minutes:.2g} minutes and {steps:,} steps on {device}, commit {commit} ({versions}), with {train:,} documents of the \
 recording {data}. {held_back:,} other documents were kept back; {questions:,} of their tokens are the questions below.
 
 ![training curves]({picture})

@@ -218,7 +218,7 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history, self._best = saved["step"], saved["history"], saved["best"]
-        self._losses = list(saved["losses"])
+        self._losses = [loss.to(self.device) for loss in saved["losses"]]
         self._seconds_before, self._started = saved["seconds"], time.monotonic()
 
     def _identity(self) -> dict[str, object]:
@@ -262,7 +262,8 @@ class Trainer:
         if not self._best or recalls[-1] > max(recalls[:-1]):
             self._best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         if self.processes.is_first:
-            self._report(f"step {self.step}: loss {loss:.4f}, recall {recalls[-1]:.3f} at {MAIN_RATIO:.1%}")
+            told = f"loss {loss:.4f}" if self.step else "before training"
+            self._report(f"step {self.step}: {told}, recall {recalls[-1]:.3f} at {MAIN_RATIO:.1%}")
 
     def _recalls(self) -> list[float]:
         return [row[f"recall@{MAIN_RATIO}"] for row in self.history]

@@ -19,7 +19,7 @@ from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
-from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
+from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,16 +124,18 @@ class ResidencyWorker:
         )
         fixed = (
             "mode",
-            "resident_ratio",
             "min_sparse_tokens",
             "sink_tokens",
             "recent_tokens",
             "growth_reserve_tokens",
         )
         changed = [name for name in fixed if getattr(config, name) != getattr(started_with, name)]
+        # A smaller share than the scheduler reserves is fine.
+        changed += ["resident_ratio"] * (config.resident_ratio > started_with.resident_ratio)
         if changed:
             raise ConfigError(
-                f"flashmemory.{changed[0]}: the scheduler's budgets are fixed at start and cannot be changed"
+                f"flashmemory.{changed[0]}: {getattr(config, changed[0])} given, but the scheduler's budgets are fixed "
+                f"at start, with {getattr(started_with, changed[0])}"
             )
         runtime = self._runtime()
         layer_names, num_logical_blocks = list(runtime.layer_names), runtime.num_logical_blocks
@@ -201,7 +203,7 @@ class ResidencyWorker:
         layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
         shape = sizing.attention_shape(self.vllm_config, layers, self.device)
         groups = shape.layer_groups(config.layer_groups)
-        if groups == runtime.groups and shape.anchor_layers(config.anchor_layers, groups) == runtime.anchors:
+        if groups == runtime.groups and anchor_layers(config, shape) == runtime.anchors:
             return runtime.buffers
         if self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             raise ConfigError(

@@ -22,6 +22,14 @@ def test_every_setting_is_one_that_our_configuration_allows() -> None:
     FlashMemoryConfig.model_validate(start_options(args, make_plan(args)))
 
 
+def test_an_indexer_goes_to_the_selector_that_takes_one() -> None:
+    args = parse("--selectors", "neural,h2o", "--indexer", "owner/indexer", "--anchor-layers", "1")
+    assert {(one.selector, one.indexer, one.anchors) for one in make_plan(args).settings} == {
+        ("neural", "owner/indexer", None),
+        ("h2o", None, (1,)),
+    }
+
+
 def test_the_engine_starts_with_the_largest_ratio_and_the_largest_index() -> None:
     dense = parse("--selectors", "streaming,exact,full")
     options = start_options(dense, make_plan(dense))
@@ -43,6 +51,8 @@ def test_the_longest_answer_fits_behind_the_longest_prompt() -> None:
     ("arguments", "said"),
     [
         (("--selectors", "exact,oracle"), "--selectors has 'oracle': allowed is full, "),
+        (("--selectors", "neural"), "--indexer is None"),
+        (("--selectors", "h2o", "--indexer", "x"), "--indexer is 'x'"),
         (("--tasks", "multikey,riddle"), "--tasks has 'riddle': allowed is multikey, "),
         (("--tokens", "4k"), "--tokens is '4k'"),
         (("--tokens", "0,4096"), "--tokens is '0,4096'"),

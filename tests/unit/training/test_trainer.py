@@ -1,6 +1,7 @@
 """Training lowers the loss and finds needed blocks, repeats under a seed, and goes on as if never stopped."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,15 @@ SETTINGS = TrainSettings(
 )
 SHORT = replace(SETTINGS, epochs=2, validate_every=5)
 RECALL, MASS = "recall@0.135", "mass@0.135"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The toy's products are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
