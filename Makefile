@@ -1,11 +1,12 @@
 # Every target is complete on a fresh machine: it creates .venv and installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo test quality style clean
+.PHONY: demo test quality style docs clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS := build/docs-venv
 BUILD := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # Built for CUDA only: beside the CPU torch they fail to load, and vLLM needs them for no text model.
 NOT_ON_CPU := torchvision torchaudio torchcodec
@@ -34,6 +35,16 @@ quality: $(VENV)/.installed
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site needs neither vLLM nor this package, so it has an environment of its own with the extra alone.
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]\
+	["optional-dependencies"]["docs"])' | xargs $(DOCS)/bin/python -m pip install
+	touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

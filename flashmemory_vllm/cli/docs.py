@@ -1,4 +1,4 @@
-"""`flashmemory docs`: write the tables of `docs/` that follow from the code, or check that they do."""
+"""`flashmemory docs`: write the tables of `docs/` that follow from code and measured rows, or check that they do."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from flashmemory_vllm.cli import measured_tables
+from flashmemory_vllm.cli.markdown import table
 from flashmemory_vllm.config import FlashMemoryConfig, describe_allowed
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.observability.metrics import METRICS
@@ -25,16 +27,24 @@ def options_table() -> str:
         )
         for name, field in FlashMemoryConfig.model_fields.items()
     )
-    return _table(("option", "default", "allowed", "what it does"), rows)
+    return table(("option", "default", "allowed", "what it does"), rows)
 
 
 def metrics_table() -> str:
     """Every metric as a Markdown table."""
     rows = ((f"`{spec.full_name}`", spec.kind, spec.unit, spec.source, spec.question) for spec in METRICS)
-    return _table(("metric", "kind", "unit", "counted by", "question it answers"), rows)
+    return table(("metric", "kind", "unit", "counted by", "question it answers"), rows)
 
 
-PAGES: dict[str, Callable[[], str]] = {"configuration.md": options_table, "metrics.md": metrics_table}
+# Page below the folder -> what makes its generated part, given the folder
+PAGES: dict[str, Callable[[Path], str]] = {
+    "configuration.md": lambda _folder: options_table(),
+    "metrics.md": lambda _folder: metrics_table(),
+    "results/core.md": measured_tables.accuracy_tables,
+    "results/device.md": measured_tables.device_tables,
+    "results/exactness.md": measured_tables.exactness_table,
+    "results/speed.md": measured_tables.speed_tables,
+}
 
 
 def render(page: str, content: str) -> str:
@@ -58,13 +68,20 @@ def render(page: str, content: str) -> str:
 
 
 def stale_pages(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Pages that differ from what the code says, each with its right text."""
+    """Pages that differ from what code and rows say, each with its right text.
+
+    Args:
+        folder: `docs/` of a checkout.
+
+    Raises:
+        ConfigError: a page or a file of rows is missing, or a page has no generated part.
+    """
     for name, make in PAGES.items():
         path = folder / name
         if not path.is_file():
             raise ConfigError(f"{path} does not exist: run this in a checkout, or say where --folder is")
         page = path.read_text(encoding="utf-8")
-        fresh = render(page, make())
+        fresh = render(page, make(folder))
         if fresh != page:
             yield path, fresh
 
@@ -81,18 +98,13 @@ def run(args: argparse.Namespace) -> int:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `docs` command."""
-    _add_arguments(subparsers.add_parser("docs", help="write the parts of docs/ that follow from the code"))
+    _add_arguments(subparsers.add_parser("docs", help="write the tables of docs/ that follow from code and rows"))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("docs"), help="folder of the pages. Default: docs")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     parser.set_defaults(run=run)
-
-
-def _table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

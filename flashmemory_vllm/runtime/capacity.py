@@ -155,7 +155,8 @@ def plan_capacity(
         raise ConfigError(
             f"{given} makes {num_slots} slots, but one request of --max-model-len {budget.max_model_len} needs "
             f"{request_slots + 1} ({needed} bytes with index keys and staging); give more, lower --max-model-len or "
-            f"--max-num-batched-tokens, or lower flashmemory.resident_ratio ({budget.resident_ratio})"
+            f"--max-num-batched-tokens, or lower flashmemory.min_sparse_tokens ({budget.min_sparse_tokens}) or "
+            f"flashmemory.resident_ratio ({budget.resident_ratio})"
         )
     index_bytes = num_blocks * index_bytes_per_block
     return CapacityPlan(num_slots, num_blocks, block_bytes, index_bytes, staging, request_slots)

@@ -106,7 +106,7 @@ def ask(server: Server, num_tokens: int, max_tokens: int) -> dict[str, Any]:
 
 
 def read_at_one_step(server: Server) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The status, and one decoding request as its own route tells it at the same step."""
+    """The status, and one request that decodes with a chosen set as its own route tells it at the same step."""
     status_url, requests_url = f"{server.url}/flashmemory/status", f"{server.url}/flashmemory/requests"
     with ThreadPoolExecutor() as pool:
         for _ in range(200):
@@ -116,7 +116,7 @@ def read_at_one_step(server: Server) -> tuple[dict[str, Any], dict[str, Any]]:
             answers = list(pool.map(httpx.get, [status_url, *(f"{requests_url}/{request_id}" for request_id in ids)]))
             status = answers[0].json()
             for one in (answer.json() for answer in answers[1:] if answer.is_success):
-                if one["step"] == status["step"]:
+                if one["step"] == status["step"] and one["selection_step"] is not None:
                     return status, one
     raise AssertionError("no two answers were of the same step")
 

@@ -238,7 +238,7 @@ def test_host_memory_for_less_than_one_request(llama: Path) -> None:
     ("options", "engine", "given"),
     [
         ({"device_slots": 20}, {}, r"flashmemory\.device_slots: 20 makes 20"),
-        ({}, {"kv_cache_memory_bytes": 4 << 20}, r"--kv-cache-memory-bytes: 4194304 bytes of device memory makes \d+"),
+        ({}, {"kv_cache_memory_bytes": 1 << 20}, r"--kv-cache-memory-bytes: 1048576 bytes of device memory makes \d+"),
     ],
     ids=["slots", "bytes"],
 )
@@ -247,8 +247,12 @@ def test_too_few_slots_for_one_request(
 ) -> None:
     """The longest request takes 65 slots for a prefill chunk of 2,048 tokens that begins and ends within a block."""
     needed = r" slots, but one request of --max-model-len 8192 needs 66 \(\d+ bytes with index keys and staging\)"
-    advice = "give more, lower --max-model-len or --max-num-batched-tokens, or lower flashmemory.resident_ratio (0.135)"
-    assert re.fullmatch(f"{given}{needed}; {re.escape(advice)}", str(refusal(llama, options, **engine)))
+    advice = (
+        "give more, lower --max-model-len or --max-num-batched-tokens, or lower flashmemory.min_sparse_tokens (2048) "
+        "or flashmemory.resident_ratio (0.135)"
+    )
+    message = str(refusal(llama, {"min_sparse_tokens": 2048, **options}, **engine))
+    assert re.fullmatch(f"{given}{needed}; {re.escape(advice)}", message)
 
 
 def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
