@@ -2,18 +2,16 @@
 
 import argparse
 import json
-import shlex
-from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from flashmemory_vllm.cli.plan_text import GIB, DeviceMemory, as_json, as_table, serve_command
 from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flashmemory_vllm.runtime.forecast import Forecast, ModelSizes
+    from flashmemory_vllm.runtime.forecast import ModelSizes
 
-GIB = 1 << 30
 # A model to plan with where none is at hand; its other sizes are those of Llama 3.1 8B.
 LLAMA_8B: dict[str, Any] = {
     "num_hidden_layers": 32,
@@ -27,48 +25,33 @@ LLAMA_8B: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 SHAPES = {"llama-8b": LLAMA_8B}
+# Those that the server accepts, for weights and for KV
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size", "kv_cache_memory_bytes")
 # Fields of configurations whose weights are not those of a plain dense decoder
 NOT_PLAIN = ("num_experts", "num_local_experts", "n_routed_experts", "quantization_config")
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Where the bytes for KV come from.
-
-    Attributes:
-        kv_bytes: what slots, index keys and staging may take.
-        weights_bytes: what the weights take, or None if the bytes for KV were given.
-        is_estimate: whether the weights were estimated from the model's configuration.
-    """
-
-    kv_bytes: int
-    weights_bytes: int | None
-    is_estimate: bool
-
-
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `plan` command."""
-    parser = subparsers.add_parser("plan", help="what a server of one GPU would size, and how many requests fit")
+    parser = subparsers.add_parser("plan", help="what a server would size, and how many requests fit")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="folder or Hugging Face id of a model; only its configuration is read")
     model.add_argument("--shape", choices=tuple(SHAPES), help="sizes of a well-known model, without reading one")
     device = parser.add_mutually_exclusive_group(required=True)
-    device.add_argument("--gpu-memory-gib", type=float, help="GiB of the GPU, of which the weights are subtracted")
-    device.add_argument("--kv-cache-memory-bytes", type=int, help="device bytes for KV, as vLLM's option of that name")
-    parser.add_argument("--weights-gib", type=float, help="GiB of the weights. Default: estimated")
-    parser.add_argument("--host-memory-gib", type=float, help=f"GiB of host memory: {SECTION}.host_memory_gib")
+    device.add_argument("--gpu-memory-gib", type=float, help="GiB of each GPU, of which its weights are subtracted")
+    device.add_argument("--kv-cache-memory-bytes", type=int, help="bytes for KV on each GPU, as vLLM's option")
+    parser.add_argument("--weights-gib", type=float, help="GiB of the weights on each GPU. Default: estimated")
+    parser.add_argument("--host-memory-gib", type=float, help=f"GiB of host memory for all: {SECTION}.host_memory_gib")
     parser.add_argument("--context", type=int, required=True, help="tokens of a request: --max-model-len")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once. Default: %(default)s")
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="tokens of a step. Default: %(default)s"
     )
     parser.add_argument("--block-size", type=int, default=16, help="tokens of a block. Default: %(default)s")
-    parser.add_argument(
-        "--kv-dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="dtype of model and KV. Default: the model's",
-    )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs. Default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights. Default: the model's")
+    parser.add_argument("--kv-cache-dtype", choices=DTYPES, default="auto", help="dtype of KV. Default: --dtype")
     parser.add_argument("--options", default="{}", help=f"JSON object: the section {SECTION} of --additional-config")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -82,18 +65,23 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(args)
     config = FlashMemoryConfig.from_additional_config({SECTION: options})
     fields = SHAPES[args.shape] if args.shape else read_model_fields(args.model)
-    model = model_sizes(fields, args.kv_dtype)
-    memory = device_memory(args, fields, model)
+    model = model_sizes(fields, args.dtype, args.kv_cache_dtype)
+    memory = device_memory(args, fields, model.of_rank(args.tensor_parallel_size))
     server = ServerSizes(
         device_bytes=memory.kv_bytes,
         context_tokens=args.context,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
+        tensor_parallel_size=args.tensor_parallel_size,
     )
     made = forecast(model, config, server)
     command = serve_command(args, options)
-    print(json.dumps(as_json(memory, made, command), indent=2) if args.json else as_table(args, memory, made, command))
+    print(
+        json.dumps(as_json(args, memory, made, command), indent=2)
+        if args.json
+        else as_table(args, memory, made, command)
+    )
     return 0
 
 
@@ -135,12 +123,13 @@ def read_model_fields(model: str) -> dict[str, Any]:
     return fields
 
 
-def model_sizes(fields: dict[str, Any], dtype: str) -> "ModelSizes":
+def model_sizes(fields: dict[str, Any], dtype: str, kv_dtype: str = "auto") -> "ModelSizes":
     """Read the sizes of the attention layers.
 
     Args:
         fields: the model's configuration.
         dtype: dtype to serve with, or `auto` for the model's.
+        kv_dtype: dtype of keys and values, or `auto` for that of the weights.
 
     Raises:
         ConfigError: a field is missing, or the model is of a kind that the backend refuses.
@@ -159,8 +148,8 @@ def model_sizes(fields: dict[str, Any], dtype: str) -> "ModelSizes":
         dtype = str(fields.get("dtype") or "float32").removeprefix("torch.")
         # vLLM serves a float32 model in half precision unless told otherwise
         dtype = "bfloat16" if dtype == "float32" else dtype
-    if dtype not in {"bfloat16", "float16", "float32"}:
-        raise ConfigError(f"--model: its dtype is {dtype}, allowed: bfloat16, float16, float32")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--model: its dtype is {dtype}, allowed: {', '.join(DTYPES[1:])}")
     heads = fields["num_attention_heads"]
     return ModelSizes(
         num_layers=fields["num_hidden_layers"],
@@ -168,11 +157,17 @@ def model_sizes(fields: dict[str, Any], dtype: str) -> "ModelSizes":
         num_kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
         dtype=getattr(torch, dtype),
+        kv_dtype=getattr(torch, dtype if kv_dtype == "auto" else kv_dtype),
     )
 
 
 def device_memory(args: argparse.Namespace, fields: dict[str, Any], model: "ModelSizes") -> DeviceMemory:
-    """Device bytes for KV: as given, or what the weights leave of the GPU.
+    """Bytes for KV on each GPU: as given, or what its weights leave.
+
+    Args:
+        args: the command line.
+        fields: the model's configuration.
+        model: sizes of the model on one GPU.
 
     Raises:
         ConfigError: the weights leave nothing, cannot be estimated, or are given where nothing is subtracted.
@@ -182,7 +177,9 @@ def device_memory(args: argparse.Namespace, fields: dict[str, Any], model: "Mode
             raise ConfigError("--weights-gib: given with --kv-cache-memory-bytes, allowed only with --gpu-memory-gib")
         return DeviceMemory(args.kv_cache_memory_bytes, None, is_estimate=False)
     is_estimate = args.weights_gib is None
-    weights_bytes = estimate_weights_bytes(fields, model) if is_estimate else int(args.weights_gib * GIB)
+    weights_bytes = (
+        estimate_weights_bytes(fields, model, args.tensor_parallel_size) if is_estimate else int(args.weights_gib * GIB)
+    )
     kv_bytes = int(args.gpu_memory_gib * GIB) - weights_bytes
     if kv_bytes <= 0:
         raise ConfigError(
@@ -192,8 +189,13 @@ def device_memory(args: argparse.Namespace, fields: dict[str, Any], model: "Mode
     return DeviceMemory(kv_bytes, weights_bytes, is_estimate)
 
 
-def estimate_weights_bytes(fields: dict[str, Any], model: "ModelSizes") -> int:
+def estimate_weights_bytes(fields: dict[str, Any], model: "ModelSizes", num_ranks: int = 1) -> int:
     """Bytes of embeddings, attention and a gated feed-forward block in each layer; norms and biases are left out.
+
+    Args:
+        fields: the model's configuration.
+        model: sizes of the model on one rank.
+        num_ranks: ranks that share what is not attention evenly.
 
     Raises:
         ConfigError: the model is not a plain dense decoder.
@@ -205,81 +207,15 @@ def estimate_weights_bytes(fields: dict[str, Any], model: "ModelSizes") -> int:
     embeddings = fields["vocab_size"] * hidden * (1 if fields.get("tie_word_embeddings") else 2)
     attention = 2 * hidden * (model.num_query_heads + model.num_kv_heads) * model.head_dim
     feed_forward = 3 * hidden * fields["intermediate_size"]
-    parameters: int = embeddings + model.num_layers * (attention + feed_forward)
+    shared = embeddings + model.num_layers * feed_forward
+    parameters: int = shared // num_ranks + model.num_layers * attention
     return parameters * model.dtype.itemsize
-
-
-def serve_command(args: argparse.Namespace, options: dict[str, Any]) -> str:
-    """The `vllm serve` line of the plan; vLLM measures the device memory where it was not given."""
-    words = ["vllm", "serve", args.model or "MODEL", "--attention-backend", "flashmemory"]
-    words += ["--max-model-len", str(args.context), "--max-num-seqs", str(args.max_num_seqs)]
-    words += ["--max-num-batched-tokens", str(args.max_num_batched_tokens), "--block-size", str(args.block_size)]
-    if args.kv_dtype != "auto":
-        words += ["--dtype", args.kv_dtype]
-    if args.kv_cache_memory_bytes is not None:
-        words += ["--kv-cache-memory-bytes", str(args.kv_cache_memory_bytes)]
-    return shlex.join([*words, "--additional-config", json.dumps({SECTION: options})])
-
-
-def as_json(memory: DeviceMemory, made: "Forecast", command: str) -> dict[str, Any]:
-    """The plan with the unit in every name."""
-    capacity = made.capacity
-    return {
-        "device_kv_bytes": memory.kv_bytes,
-        "device_weights_bytes": memory.weights_bytes,
-        "weights_are_estimated": memory.is_estimate,
-        "request_kv_bytes": made.request_kv_bytes,
-        "block_bytes": capacity.block_bytes,
-        "num_slots": capacity.num_slots,
-        "slot_bytes": capacity.slot_bytes,
-        "index_bytes": capacity.index_bytes,
-        "staging_bytes": capacity.staging.bytes,
-        "num_logical_blocks": capacity.num_logical_blocks,
-        "host_bytes": capacity.host_bytes,
-        "request_decode_slots": made.request_decode_slots,
-        "request_reserved_slots": capacity.request_slots,
-        "num_requests": made.num_requests,
-        "limited_by": made.limited_by,
-        "dense_num_requests": made.dense_num_requests,
-        "dense_break_even_requests": made.dense_num_requests + 1,
-        "serve_command": command,
-    }
-
-
-def as_table(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", command: str) -> str:
-    """The plan as text, a line a number, and the command to run."""
-    capacity = made.capacity
-    rows = [
-        ("device memory for KV", _origin(args, memory)),
-        ("KV of one request", f"{_gib(made.request_kv_bytes)} ({args.context:,} tokens)"),
-        ("device slots", f"{capacity.num_slots:,} ({_gib(capacity.slot_bytes)})"),
-        ("index keys", _gib(capacity.index_bytes)),
-        ("staging", _gib(capacity.staging.bytes)),
-        ("host blocks", f"{capacity.num_logical_blocks:,} ({_gib(capacity.host_bytes)})"),
-        ("slots of one request", f"decodes with {made.request_decode_slots:,}, reserves {capacity.request_slots:,}"),
-        ("requests at once", f"{made.num_requests:,} (limited by {made.limited_by})"),
-        ("dense vLLM", f"{made.dense_num_requests:,} fit in the same device memory"),
-        ("break-even", f"dense no longer fits from {made.dense_num_requests + 1:,} requests on"),
-    ]
-    return "\n".join([*(f"{name:<22}{value}" for name, value in rows), "", command])
-
-
-def _origin(args: argparse.Namespace, memory: DeviceMemory) -> str:
-    if memory.weights_bytes is None:
-        return f"{_gib(memory.kv_bytes)} (given)"
-    how = "estimated weights" if memory.is_estimate else "weights"
-    weights = f"{args.gpu_memory_gib:g} - {how} {memory.weights_bytes / GIB:.2f}"
-    return f"{_gib(memory.kv_bytes)} ({weights}; activations not subtracted)"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.3f} GiB"
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
     # A request that decodes has a prompt of at least one token
-    smallest = {"context": 2, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1}
-    for name, least in (smallest | {"kv_cache_memory_bytes": 1}).items():
+    smallest = {"context": 2} | dict.fromkeys(POSITIVE, 1)
+    for name, least in smallest.items():
         given = getattr(args, name)
         if given is not None and given < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {given}: allowed is {least} or more")

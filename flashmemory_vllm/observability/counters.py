@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from io import FileIO
 from mmap import mmap
 from pathlib import Path
@@ -31,7 +32,7 @@ from flashmemory_vllm.observability.counter_file import (
     is_written,
     living_files,
 )
-from flashmemory_vllm.observability.metrics import RATIOS, SERIES
+from flashmemory_vllm.observability.metrics import METRICS, RATIOS, SERIES
 
 __all__ = [
     "SCHEDULER",
@@ -84,6 +85,9 @@ class CounterWriter:
         self._values = memoryview(self._map)[HEADER_BYTES:].cast("d")
         source = "scheduler" if path.stem == SCHEDULER else "worker"
         self._index = {key: index for index, (key, spec) in enumerate(SERIES.items()) if spec.source == source}
+        self._first_bucket = {
+            spec.name: self._index[next(iter(spec.series))] for spec in METRICS if spec.bounds and spec.source == source
+        }
 
     @classmethod
     def create(cls, directory: Path, name: str) -> "CounterWriter":
@@ -145,6 +149,26 @@ class CounterWriter:
             KeyError: the metric is unknown or belongs to another source.
         """
         self._values[self._index[name]] = value
+
+    def observe(self, name: str, counts: Sequence[int], total: float) -> None:
+        """Add values to a histogram.
+
+        Args:
+            name: a metric of this writer's source, without the prefix.
+            counts: how many values fell into each of its buckets, `[len(bounds) + 1]`.
+            total: sum of the values.
+
+        Raises:
+            KeyError: the metric is unknown, no histogram, or belongs to another source.
+        """
+        first, values = self._first_bucket[name], self._values
+        seen = sum(counts)
+        values[first + len(counts) + 1] += total
+        values[first + len(counts)] += seen
+        # The largest bucket first, so that a reader never sees one with more than a larger one
+        for index in range(len(counts) - 1, -1, -1):
+            values[first + index] += seen
+            seen -= counts[index]
 
     def close(self) -> None:
         """Remove the file, and the engine's directory after its last file. Closing twice is allowed."""

@@ -1,12 +1,16 @@
 """The one table of every metric: code, scrape text, HTTP route and `docs/metrics.md` follow from it."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
+
+from prometheus_client.utils import floatToGoString
 
 PREFIX = "flashmemory:"
 LABELS = ("model_name", "engine")
 
-Kind = Literal["counter", "gauge"]
+Kind = Literal["counter", "gauge", "histogram"]
 Source = Literal["worker", "scheduler", "derived"]
 
 
@@ -16,11 +20,12 @@ class MetricSpec:
 
     Attributes:
         name: name without the prefix; counters end in `_total`.
-        kind: a counter only grows, a gauge is the value now.
+        kind: a counter only grows, a gauge is the value now, a histogram counts values by their size.
         unit: what one unit of the value is.
         question: the question the metric answers.
         source: the process that counts it. A derived one is computed from others when they are read.
         reasons: values of the label `reason`; each has a value of its own. Default: the metric has no such label.
+        bounds: upper ends of a histogram's buckets, ascending; one more bucket has none.
     """
 
     name: str
@@ -29,16 +34,26 @@ class MetricSpec:
     question: str
     source: Source = "worker"
     reasons: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Prometheus labels: those of vLLM's own metrics, and ours."""
+        """Prometheus labels: those of vLLM's own metrics, and ours. A histogram's `le` comes by itself."""
         return (*LABELS, "reason") if self.reasons else LABELS
 
     @property
-    def series(self) -> dict[str, tuple[str, ...]]:
-        """Names of its values, without the prefix, and what each has for labels beside the common ones."""
-        return {series(self.name, reason): (reason,) for reason in self.reasons} or {self.name: ()}
+    def series(self) -> Mapping[str, Mapping[str, str]]:
+        """Names of its values, without the prefix, and the labels of each beside the common ones."""
+        if self.kind == "histogram":
+            return dict(self._histogram_series())
+        return {series(self.name, reason): {"reason": reason} for reason in self.reasons} or {self.name: {}}
+
+    def _histogram_series(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        for bound in (*self.bounds, inf):
+            end = floatToGoString(bound)  # type: ignore[no-untyped-call]
+            yield f'{self.name}_bucket{{le="{end}"}}', {"le": end}
+        yield f"{self.name}_count", {}
+        yield f"{self.name}_sum", {}
 
     @property
     def full_name(self) -> str:
@@ -51,7 +66,16 @@ def series(name: str, reason: str) -> str:
     return f'{name}{{reason="{reason}"}}'
 
 
+STEPS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
 METRICS = (
+    MetricSpec(
+        "workers",
+        "gauge",
+        "workers",
+        "How many workers count? Other values of workers are sums over so many.",
+    ),
     MetricSpec("resident_blocks", "gauge", "blocks", "How many blocks of the running requests are on the device?"),
     MetricSpec("total_blocks", "gauge", "blocks", "How many blocks do the running requests have in all?"),
     MetricSpec(
@@ -89,6 +113,64 @@ METRICS = (
         "counter",
         "selections",
         "How often was a selection not ready when its cycle began?",
+    ),
+    MetricSpec(
+        "selection_latency_seconds",
+        "histogram",
+        "seconds",
+        "How long after they were asked for do scores reach the planner, the steps of the set delay included?",
+        bounds=SECONDS,
+    ),
+    MetricSpec(
+        "selection_candidates_total",
+        "counter",
+        "blocks",
+        "How many blocks could selections choose or leave?",
+    ),
+    MetricSpec(
+        "selected_blocks_total",
+        "counter",
+        "blocks",
+        "How many of these did they choose, by threshold and room? Over them: the selected share.",
+    ),
+    MetricSpec(
+        "reselected_blocks_total",
+        "counter",
+        "blocks",
+        "How many blocks did the selections after a request's first choose?",
+    ),
+    MetricSpec(
+        "reselected_resident_blocks_total",
+        "counter",
+        "blocks",
+        "How many of these did the request hold already? Over them: an estimate of the recall of the resident set, "
+        "by the scores of the selection that follows it.",
+    ),
+    MetricSpec(
+        "judged_prefetches_total",
+        "counter",
+        "blocks",
+        "How many blocks had come into a set during decode when the request's next selection scored them again?",
+    ),
+    MetricSpec(
+        "useful_prefetches_total",
+        "counter",
+        "blocks",
+        "How many of these did that selection choose again? Over them: an estimate of the precision of prefetching.",
+    ),
+    MetricSpec(
+        "block_lifetime_steps",
+        "histogram",
+        "steps",
+        "How many steps was a block on the device when it was evicted?",
+        bounds=STEPS,
+    ),
+    MetricSpec(
+        "block_idle_steps",
+        "histogram",
+        "steps",
+        "For how many steps had no request held a block when it was evicted?",
+        bounds=STEPS,
     ),
     MetricSpec("late_recalls_total", "counter", "steps", "How many steps waited for a recall?"),
     MetricSpec("stall_seconds_total", "counter", "seconds", "How long did steps wait for copies in all?"),

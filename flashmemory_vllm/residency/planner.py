@@ -14,6 +14,7 @@ row is the table of the step before.
 
 from __future__ import annotations
 
+import time
 from math import inf
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.cadence import Cadence
+from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.demand import Demand, joined
 from flashmemory_vllm.residency.integrity import check_requests
 from flashmemory_vllm.residency.registry import RequestRegistry
@@ -31,7 +33,6 @@ from flashmemory_vllm.residency.tables import decode_table, prefill_table
 from flashmemory_vllm.residency.types import (
     NOTHING,
     BoolArray,
-    Counters,
     Geometry,
     IntArray,
     Phase,
@@ -74,8 +75,8 @@ class StepPlanner:
         self._geometry = geometry
         self._max_prefetches = geometry.num_slots if max_prefetches is None else max_prefetches
         self._cadence = Cadence(tau)
-        self._counters = Counters()
         self._slots = SlotTable(geometry)
+        self._counters = Counters(self._slots.lifetime_steps, self._slots.idle_steps)
         self._requests = RequestRegistry(geometry, self._slots, policy)
         self._settler = Settler(self._slots, self._counters, score_threshold)
         self._open: StepPlan | None = None
@@ -121,6 +122,9 @@ class StepPlanner:
                 f"request {selection.req_id}: scores of shape {scores.shape}, "
                 f"allowed are {self._geometry.num_groups} groups of at most {num_full} blocks"
             )
+        if state.asked_at:
+            latency = time.perf_counter() - state.asked_at.pop(0)
+            self._counters.selection_latency_seconds.observe(np.array([latency]))
         state.offered = np.where(np.isnan(scores), -np.inf, scores).astype(np.float32)
 
     def plan(self, step_input: StepInput) -> StepPlan:
@@ -157,6 +161,8 @@ class StepPlanner:
     def complete(self, step_plan: StepPlan) -> None:
         """Note that the forward of a plan is done and its write-backs are issued: its full blocks are CLEAN.
 
+        The scores of its due selections are asked for now.
+
         Raises:
             IntegrityError: another plan is open, or none.
         """
@@ -165,6 +171,10 @@ class StepPlanner:
             raise IntegrityError(f"step {step_plan.step} completes, but the open plan is {expected}")
         self._slots.mark_written_back(step_plan.write_backs.blocks)
         self._counters.written_back_blocks += step_plan.write_backs.slots.size
+        for due in step_plan.due:
+            state = self._requests.get(due.req_id)
+            if state is not None:
+                state.asked_at.append(time.perf_counter())
         self._open = None
 
     def reset(self) -> None:

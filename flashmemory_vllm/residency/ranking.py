@@ -28,6 +28,10 @@ class Frame(NamedTuple):
         """Positions that may be chosen."""
         return np.arange(self.sink_end, self.recent_start, dtype=np.int32)
 
+    def num_chosen(self, target: IntArray) -> int:
+        """Blocks of a set beside the forced ones."""
+        return target.size - self.sink_end - (self.num_blocks - self.recent_start)
+
     def with_best(self, candidates: IntArray, scores: FloatArray, budget: int) -> IntArray:
         """The forced blocks and as many of the best candidates as the budget has room for."""
         sink = np.arange(min(self.sink_end, self.recent_start), dtype=np.int32)

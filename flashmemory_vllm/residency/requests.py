@@ -74,6 +74,7 @@ class RequestState:
         selection: running number of the selection in force over all requests.
         is_decoding: a decode row was planned.
         kept_all: the budget of the last decode row covered all blocks; true before the first.
+        asked_at: for each selection on its way, when its scores were asked for; seconds of a monotonic clock.
         steps_since_due: decode steps since the request was last due, tau or more if it waits; None before the first.
         table: table of the last decode row, None if the next one differs in any case.
         settled_until: length up to which a decode row reads `table`, unless a selection is offered.
@@ -90,6 +91,7 @@ class RequestState:
     selection: int = 0
     is_decoding: bool = False
     kept_all: bool = True
+    asked_at: list[float] = field(default_factory=list)
     steps_since_due: int | None = None
     table: Table | None = None
     settled_until: int = 0

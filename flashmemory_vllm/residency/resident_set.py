@@ -25,6 +25,7 @@ class ResidentSet:
         held: see above, like `landing`, `waiting` and `leaving`.
         ranks: float32, scores of the first held blocks; those behind them are newer than the scoring.
         slots: slots of the first held blocks; those behind them are not looked up yet.
+        landed_portions: what was prefetched since the set was replaced, a portion each.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class ResidentSet:
         self.landing: IntArray = NOTHING
         self.waiting: IntArray = NOTHING
         self.leaving: IntArray = NOTHING
+        self.landed_portions: list[IntArray] = []
 
     @property
     def is_changing(self) -> bool:
@@ -51,6 +53,7 @@ class ResidentSet:
         """
         self.held, self.ranks, self.slots = held, ranks_of(held, scores), NOTHING
         self.landing, self.waiting, self.leaving = NOTHING, waiting, leaving
+        self.landed_portions = []
 
     def grow(self, first: int, end: int, excess: int, inner: slice, scores: FloatArray) -> IntArray:
         """Hold the newest blocks `[first, end)` as well, and do without the worst ones.
@@ -86,6 +89,7 @@ class ResidentSet:
     def land(self, count: int, scores: FloatArray) -> None:
         """Hold the first `count` of the waiting blocks, which land during this step."""
         self.landing = np.sort(self.waiting[:count])
+        self.landed_portions.append(self.landing)
         self.waiting = self.waiting[count:]
         self.held = merged(self.held, self.landing)
         self.ranks, self.slots = ranks_of(self.held, scores), NOTHING

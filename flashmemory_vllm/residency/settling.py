@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 from flashmemory_vllm.errors import UnsupportedError
-from flashmemory_vllm.residency.demand import Demand
+from flashmemory_vllm.residency.counters import Counters
+from flashmemory_vllm.residency.demand import Demand, joined
 from flashmemory_vllm.residency.ranking import Frame, best, difference, merged, worst_to_best, worth_a_slot
 from flashmemory_vllm.residency.requests import ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import NOTHING, Counters, IntArray, Phase
+from flashmemory_vllm.residency.types import NOTHING, IntArray, Phase
 
 
 class Settler:
@@ -79,19 +82,46 @@ class Settler:
         """The best blocks by the selection offered; without one, whatever has a slot."""
         state = row.state
         is_selected = state.offered is not None
+        is_reselected = is_selected and state.scores is not None
         if is_selected:
             state.scores, state.offered = state.offered, None
             self._counters.selections += 1
             state.selection = self._counters.selections
-        for group in range(len(state.sets)):
-            candidates = frame.candidates()
+        for group, resident in enumerate(state.sets):
+            candidates, prefetched = frame.candidates(), resident.landed_portions
             if is_selected:
                 candidates = worth_a_slot(candidates, state.scores_of(group), self._score_threshold)
             else:
                 candidates = self._readable(row, group, candidates)
             target = frame.with_best(candidates, state.scores_of(group), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
-            self._change_set(row, group, target, demand, may_wait=state.is_decoding)
+            joining = self._change_set(row, group, target, demand, may_wait=state.is_decoding)
+            if is_selected:
+                self._counters.selection_candidates += frame.recent_start - frame.sink_end
+                self._counters.selected_blocks += frame.num_chosen(target)
+            if is_reselected:
+                self._judge(frame, target, joining, prefetched)
+
+    def _judge(self, frame: Frame, target: IntArray, joining: IntArray, prefetched: list[IntArray]) -> None:
+        """Count what the set before was good for, by the scores of the new selection.
+
+        Args:
+            frame: what is forced in the new set.
+            target: positions of the new set.
+            joining: those of them that the request did not hold.
+            prefetched: positions that came into the set before while it was in force.
+        """
+        num_chosen = frame.num_chosen(target)
+        # `bisect` is faster than `searchsorted` for one number
+        num_missing = bisect_left(joining, frame.recent_start) - bisect_left(joining, frame.sink_end)
+        self._counters.reselected_blocks += num_chosen
+        self._counters.reselected_resident_blocks += num_chosen - num_missing
+        if prefetched:
+            judged = joined(prefetched)
+            # The set ends with the newest block, so that the place of each lies within it
+            is_chosen = target[target.searchsorted(judged)] == judged
+            self._counters.judged_prefetches += judged.size
+            self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
 
     def _frame(self, row: ScheduledRequest, budget: int) -> Frame:
         if budget == row.end:
@@ -112,7 +142,7 @@ class Settler:
 
     def _change_set(
         self, row: ScheduledRequest, group: int, target: IntArray, demand: Demand, *, may_wait: bool
-    ) -> None:
+    ) -> IntArray:
         """Replace the set that a request holds in a group.
 
         Args:
@@ -121,6 +151,9 @@ class Settler:
             target: positions of the new set.
             demand: takes what has no slot; the blocks written first in this step are not put in here.
             may_wait: whether missing blocks may be prefetched instead of recalled.
+
+        Returns:
+            int32 positions of the new set that the request did not hold.
         """
         state, ids = row.state, row.state.blocks.ids
         resident, scores = state.sets[group], state.scores_of(group)
@@ -139,3 +172,4 @@ class Settler:
         elif missing.size:
             demand.recalls[group].append(ids[missing])
         resident.replace(target, scores, waiting, leaving)
+        return joining

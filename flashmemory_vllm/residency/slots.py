@@ -23,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.counters import STEP_BOUNDS, Histogram
 from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray
 
 NOT_RESIDENT = -1
@@ -40,6 +41,8 @@ class SlotTable:
         pins: int32 `[G, S]` claims on each slot.
         num_evictions: slots taken from a block since the last `clear`.
         num_on_host: blocks with a valid host copy.
+        lifetime_steps: of evicted blocks, steps from getting the slot to losing it.
+        idle_steps: of evicted blocks, steps since the last use.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -51,16 +54,18 @@ class SlotTable:
         self._owner: IntArray = np.empty((groups, slots), np.int32)
         # Time of the last use: the number of the step, and a fraction that orders the blocks of one step.
         self._last_use = np.empty((groups, slots), np.float64)
+        self._held_since = np.empty((groups, slots), np.float64)
         self._landing: BoolArray = np.empty((groups, blocks), np.bool_)
         # A stack per group: the first `num_free` entries of a row are its free slots.
         self._free: IntArray = np.empty((groups, slots - 1), np.int32)
         # Counted as they change: they are asked for in every step, and the tables are long.
         self._num_free = [0] * groups
         self._num_pinned = [0] * groups
+        self.lifetime_steps, self.idle_steps = Histogram(STEP_BOUNDS), Histogram(STEP_BOUNDS)
         self.clear()
 
     def clear(self) -> None:
-        """Forget all content; arrays stay where they are."""
+        """Forget all content; arrays stay where they are, and what is known of evicted blocks too."""
         self.lut[:] = NOT_RESIDENT
         self.lut[:, NULL_BLOCK] = NULL_SLOT
         self.host_valid[:] = False
@@ -253,6 +258,7 @@ class SlotTable:
         slots = self._free[group, left : self._num_free[group]][::-1].copy()
         self._num_free[group] = left
         self._owner[group, slots] = missing
+        self._held_since[group, slots] = self._clock
         self.lut[group, missing] = slots
         self.pins[group, slots] = 1
         self._num_pinned[group] += missing.size
@@ -269,6 +275,9 @@ class SlotTable:
         oldest = np.argpartition(self._last_use[group, evictable], count - 1)[:count]
         slots = evictable[oldest]
         self.require_host_copy(self._owner[group, slots])
+        # Rounded up, for the fraction of the last use only orders
+        self.idle_steps.observe(np.ceil(self._clock - self._last_use[group, slots]))
+        self.lifetime_steps.observe(self._clock - self._held_since[group, slots])
         self._release(group, slots)
         self.num_evictions += count
 

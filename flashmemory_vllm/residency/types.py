@@ -259,36 +259,3 @@ class Usage:
     total_blocks: int
     host_blocks: int
     num_requests: int
-
-
-@dataclass(slots=True)
-class Counters:
-    """Running totals since the planner was made; a block counts once in each layer group it is moved in.
-
-    Attributes:
-        plans: steps planned.
-        evictions: slots taken from a block with a valid host copy.
-        recalled_blocks: blocks copied to a slot before a step's attention.
-        prefetched_blocks: blocks copied to a slot during a step.
-        written_back_blocks: blocks copied to the host.
-        streamed_blocks: blocks read from the host by prefill rows.
-        selections: selections that changed a resident set or confirmed it.
-        missing_selections: first decode steps of a sparse request without a selection.
-        ignored_selections: selections offered for a request that is gone or in prefill.
-        decode_rows: decode rows planned.
-        decode_resident_blocks: blocks in the tables of decode rows.
-        decode_context_blocks: blocks that hold tokens of decode rows, once per group.
-    """
-
-    plans: int = 0
-    evictions: int = 0
-    recalled_blocks: int = 0
-    prefetched_blocks: int = 0
-    written_back_blocks: int = 0
-    streamed_blocks: int = 0
-    selections: int = 0
-    missing_selections: int = 0
-    ignored_selections: int = 0
-    decode_rows: int = 0
-    decode_resident_blocks: int = 0
-    decode_context_blocks: int = 0

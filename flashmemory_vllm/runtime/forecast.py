@@ -1,6 +1,6 @@
 """What a server would size and serve, worked out without one by the code that sizes it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,7 +22,8 @@ class ModelSizes:
         num_query_heads: query heads.
         num_kv_heads: KV heads.
         head_dim: elements of a key.
-        dtype: dtype of weights, keys and values.
+        dtype: dtype of the weights.
+        kv_dtype: dtype of keys and values.
     """
 
     num_layers: int
@@ -30,9 +31,24 @@ class ModelSizes:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    def of_rank(self, num_ranks: int) -> "ModelSizes":
+        """The heads that one tensor-parallel rank has; fewer KV heads than ranks are replicated, as in vLLM.
+
+        Raises:
+            ConfigError: the heads cannot be divided so.
+        """
+        query, kv = self.num_query_heads, self.num_kv_heads
+        if query % num_ranks or (kv % num_ranks and num_ranks % kv):
+            raise ConfigError(
+                f"--tensor-parallel-size is {num_ranks}: allowed is a divisor of the model's {query} query heads "
+                f"that its {kv} KV heads can be divided by, or that is a multiple of them"
+            )
+        return replace(self, num_query_heads=query // num_ranks, num_kv_heads=max(1, kv // num_ranks))
 
     def shape(self, block_size: int) -> AttentionShape:
-        """The attention layers of a server of one rank; nothing is allocated, so that any device does."""
+        """The attention layers; nothing is allocated, so that any device does."""
         return AttentionShape(
             layer_names=tuple(str(layer) for layer in range(self.num_layers)),
             num_query_heads=self.num_query_heads,
@@ -40,7 +56,7 @@ class ModelSizes:
             head_dim=self.head_dim,
             softmax_scale=1.0,
             block_size=block_size,
-            dtype=self.dtype,
+            dtype=self.kv_dtype,
             device=torch.device("cpu"),
         )
 
@@ -50,11 +66,12 @@ class ServerSizes:
     """What the server is started with; filled from the command line.
 
     Attributes:
-        device_bytes: device memory for slots, index keys and staging together.
+        device_bytes: device memory of each rank for slots, index keys and staging together.
         context_tokens: most tokens of a request, and those of each request that is counted.
         max_num_seqs: most requests that run at once.
         max_num_batched_tokens: most tokens of one step.
         block_size: tokens in a block.
+        tensor_parallel_size: ranks, which divide heads and host memory among them.
     """
 
     device_bytes: int
@@ -62,11 +79,12 @@ class ServerSizes:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What fits.
+    """What fits; bytes, slots and blocks are those of each rank.
 
     Attributes:
         capacity: the sizes that the server would log.
@@ -94,18 +112,22 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         server: what the server is started with.
 
     Raises:
-        ConfigError: the sizes do not fit, or there is no host memory given.
+        ConfigError: the sizes do not fit, there is no host memory given, or the server would refuse to run on so many
+            ranks.
     """
     if config.host_memory_gib is None:
         raise ConfigError("flashmemory.host_memory_gib is not given: a plan needs it, allowed is a number > 0")
-    shape = model.shape(server.block_size)
+    num_ranks = server.tensor_parallel_size
+    if num_ranks > 1 and config.mode == "pressure":
+        raise ConfigError(f"flashmemory.mode is pressure with {num_ranks} ranks: allowed is always, or one rank")
+    shape = model.of_rank(num_ranks).shape(server.block_size)
     budget = budget_policy(
         config,
         block_size=server.block_size,
         max_num_batched_tokens=server.max_num_batched_tokens,
         max_model_len=server.context_tokens,
     )
-    host_bytes = int(config.host_memory_gib * GIB)
+    host_bytes = int(config.host_memory_gib * GIB) // num_ranks
     capacity = plan_capacity(
         MemoryBudget(server.device_bytes, host_bytes, config.device_slots, server.max_num_seqs),
         budget,

@@ -1,12 +1,16 @@
 """Publishes what the worker counted into its shared counters file."""
 
 from flashmemory_vllm.observability.counters import CounterWriter
+from flashmemory_vllm.residency.counters import Histogram
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.transfer.engine import TransferEngine
 
+# Steps between two writes of the histograms: sorting values into buckets costs more than all other counting
+HISTOGRAM_STEPS = 64
+
 
 class Reporter:
-    """Copies the planner's and the engine's totals to the shared counters, once a step.
+    """Copies the planner's and the engine's totals to the shared counters: once a step, histograms not as often.
 
     Totals are published as what came on top since the last call, so that a reset of residency (sleep, warm-up)
     never makes a counter go back.
@@ -22,6 +26,14 @@ class Reporter:
         self._planner = planner
         self._engine = engine
         self._published: dict[str, float] = {}
+        self._num_published = 0
+        counters.set("workers", 1)
+        planned = planner.counters
+        self._histograms = (
+            _Growth("selection_latency_seconds", planned.selection_latency_seconds),
+            _Growth("block_lifetime_steps", planned.block_lifetime_steps),
+            _Growth("block_idle_steps", planned.block_idle_steps),
+        )
         self._stall_seconds = 0.0
 
     def stalled(self, seconds: float) -> None:
@@ -38,6 +50,12 @@ class Reporter:
             "evictions_total": planned.evictions,
             "selections_total": planned.selections,
             "missing_selections_total": planned.missing_selections,
+            "selection_candidates_total": planned.selection_candidates,
+            "selected_blocks_total": planned.selected_blocks,
+            "reselected_blocks_total": planned.reselected_blocks,
+            "reselected_resident_blocks_total": planned.reselected_resident_blocks,
+            "judged_prefetches_total": planned.judged_prefetches,
+            "useful_prefetches_total": planned.useful_prefetches,
             "decode_resident_blocks_total": planned.decode_resident_blocks,
             "decode_context_blocks_total": planned.decode_context_blocks,
             "streamed_blocks_total": planned.streamed_blocks,
@@ -48,11 +66,34 @@ class Reporter:
             "stall_seconds_total": self._stall_seconds,
         }
         for name, total in totals.items():
-            self._counters.add(name, total - self._published.get(name, 0))
-        self._published = dict(totals)
+            if growth := total - self._published.get(name, 0):
+                self._counters.add(name, growth)
+        self._published = totals
+        self._num_published += 1
+        # An idle server has published all
+        if self._num_published % HISTOGRAM_STEPS == 0 or not usage.num_requests:
+            for histogram in self._histograms:
+                histogram.publish(self._counters)
         self._counters.set("resident_blocks", usage.resident_blocks)
         self._counters.set("total_blocks", usage.total_blocks)
         self._counters.set("slots_used", usage.slots_used)
         self._counters.set("slots_total", usage.num_slots)
         self._counters.set("host_blocks_used", usage.host_blocks)
         self._counters.set("host_blocks_total", self._planner.geometry.num_logical_blocks - 1)
+
+
+class _Growth:
+    """What a histogram has counted since it was last published."""
+
+    def __init__(self, name: str, histogram: Histogram) -> None:
+        self._name = name
+        self._histogram = histogram
+        self._published = histogram.read()
+
+    def publish(self, counters: CounterWriter) -> None:
+        """Write what came on top, if anything."""
+        totals, last = self._histogram.read(), self._published
+        if totals.counts != last.counts:
+            growth = [count - before for count, before in zip(totals.counts, last.counts, strict=True)]
+            counters.observe(self._name, growth, totals.total - last.total)
+            self._published = totals

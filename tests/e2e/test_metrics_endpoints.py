@@ -25,8 +25,8 @@ def scrape(server: Server) -> dict[str, float]:
     values = {}
     for key, spec in SERIES.items():
         family = ours[family_name(spec)]
-        labels = LABELS | dict(zip(spec.labels[len(LABELS) :], spec.series[key], strict=True))
-        (sample,) = [sample for sample in family.samples if sample.name == spec.full_name and sample.labels == labels]
+        name, labels = PREFIX + key.partition("{")[0], {**LABELS, **spec.series[key]}
+        (sample,) = [sample for sample in family.samples if sample.name == name and sample.labels == labels]
         assert family.type == spec.kind
         values[key] = sample.value
     return values
@@ -52,9 +52,18 @@ def test_every_documented_metric_is_there_and_both_agree(server: Server) -> None
     while (scraped := scrape(server)) != (stats := read_stats(server)) and time.monotonic() < end:
         time.sleep(0.5)
     assert scraped == stats
+    assert stats["workers"] == 1
     assert stats["slots_total"] == 143
     assert 0 < stats["slots_used"] <= 143
     for counted in ("written_back_blocks", "written_back_bytes", "selections", "decode_context_blocks", "evictions"):
         assert stats[f"{counted}_total"] > 0, counted
+    for histogram in ("selection_latency_seconds", "block_lifetime_steps", "block_idle_steps"):
+        assert stats[f"{histogram}_count"] == stats[f'{histogram}_bucket{{le="+Inf"}}'] > 0, histogram
+    # An idle server has published all: every eviction has an age, every selection was asked for
+    assert stats["block_idle_steps_count"] == stats["block_lifetime_steps_count"] == stats["evictions_total"]
+    assert stats["selection_latency_seconds_count"] == stats["selections_total"]
+    assert 0 < stats["selected_blocks_total"] < stats["selection_candidates_total"]
+    assert stats["reselected_resident_blocks_total"] <= stats["reselected_blocks_total"]
+    assert stats["useful_prefetches_total"] <= stats["judged_prefetches_total"]
     share = stats["decode_resident_blocks_total"] / stats["decode_context_blocks_total"]
     assert share == pytest.approx(0.135, abs=0.02)

@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 import pytest
+import torch
 
 from flashmemory_vllm.cli import app
 from flashmemory_vllm.cli.plan import LLAMA_8B, estimate_weights_bytes, model_sizes, read_model_fields
@@ -51,6 +52,25 @@ def test_the_estimate_is_the_size_of_the_reference_model() -> None:
     assert estimate_weights_bytes(fields, model_sizes(fields, "float32")) == 4 * parameters
 
 
+def test_each_gpu_has_its_share_of_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = plan_json(capsys, *LLAMA), plan_json(capsys, *LLAMA, "--tensor-parallel-size", "2")
+    assert (one["tensor_parallel_size"], two["tensor_parallel_size"]) == (1, 2)
+    assert two["device_weights_bytes"] == one["device_weights_bytes"] // 2
+    assert two["request_kv_bytes"] == 8 * GIB
+    assert two["host_bytes"] <= 64 * GIB
+    # Sixteen ranks have a KV head each, of eight
+    many = plan_json(capsys, *LLAMA, "--tensor-parallel-size", "16")
+    assert many["device_weights_bytes"] > one["device_weights_bytes"] // 16
+    assert app.main(["plan", *LLAMA, "--tensor-parallel-size", "2"]) == 0
+    assert capsys.readouterr().out.startswith("GPUs                  2, and of each of them:\n")
+
+
+def test_keys_and_values_may_be_larger_than_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan_json(capsys, *LLAMA, "--kv-cache-dtype", "float32")
+    assert made["request_kv_bytes"] == 32 * GIB
+    assert made["device_weights_bytes"] == plan_json(capsys, *LLAMA)["device_weights_bytes"]
+
+
 def test_table_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan_json(capsys, *LLAMA)
     assert app.main(["plan", *LLAMA]) == 0
@@ -64,8 +84,9 @@ def test_table_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_command_serves_what_was_planned(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"resident_ratio": 0.25, "selector": "mean", "host_memory_gib": 128}
-    given = ("--kv-cache-memory-bytes", str(32 * GIB), "--max-num-seqs", "3", "--kv-dtype", "float16")
-    made = plan_json(capsys, *SHAPE, *given, "--options", json.dumps(options))
+    given = ("--kv-cache-memory-bytes", str(32 * GIB), "--max-num-seqs", "3", "--dtype", "float16")
+    ranks = ("--kv-cache-dtype", "bfloat16", "--tensor-parallel-size", "2")
+    made = plan_json(capsys, *SHAPE, *given, *ranks, "--options", json.dumps(options))
     words = shlex.split(made["serve_command"])
     named = dict(zip(words[3::2], words[4::2], strict=True))
     assert json.loads(named.pop("--additional-config")) == {"flashmemory": options}
@@ -76,6 +97,8 @@ def test_the_command_serves_what_was_planned(capsys: pytest.CaptureFixture[str])
         "--max-num-batched-tokens": "8192",
         "--block-size": "16",
         "--dtype": "float16",
+        "--kv-cache-dtype": "bfloat16",
+        "--tensor-parallel-size": "2",
         "--kv-cache-memory-bytes": str(32 * GIB),
     }
     assert made["device_weights_bytes"] is None
@@ -86,6 +109,7 @@ def test_a_dtype_is_resolved_as_vllm_does() -> None:
         (stored, asked): str(model_sizes(LLAMA_8B | {"dtype": stored}, asked).dtype)
         for stored, asked in (("float16", "auto"), ("float32", "auto"), (None, "auto"), ("bfloat16", "float32"))
     }
+    assert model_sizes(LLAMA_8B, "float16").kv_dtype is torch.float16
     assert list(names.values()) == ["torch.float16", "torch.bfloat16", "torch.bfloat16", "torch.float32"]
 
 
@@ -123,6 +147,8 @@ def test_weights_that_cannot_be_estimated_are_asked_for(changes: dict[str, Any])
         ((*SHAPE, "--gpu-memory-gib", "nan", "--host-memory-gib", "128"), "--gpu-memory-gib is nan"),
         ((*SHAPE, "--gpu-memory-gib", "80", "--host-memory-gib", "1"), "host_memory_gib: 1 GiB holds"),
         ((*LLAMA, "--weights-gib", "-1"), "--weights-gib is -1.0: allowed is a number > 0"),
+        ((*LLAMA, "--tensor-parallel-size", "0"), "--tensor-parallel-size is 0: allowed is 1 or more"),
+        ((*LLAMA, "--tensor-parallel-size", "3"), "--tensor-parallel-size is 3: allowed is a divisor"),
         ((*LLAMA, "--max-num-seqs", "0"), "--max-num-seqs is 0: allowed is 1 or more"),
         (
             (*SHAPE, "--kv-cache-memory-bytes", "9", "--weights-gib", "1", "--host-memory-gib", "1"),

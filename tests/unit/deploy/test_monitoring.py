@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flashmemory_vllm.observability.metrics import METRICS, PREFIX
+from flashmemory_vllm.observability.metrics import METRICS, PREFIX, MetricSpec
 from tests.unit.deploy.queries import (
     ALERTS,
     DASHBOARDS,
@@ -52,9 +52,17 @@ def declared_name(name: str, declared: set[str]) -> str | None:
     return next((candidate for candidate in candidates if candidate in declared), None)
 
 
+def our_metric(name: str) -> MetricSpec | None:
+    """The metric of ours that a series belongs to."""
+    return OURS.get(declared_name(name, set(OURS)) or "")
+
+
 def allowed_units(query: Query) -> set[str]:
-    """Grafana's units that fit what the query computes from our metrics."""
-    units = {OURS[name].unit for name, _ in query.metrics() if name in OURS}
+    """Grafana's units that fit what the query computes from our metrics; over the number of workers they stay."""
+    metrics = [spec for name, _ in query.metrics() if (spec := our_metric(name)) is not None]
+    units = {spec.unit for spec in metrics} - {"workers"}
+    if any(spec.kind == "histogram" for spec in metrics):
+        return {"s"} if units == {"seconds"} else {"short"}
     grows = any(is_growth for _, is_growth in query.metrics())
     if not units:
         return DIMENSIONLESS | {"percentunit", "s"}
@@ -72,7 +80,7 @@ def test_every_metric_exists(query: Query) -> None:
     declared = vllm_metrics()
     names = [name for name, _ in query.metrics()]
     assert names
-    unknown = [name for name in names if name.startswith(PREFIX) and name not in OURS]
+    unknown = [name for name in names if name.startswith(PREFIX) and our_metric(name) is None]
     unknown += [name for name in names if not name.startswith(PREFIX) and declared_name(name, declared) is None]
     assert unknown == []
 
@@ -80,7 +88,9 @@ def test_every_metric_exists(query: Query) -> None:
 @pytest.mark.parametrize("query", QUERIES, ids=by_place)
 def test_growth_is_asked_of_counters_and_values_of_gauges(query: Query) -> None:
     wrong = [
-        name for name, is_growth in query.metrics() if name in OURS and is_growth != (OURS[name].kind == "counter")
+        name
+        for name, is_growth in query.metrics()
+        if (spec := our_metric(name)) is not None and is_growth == (spec.kind == "gauge")
     ]
     assert wrong == []
 
@@ -128,7 +138,8 @@ def overlap(one: dict[str, int], other: dict[str, int]) -> bool:
 
 
 def test_every_metric_of_ours_is_on_a_dashboard() -> None:
-    shown = {name for query in dashboard_queries() for name, _ in query.metrics()}
+    metrics = [our_metric(name) for query in dashboard_queries() for name, _ in query.metrics()]
+    shown = {spec.full_name for spec in metrics if spec is not None}
     # The dashboards divide its two parts, which is exact over several engines
     assert set(OURS) - shown == {f"{PREFIX}resident_ratio"}
 

@@ -130,6 +130,28 @@ def test_without_requests_the_ratio_is_zero(directory: Path) -> None:
         assert CounterReader(directory).read() == dict.fromkeys(SERIES, 0.0)
 
 
+def test_histograms_are_summed_over_processes(directory: Path) -> None:
+    with (
+        CounterWriter.create(directory, worker_name(0)) as first,
+        CounterWriter.create(directory, worker_name(1)) as second,
+    ):
+        first.observe("block_idle_steps", [2, 0, 1, 0, 0, 0, 0, 0, 0], 20.0)
+        first.observe("block_idle_steps", [0, 1, 0, 0, 0, 0, 0, 0, 0], 3.0)
+        second.observe("block_idle_steps", [0, 0, 0, 0, 0, 0, 0, 0, 1], 20000.0)
+        values = CounterReader(directory).read()
+    reached = {
+        end: values[f'block_idle_steps_bucket{{le="{end}"}}'] for end in ("1.0", "4.0", "16.0", "16384.0", "+Inf")
+    }
+    assert reached == {"1.0": 2, "4.0": 3, "16.0": 4, "16384.0": 4, "+Inf": 5}
+    assert (values["block_idle_steps_count"], values["block_idle_steps_sum"]) == (5, 20023.0)
+
+
+@pytest.mark.parametrize("name", ["evictions_total", "no_such_steps"])
+def test_only_a_histogram_takes_counts_by_bucket(directory: Path, name: str) -> None:
+    with CounterWriter.create(directory, worker_name(0)) as worker, pytest.raises(KeyError):
+        worker.observe(name, [1], 1.0)
+
+
 def test_one_writer_for_each_file(directory: Path) -> None:
     with (
         CounterWriter.create(directory, worker_name(0)),

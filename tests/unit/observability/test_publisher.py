@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flashmemory_vllm.observability.metrics import METRICS, SERIES, MetricSpec, series
+from flashmemory_vllm.observability.metrics import METRICS, PREFIX, SERIES, MetricSpec, series
 from flashmemory_vllm.observability.publisher import MetricsPublisher
 
 ZEROS = dict.fromkeys(SERIES, 0.0)
@@ -21,7 +22,9 @@ from flashmemory_vllm.observability.metrics import SERIES
 from flashmemory_vllm.observability.publisher import shared_publisher
 zeros = dict.fromkeys(SERIES, 0.0)
 for total in (5.0, 9.0):
-    shared_publisher().publish({**zeros, "evictions_total": total, "slots_used": total}, "m", "0")
+    changed = {"evictions_total": total, "slots_used": total, "selection_latency_seconds_count": total}
+    changed |= {f'selection_latency_seconds_bucket{{le="{end}"}}': total for end in ("5.0", "+Inf")}
+    shared_publisher().publish({**zeros, **changed, "selection_latency_seconds_sum": 3 * total}, "m", "0")
 registry = CollectorRegistry()
 multiprocess.MultiProcessCollector(registry)
 print(generate_latest(registry).decode())
@@ -42,7 +45,7 @@ def test_every_metric_of_the_table_is_scraped() -> None:
     registry = CollectorRegistry()
     MetricsPublisher(registry).publish(ZEROS, "m", "0")
     names = {name for name, _ in _scrape(registry)}
-    assert {spec.full_name for spec in METRICS} <= names
+    assert {PREFIX + key.partition("{")[0] for key in SERIES} <= names
 
 
 def test_types_and_labels_are_those_of_the_table() -> None:
@@ -51,8 +54,11 @@ def test_types_and_labels_are_those_of_the_table() -> None:
     text = generate_latest(registry).decode()
     for spec in METRICS:
         assert f"# TYPE {spec.full_name} {spec.kind}" in text
-        for reason in ("", *(f',reason="{reason}"' for reason in spec.reasons))[bool(spec.reasons) :]:
-            assert f'{spec.full_name}{{engine="0",model_name="m"{reason}}} 0.0' in text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    scraped = {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
+    for key, spec in SERIES.items():
+        labels = {"model_name": "m", "engine": "0", **spec.series[key]}
+        assert scraped[PREFIX + key.partition("{")[0], *sorted(labels.items())] == 0.0
 
 
 def test_counters_show_the_total_however_often_it_is_published() -> None:
@@ -92,6 +98,38 @@ def test_reasons_are_counted_apart() -> None:
     assert registry.get_sample_value("flashmemory:requests_sparse_total", common) == 1
 
 
+def steps_histogram(counts: list[int], total: float) -> dict[str, float]:
+    """What the reader gives of `block_idle_steps`, whose buckets have so many values each."""
+    *buckets, count, sum_of_values = next(spec for spec in METRICS if spec.name == "block_idle_steps").series
+    reached = dict(zip(buckets, accumulate(counts), strict=True))
+    return {**ZEROS, **reached, count: sum(counts), sum_of_values: total}
+
+
+@pytest.mark.parametrize(
+    ("second", "expected", "total"),
+    [
+        ([1, 3, 0, 0, 0, 0, 0, 0, 2], [1, 4, 4, 4, 4, 4, 4, 4, 6], 50.0),
+        # A restarted writer counts from zero
+        ([1, 0, 0, 0, 0, 0, 0, 0, 0], [2, 4, 4, 4, 4, 4, 4, 4, 5], 90.0),
+    ],
+    ids=["more", "restarted"],
+)
+def test_histograms_show_all_values_however_often_they_are_published(
+    second: list[int], expected: list[int], total: float
+) -> None:
+    registry = CollectorRegistry()
+    publisher = MetricsPublisher(registry)
+    first = steps_histogram([1, 2, 0, 0, 0, 0, 0, 0, 1], 40.0)
+    for values in (first, first, steps_histogram(second, 50.0)):
+        publisher.publish(values, "m", "0")
+    (family,) = [family for family in registry.collect() if family.name == "flashmemory:block_idle_steps"]
+    samples = family.samples
+    assert family.type == "histogram"
+    assert [sample.value for sample in samples if sample.name.endswith("_bucket")] == expected
+    assert [sample.value for sample in samples if sample.name.endswith("_count")] == expected[-1:]
+    assert [sample.value for sample in samples if sample.name.endswith("_sum")] == [total]
+
+
 def test_engines_do_not_mix() -> None:
     registry = CollectorRegistry()
     publisher = MetricsPublisher(registry)
@@ -116,8 +154,18 @@ def test_in_multiprocess_mode_values_are_right(tmp_path: Path) -> None:
     scraped = _parse(run.stdout)
     assert scraped["flashmemory:evictions_total", "0"] == 9
     assert scraped["flashmemory:slots_used", "0"] == 9
+    assert scraped["flashmemory:selection_latency_seconds_count", "0"] == 9
+    assert scraped["flashmemory:selection_latency_seconds_sum", "0"] == 27
+    assert 'selection_latency_seconds_bucket{engine="0",le="2.5",model_name="m"} 0.0' in run.stdout
+    assert 'selection_latency_seconds_bucket{engine="0",le="5.0",model_name="m"} 9.0' in run.stdout
 
 
 @pytest.mark.parametrize("spec", METRICS, ids=lambda spec: spec.name)
 def test_every_counter_is_called_total(spec: MetricSpec) -> None:
-    assert spec.kind == "gauge" or spec.name.endswith("_total")
+    assert spec.kind != "counter" or spec.name.endswith("_total")
+
+
+@pytest.mark.parametrize("spec", [spec for spec in METRICS if spec.kind == "histogram"], ids=lambda spec: spec.name)
+def test_every_histogram_is_called_by_its_unit(spec: MetricSpec) -> None:
+    assert spec.name.endswith(f"_{spec.unit}")
+    assert list(spec.bounds) == sorted(spec.bounds)

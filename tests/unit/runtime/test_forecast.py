@@ -1,5 +1,7 @@
 """The forecast counts what fits, and says what keeps one more request from fitting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,16 +11,16 @@ from flashmemory_vllm.runtime.capacity import GIB
 from flashmemory_vllm.runtime.forecast import Forecast, ModelSizes, ServerSizes, forecast
 
 # 64 KiB a block of 16 tokens; a request of 32,768 tokens has 2,048 of them and 128 MiB
-MODEL = ModelSizes(num_layers=4, num_query_heads=8, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16)
+MODEL = ModelSizes(4, 8, 4, 64, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
 REQUEST_BYTES = 1 << 27
 RATIO = 0.135
 
 
-def make(device_bytes: int, host_gib: float, seqs: int = 64, **options: object) -> Forecast:
+def make(device_bytes: int, host_gib: float, seqs: int = 64, ranks: int = 1, **options: object) -> Forecast:
     # No index keys unless a test asks for them
     given = {"host_memory_gib": host_gib, "selector": "streaming", "staging_blocks": 1, "min_sparse_tokens": 2048}
     config = FlashMemoryConfig.from_additional_config({"flashmemory": given | options})
-    return forecast(MODEL, config, ServerSizes(device_bytes, 32768, seqs, 1024, 16))
+    return forecast(MODEL, config, ServerSizes(device_bytes, 32768, seqs, 1024, 16, ranks))
 
 
 def test_a_request_has_its_kv_and_decodes_with_its_share() -> None:
@@ -63,3 +65,34 @@ def test_at_ratio_one_there_are_no_more_requests_than_dense() -> None:
 def test_there_is_no_plan_without_host_memory() -> None:
     with pytest.raises(ConfigError, match=r"flashmemory\.host_memory_gib is not given"):
         forecast(MODEL, FlashMemoryConfig(), ServerSizes(GIB, 32768, 8, 1024, 16))
+
+
+def test_keys_and_values_have_a_dtype_of_their_own() -> None:
+    server = ServerSizes(GIB, 32768, 64, 1024, 16)
+    config = FlashMemoryConfig.from_additional_config({"flashmemory": {"host_memory_gib": 4.0}})
+    made = forecast(replace(MODEL, kv_dtype=torch.float32), config, server)
+    assert made.request_kv_bytes == 2 * REQUEST_BYTES
+
+
+def test_ranks_share_heads_and_host_memory() -> None:
+    one, two = make(GIB, 4.0), make(GIB, 4.0, ranks=2)
+    assert two.request_kv_bytes == one.request_kv_bytes // 2
+    assert two.capacity.host_bytes == one.capacity.host_bytes // 2
+    assert two.capacity.num_logical_blocks == one.capacity.num_logical_blocks
+    # Each rank has the same device memory, and half the bytes of a request
+    assert two.dense_num_requests == 15
+
+
+def test_kv_heads_are_replicated_where_there_are_fewer_than_ranks() -> None:
+    assert [MODEL.of_rank(ranks).num_kv_heads for ranks in (1, 2, 4, 8)] == [4, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("num_kv_heads", "ranks"), [(4, 3), (4, 16), (3, 2)])
+def test_heads_that_ranks_cannot_share_are_refused(num_kv_heads: int, ranks: int) -> None:
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-size is {ranks}: allowed is a divisor"):
+        replace(MODEL, num_kv_heads=num_kv_heads).of_rank(ranks)
+
+
+def test_the_mode_that_ranks_do_not_agree_on_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory\.mode is pressure with 2 ranks"):
+        make(GIB, 4.0, ranks=2, mode="pressure")
