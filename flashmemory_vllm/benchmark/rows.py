@@ -70,7 +70,8 @@ class BenchRow:
         prefill_tokens_per_s: prompt tokens over the time from submission to the last request's first token.
         output_tokens_per_s: generated tokens over the time from submission to the end.
         seconds: from submission to the end.
-        stall_seconds: host time that steps waited for copies or scores, as are the counters below for the run.
+        stall_seconds: time that the device waited for copies or scores before a step, like the counters below for the
+            run.
         bytes_h2d: recalled from host to device.
         bytes_streamed: read from the host by prefill without getting a slot.
         bytes_d2h: written back.

@@ -173,7 +173,9 @@ METRICS = (
         bounds=STEPS,
     ),
     MetricSpec("late_recalls_total", "counter", "steps", "How many steps waited for a recall?"),
-    MetricSpec("stall_seconds_total", "counter", "seconds", "How long did steps wait for copies in all?"),
+    MetricSpec(
+        "stall_seconds_total", "counter", "seconds", "How long did steps wait for copies or scores, the device idle?"
+    ),
     MetricSpec(
         "refused_admissions_total",
         "counter",

@@ -3,6 +3,7 @@
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.counters import Histogram
 from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.transfer.engine import TransferEngine
 
 # Steps between two writes of the histograms: sorting values into buckets costs more than all other counting
@@ -18,13 +19,17 @@ class Reporter:
     Args:
         counters: this worker's file.
         planner: counts blocks.
-        engine: counts bytes.
+        engine: counts bytes and the waits for them.
+        selections: counts the waits for scores.
     """
 
-    def __init__(self, counters: CounterWriter, planner: StepPlanner, engine: TransferEngine) -> None:
+    def __init__(
+        self, counters: CounterWriter, planner: StepPlanner, engine: TransferEngine, selections: SelectionQueue
+    ) -> None:
         self._counters = counters
         self._planner = planner
         self._engine = engine
+        self._selections = selections
         self._published: dict[str, float] = {}
         self._num_published = 0
         counters.set("workers", 1)
@@ -34,11 +39,6 @@ class Reporter:
             _Growth("block_lifetime_steps", planned.block_lifetime_steps),
             _Growth("block_idle_steps", planned.block_idle_steps),
         )
-        self._stall_seconds = 0.0
-
-    def stalled(self, seconds: float) -> None:
-        """Count host time for which a step waited for scores or copies."""
-        self._stall_seconds += seconds
 
     def publish(self) -> None:
         """Write every counter and gauge."""
@@ -63,7 +63,7 @@ class Reporter:
             "streamed_bytes_total": moved.bytes_streamed,
             "written_back_bytes_total": moved.bytes_d2h,
             "late_recalls_total": moved.late_fences,
-            "stall_seconds_total": self._stall_seconds,
+            "stall_seconds_total": moved.stall_seconds + self._selections.stall_seconds,
         }
         for name, total in totals.items():
             if growth := total - self._published.get(name, 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +41,7 @@ class ResidencyRuntime:
         self._tables.reset()
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
-        self._report = Reporter(parts.counters, parts.planner, parts.engine)
+        self._report = Reporter(parts.counters, parts.planner, parts.engine, parts.selections)
         self._history = SelectionHistory(parts.planner, parts.engine.counters)
         self._plan: StepPlan | None = None
         self._rows: list[Row] = []
@@ -216,19 +215,15 @@ class ResidencyRuntime:
 
     def _begin(self, step_input: StepInput) -> None:
         parts = self._parts
-        started = time.perf_counter()
         parts.selections.forget([*step_input.finished, *step_input.preempted])
         for selection in parts.selections.deliver(step_input.step):
             parts.planner.offer(selection)
-        waited = time.perf_counter() - started
         plan = parts.planner.plan(step_input)
-        started = time.perf_counter()
         for copies in plan.recalls:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
         parts.engine.fence((*plan.fresh, *self._poisoned()))
         for copies in plan.prefetches:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
-        self._report.stalled(waited + time.perf_counter() - started)
         self._history.note(plan)
         self._tables.learn(plan.fresh)
         if parts.check_integrity:

@@ -1,5 +1,6 @@
 """Runs the selector for requests that are due and delivers its scores some steps later, without a stall."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,18 @@ from flashmemory_vllm.runtime.uploads import upload
 class _Pending:
     req_id: str
     scores_host: torch.Tensor
+    captured: torch.cuda.Event | None
     landed: torch.cuda.Event | None
     deliver_step: int
 
-    def wait(self) -> Selection:
-        if self.landed is not None:
-            self.landed.synchronize()
-        return Selection(self.req_id, self.scores_host.numpy())
+    def wait(self) -> float:
+        """Block until the scores are there; seconds of it in which the device was done with the step they score."""
+        if self.captured is None or self.landed is None:
+            return 0.0
+        self.captured.synchronize()
+        started = time.perf_counter()
+        self.landed.synchronize()
+        return time.perf_counter() - started
 
 
 class SelectionQueue:
@@ -35,6 +41,9 @@ class SelectionQueue:
         selector: scores blocks.
         delay_steps: steps between capturing the queries and using the scores of a later selection.
         device: where the selector's index lies.
+
+    Attributes:
+        stall_seconds: time in which a step waited for scores and the device had nothing else to do.
     """
 
     def __init__(self, selector: Selector, delay_steps: int, device: torch.device) -> None:
@@ -44,6 +53,7 @@ class SelectionQueue:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pending: list[_Pending] = []
         self._num_selections: dict[str, int] = {}
+        self.stall_seconds = 0.0
 
     def score(self, step: int, due: DueSelection, queries: torch.Tensor, resident: BoolArray | None) -> None:
         """Enqueue the selector for one request, after all device work enqueued so far.
@@ -57,7 +67,10 @@ class SelectionQueue:
         index = self._num_selections.get(due.req_id, 0)
         self._num_selections[due.req_id] = index + 1
         queries = queries.clone()
+        captured: torch.cuda.Event | None = None
         landed: torch.cuda.Event | None = None
+        if self._stream is not None:
+            captured = torch.cuda.current_stream(self._device).record_event()
         with self._beside_the_model(queries):
             ids = upload(due.block_ids.astype(np.int64), self._device)
             mask = None if resident is None else upload(resident, self._device)
@@ -69,13 +82,14 @@ class SelectionQueue:
                 landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 landed.record()
         delay = 0 if due.first else self._delay_steps
-        self._pending.append(_Pending(due.req_id, scores_host, landed, step + 1 + delay))
+        self._pending.append(_Pending(due.req_id, scores_host, captured, landed, step + 1 + delay))
 
     def deliver(self, step: int) -> list[Selection]:
         """The selections whose scores are used from `step` on."""
         ready = [pending for pending in self._pending if pending.deliver_step <= step]
         self._pending = [pending for pending in self._pending if pending.deliver_step > step]
-        return [pending.wait() for pending in ready]
+        self.stall_seconds += sum(pending.wait() for pending in ready)
+        return [Selection(pending.req_id, pending.scores_host.numpy()) for pending in ready]
 
     def forget(self, req_ids: Sequence[str]) -> None:
         """Drop what is kept for requests that ended or were preempted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -49,6 +50,7 @@ class CudaTransferEngine(TransferEngine):
         )
         self._written: Marker | None = None
         self._recalled = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._pending = PendingWriteBacks(len(layout.groups), pool.num_blocks, layout.num_slots)
         self._group_of = {layer: group for group, layers in enumerate(layout.groups) for layer in layers}
         self._host_layers = [pool.layer_view(layer) for layer in range(layout.num_layers)]
@@ -60,10 +62,16 @@ class CudaTransferEngine(TransferEngine):
 
     def fence(self, reused: Sequence[Copies]) -> None:
         """Make the compute stream wait for recalls and for who reads `reused`; late if a recall is under way."""
-        self.counters.late_fences += not self._recalled.query()  # type: ignore[no-untyped-call]
-        self.wait(self._recalled)
-        for use in reused:
-            self.wait(self._pending.reading(use.group, use.slots))
+        self._count_waits()
+        markers = (self._recalled, *(self._pending.reading(use.group, use.slots) for use in reused))
+        under_way = [marker for marker in markers if marker is not None and not marker.query()]
+        if not under_way:
+            return
+        self.counters.late_fences += under_way[0] is self._recalled
+        before = self._timed_event()
+        for marker in under_way:
+            self.wait(marker)
+        self._waits.append((before, self._timed_event()))
 
     def marker(self) -> Marker:
         """The compute stream so far."""
@@ -131,6 +139,17 @@ class CudaTransferEngine(TransferEngine):
     def _upload(self, ids: Ids) -> torch.Tensor:
         """Copy ids on the current stream; their memory is reused in the order of that stream."""
         return torch.from_numpy(ids.astype(np.int64)).pin_memory().to(self.layout.device, non_blocking=True)
+
+    def _count_waits(self) -> None:
+        """Add up waits that are over."""
+        while self._waits and self._waits[0][1].query():  # type: ignore[no-untyped-call]
+            before, after = self._waits.popleft()
+            self.counters.stall_seconds += before.elapsed_time(after) / 1e3
+
+    def _timed_event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.layout.device))
+        return event
 
     @staticmethod
     def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -28,12 +28,14 @@ class TransferCounters:
         bytes_streamed: host to staging buffers, gathers.
         bytes_d2h: device to host, write-backs.
         late_fences: fences at which a recall had not landed yet, so that the device waited.
+        stall_seconds: time that the device spent waiting at fences, with nothing else to do.
     """
 
     bytes_h2d: int = 0
     bytes_streamed: int = 0
     bytes_d2h: int = 0
     late_fences: int = 0
+    stall_seconds: float = 0.0
 
 
 class Marker(Protocol):

@@ -198,13 +198,15 @@ def test_fence_counts_recalls_that_are_not_done() -> None:
     with engine_over(make_caches(True, torch.bfloat16)) as engine:
         engine.fence([])
         assert engine.counters.late_fences == 0
-        keep_busy()
+        delay(engine._recalls)
         engine.recall(0, ids(1), ids(1))
         engine.fence([])
         assert engine.counters.late_fences == 1
         engine.synchronize()
+        torch.cuda.synchronize()
         engine.fence([])
         assert engine.counters.late_fences == 1
+        assert 1e-3 < engine.counters.stall_seconds < 10.0
 
 
 @pytest.mark.parametrize("places", ["host_to_device", "device_to_host"])

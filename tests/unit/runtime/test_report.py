@@ -13,11 +13,13 @@ from flashmemory_vllm.observability.metrics import SERIES
 from flashmemory_vllm.residency.counters import SECOND_BOUNDS, STEP_BOUNDS
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.report import HISTOGRAM_STEPS, Reporter
+from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.transfer.engine import TransferCounters, TransferEngine
 from tests.unit.residency.driver import Driver
 
-# The reporter reads nothing else of an engine
-ENGINE = SimpleNamespace(counters=TransferCounters(bytes_h2d=5))
+# The reporter reads nothing else of an engine and of a selection queue
+ENGINE = SimpleNamespace(counters=TransferCounters(bytes_h2d=5, stall_seconds=1.0))
+SELECTIONS = SimpleNamespace(stall_seconds=0.5)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def counters(tmp_path: Path) -> Iterator[CounterWriter]:
 
 
 def report(counters: CounterWriter, planner: StepPlanner) -> Reporter:
-    return Reporter(counters, planner, cast(TransferEngine, ENGINE))
+    return Reporter(counters, planner, cast(TransferEngine, ENGINE), cast(SelectionQueue, SELECTIONS))
 
 
 def read(counters: CounterWriter) -> dict[str, float]:
@@ -52,7 +54,6 @@ def test_the_ranges_counted_are_the_buckets_published() -> None:
 def test_totals_are_published_once(counters: CounterWriter) -> None:
     driver = busy_driver()
     reporter = report(counters, driver.planner)
-    reporter.stalled(1.5)
     for _ in range(3):
         reporter.publish()
     values, counted = read(counters), driver.planner.counters
@@ -69,7 +70,8 @@ def test_totals_are_published_once(counters: CounterWriter) -> None:
 def test_totals_of_a_new_runtime_come_on_top(counters: CounterWriter) -> None:
     for _ in range(2):
         report(counters, busy_driver().planner).publish()
-    assert read(counters)["selections_total"] == 4
+    values = read(counters)
+    assert (values["selections_total"], values["stall_seconds_total"]) == (4, 3.0)
 
 
 def test_histograms_follow_every_so_many_steps(counters: CounterWriter) -> None:

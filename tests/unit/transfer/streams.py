@@ -18,9 +18,13 @@ from flashmemory_vllm.transfer import cuda_engine
 
 @dataclass(eq=False)
 class Record:
-    """One place in a stream."""
+    """One place in a stream; reached when the device had done so much work."""
 
-    is_reached: bool = False
+    reached_at: int | None = None
+
+    @property
+    def is_reached(self) -> bool:
+        return self.reached_at is not None
 
 
 class Event:
@@ -41,6 +45,13 @@ class Event:
     def query(self) -> bool:
         self._device.run_some()
         return self._last is None or self._last.is_reached
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self._last is not None
+        assert self._last.reached_at is not None
+        assert end._last is not None
+        assert end._last.reached_at is not None
+        return float(end._last.reached_at - self._last.reached_at)
 
 
 class Stream:
@@ -67,8 +78,9 @@ class Stream:
     def advance(self) -> None:
         head = self.queue.popleft()
         if isinstance(head, Record):
-            head.is_reached = True
+            head.reached_at = self._device.work_done
         elif not isinstance(head, tuple):
+            self._device.work_done += 1
             head()
 
 
@@ -78,6 +90,7 @@ class Device:
     def __init__(self, random: Random) -> None:
         self._random = random
         self.streams: list[Stream] = []
+        self.work_done = 0
         self.current = self.make_stream()
 
     def make_stream(self, *_: Any, **__: Any) -> Stream:
@@ -117,7 +130,7 @@ def simulated(random: Random, *, by_dma: bool) -> Iterator[Device]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", device.make_stream)
-        patch.setattr(torch.cuda, "Event", lambda: Event(device))
+        patch.setattr(torch.cuda, "Event", lambda **_: Event(device))
         patch.setattr(torch.cuda, "stream", device.on)
         patch.setattr(torch.cuda, "current_stream", lambda _: device.current)
         patch.setattr(torch.Tensor, "is_pinned", lambda _: True)
