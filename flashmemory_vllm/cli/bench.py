@@ -18,6 +18,7 @@ from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.reference import reference_model_path
 
 if TYPE_CHECKING:
+    from flashmemory_vllm.benchmark.cells import Cell
     from flashmemory_vllm.benchmark.rows import BenchRow
 
 # What a configuration needs beside the sizes that `flashmemory plan` has
@@ -44,6 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--engines", default="stock,flashmemory", help="comma-separated, also offload and ideal. Default: %(default)s"
     )
+    parser.add_argument("--only", metavar="NAMES", help="comma-separated SCENARIO/MEASUREMENT. Default: all there are")
     parser.add_argument("--out", type=Path, help="JSON file; every row is written as soon as it is measured")
     parser.add_argument("--resume", action="store_true", help="go on with --out: what has a row is not measured again")
     parser.add_argument("--time-limit", type=float, metavar="S", help="begin no measurement after so many seconds")
@@ -112,7 +114,7 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
     _check_names(scenarios)
     provenance = _provenance(args.commit)
     model = model_arguments(args.model, args.shape)
-    cells = [cell for scenario in scenarios for cell in make_cells(scenario, engines, model)]
+    cells = choose_cells([cell for scenario in scenarios for cell in make_cells(scenario, engines, model)], args.only)
     bench = BenchRun(
         args.shape or Path(model["model"]).name,
         args.out,
@@ -136,6 +138,21 @@ def read_engines(text: str) -> tuple[EngineName, ...]:
     if unknown:
         raise ConfigError(f"--engines has {', '.join(map(repr, unknown))}: allowed is {', '.join(known)}")
     return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def choose_cells(cells: "Sequence[Cell]", only: str | None) -> "list[Cell]":
+    """Cells of the measurements that the option `--only` names; all if it is None.
+
+    Raises:
+        ConfigError: the scenarios have no measurement of a name.
+    """
+    if only is None:
+        return list(cells)
+    wanted = [name.strip() for name in only.split(",")]
+    known = dict.fromkeys(f"{cell.scenario}/{cell.measurement}" for cell in cells)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(f"--only has {', '.join(map(repr, unknown))}: allowed is {', '.join(known)}")
+    return [cell for cell in cells if f"{cell.scenario}/{cell.measurement}" in wanted]
 
 
 def model_arguments(model: str | None, shape: str | None) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from flashmemory_vllm.benchmark.cells import make_cells
 from flashmemory_vllm.benchmark.rows import save_rows
+from flashmemory_vllm.benchmark.scenario import load_scenario
 from flashmemory_vllm.cli import app
-from flashmemory_vllm.cli.bench import model_arguments, read_engines
+from flashmemory_vllm.cli.bench import choose_cells, model_arguments, read_engines
+from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 from tests.unit.benchmark.twins import make_row
 
@@ -43,6 +46,17 @@ def test_a_command_that_makes_no_sense_is_refused(
 
 def test_engines_are_named_once_each() -> None:
     assert read_engines("flashmemory, stock,flashmemory") == ("flashmemory", "stock")
+
+
+def test_one_measurement_is_chosen_by_its_scenario_and_name() -> None:
+    cells = make_cells(load_scenario(Path(SMOKE)), ("stock", "flashmemory"), {"model": "m"})
+    names = list(dict.fromkeys(f"{cell.scenario}/{cell.measurement}" for cell in cells))
+    assert choose_cells(cells, None) == cells
+    chosen = choose_cells(cells, f" {names[-1]}")
+    assert {f"{cell.scenario}/{cell.measurement}" for cell in chosen} == {names[-1]}
+    assert {cell.engine for cell in chosen} == {"stock", "flashmemory"}
+    with pytest.raises(ConfigError, match=f"--only has 'smoke/none': allowed is {names[0]}"):
+        choose_cells(cells, f"{names[0]},smoke/none")
 
 
 def test_a_shape_is_a_folder_that_vllm_fills_with_random_weights(
