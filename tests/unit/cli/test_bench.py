@@ -52,8 +52,8 @@ def test_one_measurement_is_chosen_by_its_scenario_and_name() -> None:
     cells = make_cells(load_scenario(Path(SMOKE)), ("stock", "flashmemory"), {"model": "m"})
     names = list(dict.fromkeys(f"{cell.scenario}/{cell.measurement}" for cell in cells))
     assert choose_cells(cells, None) == cells
-    chosen = choose_cells(cells, f" {names[-1]}")
-    assert {f"{cell.scenario}/{cell.measurement}" for cell in chosen} == {names[-1]}
+    chosen = choose_cells(cells, f" {names[1]}")
+    assert {f"{cell.scenario}/{cell.measurement}" for cell in chosen} == {names[1]}
     assert {cell.engine for cell in chosen} == {"stock", "flashmemory"}
     with pytest.raises(ConfigError, match=f"--only has 'smoke/none': allowed is {names[0]}"):
         choose_cells(cells, f"{names[0]},smoke/none")
