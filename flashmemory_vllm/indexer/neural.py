@@ -7,13 +7,14 @@ from itertools import repeat
 from typing import ClassVar
 
 import torch
+from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.score_chunks import CODE_DTYPE, quantise_codes, score_chunks
 from flashmemory_kernels.summarise_keys import summarise_keys
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.indexer.checkpoint import check_fits, load_indexer, resolve_indexer
-from flashmemory_vllm.indexer.neural_model import ensemble
+from flashmemory_vllm.indexer.neural_model import NORM_EPS, ensemble
 
 
 class NeuralSelector(Selector):
@@ -84,12 +85,16 @@ class NeuralSelector(Selector):
         """Probability of each block, float32 [G, n]."""
         if request.queries is None:
             raise ConfigError(f"selector {self.name!r} needs queries; request {request.req_id!r} came without")
-        heads, gates = self.model.encode_queries(request.queries.unsqueeze(0))
-        products = score_chunks(heads[0], gates[0], self.codes, self.scales, request.block_ids)
-        distance = torch.arange(len(request.block_ids), 0, -1, device=products.device)
-        logits = self.model.place(products, distance)
-        grouped = [torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of]
-        return self.model.probability(torch.stack([ensemble(group, self.spec.aggregate) for group in grouped]))
+        model, ids = self.model, request.block_ids
+        weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
+        heads, gates = project_queries(request.queries, model.query_spread, *weights, NORM_EPS)
+        logits = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
+        if len(self._anchors_of) == 1:
+            combined = ensemble(logits, self.spec.aggregate).unsqueeze(0)
+        else:
+            groups = (torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of)
+            combined = torch.stack([ensemble(group, self.spec.aggregate) for group in groups])
+        return model.probability(combined)
 
     def _pool(self, pages: torch.Tensor, slots: torch.Tensor | None, num_blocks: int) -> torch.Tensor:
         """Maximum, minimum and mean of each block's keys, float32 [n, Hkv, 3, D]."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 # Maximum, minimum and mean over a block's tokens.
 NUM_POOLS = 3
 _SCALE_BYTES = torch.float32.itemsize
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 # A channel that never changes is not blown up
 _SMALLEST_SPREAD = 1e-3
 
@@ -140,7 +140,7 @@ class NeuralIndexer(nn.Module):
         scaled = queries.float().flatten(2) / self.query_spread
         both = torch.cat((scaled, scaled.abs()), dim=-1)
         hidden = torch.einsum("baf,afr->bar", both, self.query_down)
-        hidden = functional.rms_norm(hidden, hidden.shape[-1:], eps=_NORM_EPS) * self.query_norm
+        hidden = functional.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS) * self.query_norm
         heads = torch.einsum("bar,are->bae", hidden, self.query_up)
         gates = torch.einsum("bar,arh->bah", hidden, self.gate) + self.gate_bias
         return heads.view(*heads.shape[:2], self.spec.num_heads, self.spec.dim), gates
@@ -149,7 +149,7 @@ class NeuralIndexer(nn.Module):
         """Pooled keys [n, A, Hkv, 3, D] to codes [n, A, E], not rounded yet."""
         scaled = (pooled.float().flatten(2) - self.key_center) / self.key_spread
         codes = torch.einsum("naf,afe->nae", scaled, self.key_project)
-        return functional.rms_norm(codes, codes.shape[-1:], eps=_NORM_EPS) * self.key_norm
+        return functional.rms_norm(codes, codes.shape[-1:], eps=NORM_EPS) * self.key_norm
 
     def place(self, products: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         """Add bias and distance to gated products.
@@ -184,7 +184,7 @@ class NeuralIndexer(nn.Module):
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated probability that a block is needed, from logits of an ensemble, any shape."""
-        return (self.calibration[0] * logits + self.calibration[1]).sigmoid()
+        return torch.addcmul(self.calibration[1], self.calibration[0], logits).sigmoid()
 
     def calibrate(self, slope: float, offset: float) -> None:
         """Set what `probability` applies to a logit."""

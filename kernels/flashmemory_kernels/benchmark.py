@@ -7,6 +7,8 @@ same device in the same run: inside the device, or between it and pinned host me
 import argparse
 import itertools
 import json
+import shlex
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -15,14 +17,19 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.ensemble_scores import ensemble_scores
 from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.merge_attention.cases import MergeCase
+from flashmemory_kernels.project_queries import cases as project_cases
+from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
+from flashmemory_kernels.score_chunks import cases as chunk_cases
+from flashmemory_kernels.score_chunks import score_chunks
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.summarise_keys import summarise_keys
 from flashmemory_kernels.translate_slots import cases as translate_cases
@@ -38,9 +45,20 @@ COPY_BYTES = 64 << 20
 COPY_POOL_BYTES = 256 << 20
 CEILING_BYTES = 512 << 20
 
-# Milliseconds that each case is run to warm up and to be timed.
-WARMUP_MS = 10
-TIMED_MS = 40
+# Times that each case is run to warm up and to be timed.
+WARM_UPS = 5
+TIMED_RUNS = 100
+# Ten times an L2 cache.
+FLUSH_BYTES = 512 << 20
+
+# Tiles that the score kernels are timed with: each a program of its own, then several to a program.
+TUNED_CONFIGS = tuple(
+    TileConfig(*values)
+    for values in (
+        *itertools.product((32, 64, 128, 256), (0,), (4, 8), (1,)),
+        *itertools.product((64, 128), (2, 4, 8), (4,), (3, 5)),
+    )
+)
 
 Route = Literal["device", "host_to_device", "device_to_host"]
 Measure = Callable[[Callable[[], object]], float]
@@ -92,6 +110,14 @@ def merge_jobs(cases: Iterable[MergeCase], device: str) -> Iterator[Job]:
         yield Job("merge_attention", _label(case), num_bytes, "device", call)
 
 
+def project_jobs(cases: Iterable[project_cases.ProjectCase], device: str) -> Iterator[Job]:
+    """Jobs of `project_queries`."""
+    for case in cases:
+        inputs = project_cases.make_inputs(case, torch.bfloat16, device)
+        num_bytes = sum(tensor.nbytes for tensor in inputs[:-1]) + 4 * case.num_layers * case.num_heads * case.width
+        yield Job("project_queries", _label(case), num_bytes, "device", partial(project_queries, *inputs))
+
+
 def score_jobs(
     cases: Iterable[score_cases.ScoreCase], device: str, op: Callable[..., torch.Tensor] = score_blocks
 ) -> Iterator[Job]:
@@ -101,6 +127,17 @@ def score_jobs(
         row_bytes = case.num_kv_heads * case.num_rows * case.width * index.element_size()
         num_bytes = case.num_layers * case.num_blocks * (row_bytes + 4 * case.num_heads)
         yield Job("score_blocks", _label(case), num_bytes, "device", partial(op, query, index, ids, 0.1))
+
+
+def chunk_jobs(
+    cases: Iterable[chunk_cases.ChunkCase], device: str, op: Callable[..., torch.Tensor] = score_chunks
+) -> Iterator[Job]:
+    """Jobs of `score_chunks`, or of the kernel under another configuration."""
+    for case in cases:
+        inputs = chunk_cases.make_inputs(case, device=device)
+        # A code, its scale and the logit
+        num_bytes = case.num_layers * case.num_blocks * (case.width + 4 + 4)
+        yield Job("score_chunks", _label(case), num_bytes, "device", partial(op, *inputs))
 
 
 def summary_jobs(cases: Iterable[summary_cases.SummaryCase], device: str) -> Iterator[Job]:
@@ -148,17 +185,31 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "copy_pages": copy_jobs,
     "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),
     "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
+    "project_queries": lambda: project_jobs(project_cases.BENCH_CASES, "cuda"),
     "score_blocks": lambda: score_jobs(score_cases.BENCH_CASES, "cuda"),
+    "score_chunks": lambda: chunk_jobs(chunk_cases.BENCH_CASES, "cuda"),
     "summarise_keys": lambda: summary_jobs(summary_cases.BENCH_CASES, "cuda"),
     "translate_slots": lambda: translate_jobs(translate_cases.BENCH_CASES, "cuda"),
 }
 
 
 def measure_cuda(call: Callable[[], object]) -> float:
-    """Median microseconds of one call, with a cold L2 cache."""
-    import triton.testing
+    """Median microseconds of one call, with a cold L2 cache.
 
-    median_ms: float = triton.testing.do_bench(call, warmup=WARMUP_MS, rep=TIMED_MS, return_mode="median")
+    Before each call a buffer larger than the cache is read. Had it been written, the call would wait for the way of
+    those bytes to memory. While the device reads, the host enqueues the call: its launches are not waited for.
+    """
+    for _ in range(WARM_UPS):
+        call()
+    buffer = torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device="cuda").view(torch.float32)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED_RUNS)]  # type: ignore[no-untyped-call]
+    for start, end in events:
+        buffer.sum()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    median_ms: float = statistics.median(start.elapsed_time(end) for start, end in events)
     return 1e3 * median_ms
 
 
@@ -199,18 +250,21 @@ def time_jobs(
         }
 
 
-def tune_jobs() -> Iterator[Job]:
-    """`score_blocks` under each configuration that the device takes, one layer of 128K and of 500K tokens."""
+def tune_jobs(ops: Iterable[str]) -> Iterator[Job]:
+    """Those of the ops that have configurations, under each that the device takes, at 128K and 500K tokens."""
     from triton.runtime.errors import OutOfResources
 
-    from flashmemory_kernels.score_blocks.kernel import Config, score_blocks_triton
+    from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
+    from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
 
-    one_tile = itertools.product((32, 64, 128, 256), (1,), (4, 8), (1,))
-    many_tiles = itertools.product((64, 128), (4,), (4,), (2, 3))
-    cases = [case for case in score_cases.BENCH_CASES if case.num_layers == 1 and case.num_blocks > 4096]
-    for case, values in itertools.product(cases, (*one_tile, *many_tiles)):
-        config = Config(*values)
-        for job in score_jobs([case], "cuda", partial(score_blocks_triton, config=config)):
+    blocks = [case for case in score_cases.BENCH_CASES if case.num_layers == 1 and case.num_blocks > 4096]
+    chunks = [case for case in chunk_cases.BENCH_CASES if case.num_blocks > 4096]
+    makers: dict[str, Callable[[TileConfig], Iterator[Job]]] = {
+        "score_blocks": lambda config: score_jobs(blocks, "cuda", partial(score_blocks_triton, config=config)),
+        "score_chunks": lambda config: chunk_jobs(chunks, "cuda", partial(score_chunks_triton, config=config)),
+    }
+    for op, config in itertools.product(sorted(makers.keys() & set(ops)), TUNED_CONFIGS):
+        for job in makers[op](config):
             try:
                 job.call()
             except OutOfResources:
@@ -233,29 +287,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flashmemory_kernels.benchmark", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     parser.add_argument("--ops", nargs="+", choices=sorted(OPS), default=sorted(OPS), help="default: all")
-    parser.add_argument("--tune", action="store_true", help="also time score_blocks under many configurations")
+    parser.add_argument("--tune", action="store_true", help="also time the score kernels under many configurations")
+    parser.add_argument("--commit", default="unknown", help="commit to name in the rows. Default: %(default)s")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.stderr.write("the benchmark needs a CUDA device; torch sees none\n")
         return 2
-    import triton
-
-    facts = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-    }
+    facts = row_facts("flashmemory_kernels.benchmark", argv, options.commit)
     ceilings = measure_ceilings(measure_cuda)
     rows = []
     for row in time_jobs(itertools.chain.from_iterable(OPS[op]() for op in options.ops), measure_cuda, ceilings, facts):
         rows.append(row)
         sys.stdout.write(_line(row))
     if options.tune:
-        tuned = list(time_jobs(tune_jobs(), measure_cuda, ceilings, facts))
+        tuned = list(time_jobs(tune_jobs(options.ops), measure_cuda, ceilings, facts))
         rows += tuned
         sys.stdout.write("fastest configurations\n" + "".join(map(_line, best_configs(tuned).values())))
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
+
+
+def row_facts(module: str, argv: Sequence[str] | None, commit: str) -> dict[str, Any]:
+    """Fields of every row that say where it comes from.
+
+    Args:
+        module: what was run.
+        argv: its arguments; None for those of this process.
+        commit: commit of the checkout.
+    """
+    import triton
+
+    arguments = sys.argv[1:] if argv is None else argv
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "commit": commit,
+        "command": shlex.join(["python", "-m", module, *arguments]),
+    }
 
 
 def _gb_per_s(num_bytes: int, micros: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
 from flashmemory_kernels.compact_tables.naive import compact_tables_naive
@@ -23,9 +24,16 @@ from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.cases import MergeCase
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
+from flashmemory_kernels.project_queries import cases as project_cases
+from flashmemory_kernels.project_queries import project_queries
+from flashmemory_kernels.project_queries.naive import project_queries_naive
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
+from flashmemory_kernels.score_chunks import cases as chunk_cases
+from flashmemory_kernels.score_chunks import score_chunks
+from flashmemory_kernels.score_chunks.naive import score_chunks_naive
+from flashmemory_kernels.score_chunks.op import FP8_CAPABILITY
 from flashmemory_kernels.summarise_keys import Kind, summarise_keys
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
@@ -40,10 +48,12 @@ pytestmark = [
 
 # exp, log and one division in float32 by two compilers.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
-# A dot product of at most 256 terms in another order.
+# A sum of products in another order, with a result of about one.
 TOL_FP32_SUM: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 # Tensor cores truncate each of up to 16 partial sums: 16 * 2^-18 for sums below 64, times a scale of 0.3.
 TOL_TENSOR_CORES: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
+# As above, for 16 partial sums below 64 in each of 16 heads, with gates of about one.
+TOL_CHUNKS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-3}
 # The same float32 result may round to either neighbour in bf16.
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
 
@@ -62,6 +72,15 @@ def test_merge_attention(case: MergeCase, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[1], expected[1], **TOL_FP32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*project_cases.CASES, *project_cases.BENCH_CASES])
+def test_project_queries(case: project_cases.ProjectCase, dtype: torch.dtype) -> None:
+    inputs = project_cases.make_inputs(case, dtype, "cuda")
+    for got, expected in zip(project_queries(*inputs), project_queries_naive(*inputs), strict=True):
+        torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
+    assert all(map(torch.equal, project_queries(*inputs), project_queries(*inputs)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", [*score_cases.CASES, *score_cases.BENCH_CASES[::4]])
 def test_score_blocks(case: score_cases.ScoreCase, dtype: torch.dtype) -> None:
@@ -71,14 +90,34 @@ def test_score_blocks(case: score_cases.ScoreCase, dtype: torch.dtype) -> None:
     torch.testing.assert_close(score_blocks(query, index, ids, 0.3), expected, **tolerance)
 
 
-@pytest.mark.parametrize("values", [(16, 1, 4, 1), (64, 3, 4, 2), (128, 4, 8, 3)])
+@pytest.mark.parametrize("values", [(16, 0, 4, 1), (64, 1, 4, 3), (128, 2, 8, 5)])
 @pytest.mark.parametrize("case", score_cases.CASES)
 def test_score_blocks_under_any_configuration(case: score_cases.ScoreCase, values: tuple[int, int, int, int]) -> None:
-    from flashmemory_kernels.score_blocks.kernel import Config, score_blocks_triton
+    from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
 
     query, index, ids = score_cases.make_inputs(case, device="cuda")
-    got = score_blocks_triton(query, index, ids, 0.3, Config(*values))
+    got = score_blocks_triton(query, index, ids, 0.3, TileConfig(*values))
     torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_TENSOR_CORES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*chunk_cases.CASES, *chunk_cases.BENCH_CASES])
+def test_score_chunks(case: chunk_cases.ChunkCase, dtype: torch.dtype) -> None:
+    inputs = chunk_cases.make_inputs(case, dtype, "cuda")
+    torch.testing.assert_close(score_chunks(*inputs), score_chunks_naive(*inputs), **TOL_CHUNKS)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY, reason="needs fp8 conversion"
+)
+@pytest.mark.parametrize("values", [(16, 0, 4, 1), (64, 1, 4, 3), (128, 2, 8, 5)])
+@pytest.mark.parametrize("case", chunk_cases.CASES)
+def test_score_chunks_under_any_configuration(case: chunk_cases.ChunkCase, values: tuple[int, int, int, int]) -> None:
+    from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
+
+    inputs = chunk_cases.make_inputs(case, device="cuda")
+    got = score_chunks_triton(*inputs, config=TileConfig(*values))
+    torch.testing.assert_close(got, score_chunks_naive(*inputs), **TOL_CHUNKS)
 
 
 @pytest.mark.parametrize("aggregate", ["max", "mean"])

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import torch
+from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables.cases import CASES as TABLE_CASES
 from flashmemory_kernels.compact_tables.cases import make_inputs as table_inputs
 from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
@@ -19,10 +20,18 @@ from flashmemory_kernels.ensemble_scores.naive import ensemble_scores_naive
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
+from flashmemory_kernels.project_queries.cases import CASES as PROJECT_CASES
+from flashmemory_kernels.project_queries.cases import make_inputs as project_inputs
+from flashmemory_kernels.project_queries.kernel import project_queries_triton
+from flashmemory_kernels.project_queries.naive import project_queries_naive
 from flashmemory_kernels.score_blocks.cases import CASES as SCORE_CASES
 from flashmemory_kernels.score_blocks.cases import make_inputs as score_inputs
-from flashmemory_kernels.score_blocks.kernel import LOW_PRECISION, Config, score_blocks_triton
+from flashmemory_kernels.score_blocks.kernel import LOW_PRECISION, score_blocks_triton
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
+from flashmemory_kernels.score_chunks.cases import CASES as CHUNK_CASES
+from flashmemory_kernels.score_chunks.cases import make_inputs as chunk_inputs
+from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
+from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from flashmemory_kernels.summarise_keys.cases import CASES as SUMMARY_CASES
 from flashmemory_kernels.summarise_keys.cases import KINDS
 from flashmemory_kernels.summarise_keys.cases import make_inputs as summary_inputs
@@ -37,6 +46,8 @@ from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
 # A dot product of at most 256 terms in another order.
 TOL_FP32_SUM: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+# Sums of at most 16 heads of 128 products; a query head is known to 2^-22 of its largest element.
+TOL_CHUNKS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4}
 # The same float32 result may round to either neighbour in bf16.
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
 
@@ -81,16 +92,34 @@ def check_merge_attention() -> int:
     return len(MERGE_CASES) * 2
 
 
+def check_project_queries() -> int:
+    for case, dtype in itertools.product(PROJECT_CASES, (torch.float32, torch.bfloat16)):
+        inputs = project_inputs(case, dtype)
+        for got, expected in zip(project_queries_triton(*inputs), project_queries_naive(*inputs), strict=True):
+            torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
+    return len(PROJECT_CASES) * 2
+
+
 def check_score_blocks() -> int:
     # The interpreter would multiply the bit patterns of bfloat16; products of its values are the same in float32.
     del LOW_PRECISION[torch.bfloat16]
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    configs = (None, Config(tile_rows=16, tiles=3, num_warps=4, num_stages=2))
+    configs = (None, TileConfig(tile_rows=16, programs=3, num_warps=4, num_stages=2))
     for case, dtype, config in itertools.product(SCORE_CASES, dtypes, configs):
         query, index, ids = score_inputs(case, dtype)
         got = score_blocks_triton(query, index, ids, 0.3, config)
         torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_FP32_SUM)
     return len(SCORE_CASES) * 6
+
+
+def check_score_chunks() -> int:
+    dtypes = (torch.float32, torch.bfloat16)
+    configs = (None, TileConfig(tile_rows=16, programs=3, num_warps=4, num_stages=2))
+    for case, dtype, config in itertools.product(CHUNK_CASES, dtypes, configs):
+        inputs = chunk_inputs(case, dtype)
+        got = score_chunks_triton(*inputs, config=config)
+        torch.testing.assert_close(got, score_chunks_naive(*inputs), **TOL_CHUNKS)
+    return len(CHUNK_CASES) * 4
 
 
 def check_ensemble_scores() -> int:
@@ -143,7 +172,9 @@ if __name__ == "__main__":
         "copy_pages": check_copy_pages,
         "ensemble_scores": check_ensemble_scores,
         "merge_attention": check_merge_attention,
+        "project_queries": check_project_queries,
         "score_blocks": check_score_blocks,
+        "score_chunks": check_score_chunks,
         "summarise_keys": check_summarise_keys,
         "translate_slots": check_translate_slots,
     }

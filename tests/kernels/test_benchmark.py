@@ -11,7 +11,9 @@ from flashmemory_kernels import benchmark
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
+from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.score_blocks import cases as score_cases
+from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.translate_slots import cases as translate_cases
 
@@ -20,7 +22,9 @@ SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
     "compact_tables": lambda: benchmark.table_jobs(table_cases.CASES, "cpu"),
     "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),
     "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),
+    "project_queries": lambda: benchmark.project_jobs(project_cases.CASES, "cpu"),
     "score_blocks": lambda: benchmark.score_jobs(score_cases.CASES, "cpu"),
+    "score_chunks": lambda: benchmark.chunk_jobs([case for case in chunk_cases.CASES if case.num_blocks], "cpu"),
     "summarise_keys": lambda: benchmark.summary_jobs(summary_cases.CASES, "cpu"),
     "translate_slots": lambda: benchmark.translate_jobs(translate_cases.CASES, "cpu"),
 }
@@ -59,6 +63,12 @@ def test_the_bytes_of_a_score_are_the_rows_of_the_index_and_the_masses() -> None
     (job,) = benchmark.score_jobs([case], "cpu")
     assert job.num_bytes == 2 * 3 * (2 * 16 * 2 + 4 * 4)
     assert "num_blocks=3" in job.case
+
+
+def test_the_bytes_of_chunks_are_codes_scales_and_logits() -> None:
+    case = chunk_cases.ChunkCase(3, 5, num_blocks=4, num_heads=2, width=16)
+    (job,) = benchmark.chunk_jobs([case], "cpu")
+    assert job.num_bytes == 3 * 4 * (16 + 4 + 4)
 
 
 def test_the_fastest_configuration_of_each_case_is_found() -> None:

@@ -16,13 +16,14 @@ TOL_FP32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-3}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_heads_are_rectified_then_gated(case: ChunkCase, dtype: torch.dtype) -> None:
-    query, gates, codes, scales, ids = make_inputs(case, dtype)
-    rows = dequantise_codes(codes, scales)[:, ids].double()
-    expected = (gates.double().unsqueeze(-1) * (query.double() @ rows.mT).relu()).sum(1)
-    logits = score_chunks(query, gates, codes, scales, ids)
+def test_heads_are_rectified_then_gated_and_placed(case: ChunkCase, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, dtype)
+    rows = dequantise_codes(inputs.codes, inputs.scales)[:, inputs.block_ids].double()
+    gated = (inputs.gates.double().unsqueeze(-1) * (inputs.query.double() @ rows.mT).relu()).sum(1)
+    hint = inputs.slope.double().unsqueeze(-1) * torch.arange(case.num_blocks, 0, -1).double().log()
+    logits = score_chunks(*inputs)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits.double(), expected, **TOL_FP32)
+    torch.testing.assert_close(logits.double(), gated + inputs.bias.double().unsqueeze(-1) + hint, **TOL_FP32)
 
 
 def test_portions_give_the_same_logits() -> None:
@@ -49,11 +50,17 @@ def test_zeros_stay_zero() -> None:
     assert not dequantise_codes(codes, scales).any()
 
 
-def test_wrong_arguments_are_named() -> None:
-    query, gates, codes, scales, ids = make_inputs(CASES[1])
-    with pytest.raises(ValueError, match=r"gates: expected shape \[3, 6\], got \[3, 5\]"):
-        score_chunks(query, gates[:, :5], codes, scales, ids)
-    with pytest.raises(ValueError, match=r"codes: expected dtype torch.float8_e4m3fn, got torch.float32"):
-        score_chunks(query, gates, codes.float(), scales, ids)
-    with pytest.raises(ValueError, match=r"block_ids: expected dtype torch.int64"):
-        score_chunks(query, gates, codes, scales, ids.int())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gates": torch.ones(3, 5)}, r"gates: expected shape \[3, 6\], got \[3, 5\]"),
+        ({"codes": torch.ones(3, 40, 20)}, r"codes: expected dtype torch.float8_e4m3fn, got torch.float32"),
+        ({"block_ids": torch.ones(2, dtype=torch.int32)}, r"block_ids: expected dtype torch.int64"),
+        ({"bias": torch.ones(1)}, r"bias: expected shape \[3\], got \[1\]"),
+        ({"slope": torch.ones(3, 1)}, r"slope: expected shape \[3\], got \[3, 1\]"),
+        ({"query": torch.ones(3, 20, 6).mT}, r"query: expected a last dim of stride 1"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_chunks(*make_inputs(CASES[1])._replace(**change))

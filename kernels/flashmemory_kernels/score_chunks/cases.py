@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from flashmemory_kernels.score_chunks.naive import CODE_DTYPE, quantise_codes
+from flashmemory_kernels.score_chunks.naive import quantise_codes
 
 
 class ChunkCase(NamedTuple):
@@ -15,6 +15,18 @@ class ChunkCase(NamedTuple):
     num_blocks: int
     num_heads: int
     width: int
+
+
+class ChunkInputs(NamedTuple):
+    """Arguments of the op."""
+
+    query: torch.Tensor
+    gates: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    block_ids: torch.Tensor
+    bias: torch.Tensor
+    slope: torch.Tensor
 
 
 CASES = (
@@ -30,19 +42,24 @@ BENCH_CASES = tuple(
 )
 
 
-def make_inputs(
-    case: ChunkCase, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments of the op; codes and scales of blocks that are not asked for are NaN."""
+def make_inputs(case: ChunkCase, dtype: torch.dtype = torch.float32, device: str = "cpu") -> ChunkInputs:
+    """Arguments of the op; codes and scales of blocks that are not asked for are NaN.
+
+    Heads differ in size by up to 10^6, gates by as much the other way: every head has a say in the logits.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    query = torch.randn(case.num_layers, case.num_heads, case.width, generator=generator, device=device).to(dtype)
-    gates = torch.randn(case.num_layers, case.num_heads, generator=generator, device=device).to(dtype)
-    rows = torch.randn(case.num_layers, case.num_pool_blocks, case.width, generator=generator, device=device)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    factor = torch.logspace(-3, 3, case.num_heads, device=device)
+    query = draw(case.num_layers, case.num_heads, case.width) * factor.unsqueeze(-1)
+    gates = draw(case.num_layers, case.num_heads) / factor
+    codes, scales = quantise_codes(draw(case.num_layers, case.num_pool_blocks, case.width))
     ids = torch.randperm(case.num_pool_blocks, generator=generator, device=device)
-    codes, scales = quantise_codes(rows)
     others = ids[case.num_blocks :]
     # The one NaN of e4m3, without its sign.
     codes.view(torch.uint8)[:, others] = 0x7F
-    assert codes.dtype == CODE_DTYPE
     scales[:, others] = torch.nan
-    return query, gates, codes, scales, ids[: case.num_blocks]
+    bias, slope = draw(case.num_layers), draw(case.num_layers)
+    return ChunkInputs(query.to(dtype), gates.to(dtype), codes, scales, ids[: case.num_blocks], bias, slope)

@@ -37,6 +37,8 @@ def score_chunks_naive(
     codes: torch.Tensor,
     scales: torch.Tensor,
     block_ids: torch.Tensor,
+    bias: torch.Tensor,
+    slope: torch.Tensor,
     chunk_elems: int = CHUNK_ELEMS,
 ) -> torch.Tensor:
     """See `op.score_chunks`; walks over the blocks in chunks so that temporaries stay bounded."""
@@ -51,4 +53,5 @@ def score_chunks_naive(
         products = torch.einsum("ahe,ame->ahm", query.float(), gathered).relu()
         summed = torch.einsum("ah,ahm->am", gates.float(), products)
         logits[:, start : start + chunk] = summed * scales.index_select(1, ids)
-    return logits
+    distance = torch.arange(len(block_ids), 0, -1, dtype=torch.float32, device=query.device)
+    return logits + bias.float().unsqueeze(-1) + slope.float().unsqueeze(-1) * distance.log()

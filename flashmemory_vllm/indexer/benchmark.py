@@ -1,0 +1,247 @@
+"""Times whole selections of an 8B model, `python -m flashmemory_vllm.indexer.benchmark --out rows.json`.
+
+A selection is one call of `Selector.score` for one request: from captured queries to one score for each of its blocks.
+It is timed alone on the device with a cold L2 cache. Reading the index is most of its work, so the bytes are shown
+beside the bandwidth that a plain copy reaches in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from flashmemory_kernels.benchmark import Measure, measure_ceilings, measure_cuda, row_facts
+
+from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.checkpoint import save_indexer
+from flashmemory_vllm.indexer.factory import create_selector
+from flashmemory_vllm.indexer.neural import NeuralSelector
+from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
+
+MODULE = "flashmemory_vllm.indexer.benchmark"
+TOKENS = (131_072, 500_000)
+BLOCK_SIZE = 16
+NUM_LAYERS = 32
+ANCHOR_LAYERS = (8, 16, 24)
+# Keys and values of all layers, 8 heads of 128 in bf16
+KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * 8 * 128 * torch.bfloat16.itemsize
+RESIDENT_RATIO = 0.135
+# Rank of the neural indexer by name of a measurement: the default of `flashmemory train`, and what an 8B model needs.
+NEURAL_RANKS = {"neural": 64, "neural-512": 512}
+SELECTORS = ("mean", "bounds", "exact", "h2o", *NEURAL_RANKS)
+# Blocks whose index keys are made at once, and calls that the host's time is the median of.
+ADDED_BLOCKS = 1024
+HOST_RUNS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRow:
+    """One measurement.
+
+    Attributes:
+        scenario: always "selection".
+        measurement: selector and tokens.
+        value: median time on the device.
+        unit: of `value`, "us".
+        host_us: median time in which the host enqueues the selection.
+        device_bytes: bytes that it has to read: the index keys of its blocks, and a neural indexer's weights.
+        gb_per_s: 1e9 of these bytes a second.
+        ceiling_gb_per_s: what a plain copy inside the device reads and writes together.
+        share: of the ceiling.
+        index_bytes_per_token: device bytes of index keys.
+        kv_bytes_per_token: bytes of keys and values in all layers of the model, for comparison.
+        gpu: name of the device.
+        versions: version by distribution.
+        commit: commit of the checkout.
+        command: the command line.
+    """
+
+    scenario: str
+    measurement: str
+    value: float
+    unit: str
+    host_us: float
+    device_bytes: int
+    gb_per_s: float
+    ceiling_gb_per_s: float
+    share: float
+    index_bytes_per_token: float
+    kv_bytes_per_token: int
+    gpu: str
+    versions: Mapping[str, str]
+    commit: str
+    command: str
+
+
+def make_geometry(num_tokens: int, device: torch.device) -> IndexGeometry:
+    """Sizes of an 8B model with grouped queries and room for one request of so many tokens."""
+    return IndexGeometry(
+        num_logical_blocks=num_tokens // BLOCK_SIZE + 1,
+        block_size=BLOCK_SIZE,
+        num_query_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        softmax_scale=128**-0.5,
+        anchor_layers=ANCHOR_LAYERS,
+        layer_groups=(0,) * len(ANCHOR_LAYERS),
+        num_groups=1,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+
+
+def make_selector(name: str, geometry: IndexGeometry) -> Selector:
+    """A selector of `SELECTORS` with an empty index; a neural one has drawn weights."""
+    if name not in NEURAL_RANKS:
+        return create_selector(name, geometry)
+    model = NeuralIndexer(_indexer_spec(geometry, NEURAL_RANKS[name]))
+    model.init_weights(torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "indexer.safetensors"
+        save_indexer(model, path)
+        return create_selector("neural", geometry, indexer=str(path))
+
+
+def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
+    return IndexerSpec(
+        model="8B",
+        num_layers=NUM_LAYERS,
+        num_query_heads=geometry.num_query_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        block_size=geometry.block_size,
+        anchor_layers=geometry.anchor_layers,
+        rank=rank,
+        num_heads=16,
+        dim=128,
+        aggregate="max",
+        threshold=0.5,
+        tau=64,
+        delay=1,
+        data="drawn weights",
+    )
+
+
+def make_call(selector: Selector) -> Callable[[], torch.Tensor]:
+    """A selection of a request that fills the index: its second, after which nothing is new to the selector."""
+    geometry = selector.geometry
+    generator = torch.Generator(geometry.device).manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=geometry.device, dtype=geometry.dtype)
+
+    num_blocks = geometry.num_logical_blocks - 1
+    # Block 0 is vLLM's null block; the others are handed out in any order
+    ids = 1 + torch.randperm(num_blocks, generator=generator, device=geometry.device)
+    for start in range(0, num_blocks, ADDED_BLOCKS):
+        part = ids[start : start + ADDED_BLOCKS]
+        keys = draw(len(part), geometry.num_kv_heads, geometry.block_size, geometry.head_dim)
+        selector.add_blocks(part, [keys] * len(geometry.anchor_layers))
+    queries = draw(len(geometry.anchor_layers), geometry.num_query_heads, geometry.head_dim)
+    resident = torch.zeros(geometry.num_groups, num_blocks, dtype=torch.bool, device=geometry.device)
+    resident[:, -int(RESIDENT_RATIO * num_blocks) :] = True
+    selector.score(ScoringRequest("r", ids, queries, 0))
+    request = ScoringRequest("r", ids, queries, 1, resident)
+    return lambda: selector.score(request)
+
+
+def bytes_read(selector: Selector, num_blocks: int) -> int:
+    """Device bytes that a selection has to read; what it writes and reads again on the way is not counted."""
+    index_bytes = num_blocks * selector.bytes_per_block()
+    if not isinstance(selector, NeuralSelector):
+        return index_bytes
+    weights = selector.model.named_parameters()
+    return index_bytes + sum(weight.nbytes for name, weight in weights if not name.startswith("key_"))
+
+
+def measure_host(call: Callable[[], object]) -> float:
+    """Median microseconds until a call returns, with no other work on the device."""
+    micros = []
+    for _ in range(HOST_RUNS):
+        started = time.perf_counter()
+        call()
+        micros.append(1e6 * (time.perf_counter() - started))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return statistics.median(micros)
+
+
+def measure_selection(
+    name: str, num_tokens: int, device: torch.device, measure: Measure, ceiling: float, facts: Mapping[str, Any]
+) -> SelectionRow:
+    """Time one selector.
+
+    Args:
+        name: of `SELECTORS`.
+        num_tokens: length of the request.
+        device: where the index lies.
+        measure: microseconds of a call on the device.
+        ceiling: GB/s of a plain copy.
+        facts: fields of every row that say where it comes from.
+    """
+    selector = make_selector(name, make_geometry(num_tokens, device))
+    call = make_call(selector)
+    micros = measure(call)
+    num_bytes = bytes_read(selector, num_tokens // BLOCK_SIZE)
+    rate = num_bytes / micros / 1e3
+    return SelectionRow(
+        scenario="selection",
+        measurement=f"{name} {num_tokens} tokens",
+        value=round(micros, 2),
+        unit="us",
+        host_us=round(measure_host(call), 2),
+        device_bytes=num_bytes,
+        gb_per_s=round(rate, 2),
+        ceiling_gb_per_s=round(ceiling, 2),
+        share=round(rate / ceiling, 4),
+        index_bytes_per_token=selector.bytes_per_block() / BLOCK_SIZE,
+        kv_bytes_per_token=KV_BYTES_PER_TOKEN,
+        **facts,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the rows and write them; one index is allocated at a time.
+
+    Raises:
+        ConfigError: a number of tokens is less than some blocks.
+        UnsupportedError: there is no CUDA device.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew")
+    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=SELECTORS, help="default: all")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument("--commit", default="unknown", help="commit to name in the rows. Default: %(default)s")
+    options = parser.parse_args(argv)
+    smallest = 16 * BLOCK_SIZE
+    if min(options.tokens) < smallest:
+        raise ConfigError(f"--tokens is {min(options.tokens)}: allowed is {smallest} or more")
+    if not torch.cuda.is_available():
+        raise UnsupportedError("the selection benchmark needs a CUDA device; this machine has none")
+    ceiling = measure_ceilings(measure_cuda)["device"]
+    facts = row_facts(MODULE, argv, options.commit)
+    rows: list[SelectionRow] = []
+    device = torch.device("cuda")
+    for num_tokens, name in product(options.tokens, options.selectors):
+        row = measure_selection(name, num_tokens, device, measure_cuda, ceiling, facts)
+        rows.append(row)
+        sys.stdout.write(f"{row.measurement:26} {row.value:9.2f} us {row.host_us:9.2f} us host {row.share:7.1%}\n")
+        sys.stdout.flush()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
