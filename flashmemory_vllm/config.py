@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 from flashmemory_vllm.errors import ConfigError
 
 SECTION = "flashmemory"
+# Decode steps between two selections by a selector that was not trained for any number of them
+DEFAULT_TAU = 16
 
 SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o", "neural"]
 Aggregate = Literal["max", "mean"]
@@ -50,10 +52,18 @@ class FlashMemoryConfig(BaseModel):
         le=1,
         description="Share of a request's KV blocks that stays on the device while it decodes.",
     )
-    tau_steps: int = Field(
-        default=16,
+    tau_steps: int | None = Field(
+        default=None,
         ge=1,
-        description="Decode steps between two selections of a request. 16 suits untrained selectors.",
+        description="Decode steps between two selections of a request. Unset: those that the indexer was trained for, "
+        "or 16, which suits untrained selectors.",
+    )
+    drift_threshold: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Select again early, as soon as the mean cosine, over anchor layers and heads, between a request's "
+        "queries and those of its last selection is below this. Unset: only every `tau_steps` steps.",
     )
     selector: Literal[SelectorName, "oracle"] = Field(
         default="h2o",
@@ -65,7 +75,7 @@ class FlashMemoryConfig(BaseModel):
     indexer: str | None = Field(
         default=None,
         description="Trained indexer: its file, a folder with `indexer.safetensors`, or a Hugging Face id. Makes the "
-        "selector `neural`; anchor layers and score threshold are those it was trained with.",
+        "selector `neural`; anchor layers, score threshold and `tau_steps` are those it was trained with.",
     )
     anchor_layers: LayerIndices | None = Field(
         default=None,
@@ -79,6 +89,14 @@ class FlashMemoryConfig(BaseModel):
         ge=0,
         description="Blocks that a selection scores below this get no slot, though the ratio leaves room. Scores are "
         "shares of attention in 0 to 1, of all selections so far with `h2o`. Unset: the ratio alone decides.",
+    )
+    dense_fallback_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Keep all blocks of a request, in slots that nobody has reserved, once its selections (two or "
+        "more) have scored a larger share than this of the blocks they could leave out at the score threshold or "
+        "above. Unset: never. Needs `score_threshold` or `indexer`.",
     )
     sink_tokens: int = Field(default=64, ge=0, description="Tokens at the start of a request that are always resident.")
     recent_tokens: int = Field(default=256, ge=1, description="Newest tokens of a request that are always resident.")
@@ -158,12 +176,35 @@ class FlashMemoryConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_delay(self) -> "FlashMemoryConfig":
-        if self.selection_delay_steps > self.tau_steps:
+        if self.tau_steps is not None or self.indexer is None:  # else the checkpoint tells
+            self.tau(trained=None)
+        return self
+
+    @model_validator(mode="after")
+    def _check_fallback(self) -> "FlashMemoryConfig":
+        if self.dense_fallback_share is not None and self.score_threshold is None and self.indexer is None:
             raise ConfigError(
-                f"{SECTION}.selection_delay_steps is {self.selection_delay_steps}: "
-                f"allowed is at most {SECTION}.tau_steps, which is {self.tau_steps}"
+                f"{SECTION}.dense_fallback_share is {self.dense_fallback_share}, but nothing says which blocks are "
+                f"worth a slot: allowed with {SECTION}.score_threshold or {SECTION}.indexer"
             )
         return self
+
+    def tau(self, trained: int | None) -> int:
+        """Decode steps between two selections: as asked for, as trained, or the default.
+
+        Args:
+            trained: those that the indexer was trained for; None without one.
+
+        Raises:
+            ConfigError: the delay of a selection is longer.
+        """
+        steps = self.tau_steps or trained or DEFAULT_TAU
+        if self.selection_delay_steps > steps:
+            raise ConfigError(
+                f"{SECTION}.selection_delay_steps is {self.selection_delay_steps}: "
+                f"allowed is at most {SECTION}.tau_steps, which is {steps}"
+            )
+        return steps
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, object]) -> "FlashMemoryConfig":

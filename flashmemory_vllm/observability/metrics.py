@@ -109,6 +109,12 @@ METRICS = (
     MetricSpec("streamed_bytes_total", "counter", "bytes", "How much did streaming load the host link?"),
     MetricSpec("selections_total", "counter", "selections", "How often was a resident set chosen anew?"),
     MetricSpec(
+        "drift_selections_total",
+        "counter",
+        "selections",
+        "How many were asked for early, because the queries had turned away from those of the selection before?",
+    ),
+    MetricSpec(
         "missing_selections_total",
         "counter",
         "selections",
@@ -198,6 +204,25 @@ METRICS = (
         "mode `pressure`, or a ratio that leaves none out?",
         "scheduler",
         reasons=("below_min_sparse_tokens", "mode_pressure", "ratio_keeps_all"),
+    ),
+    MetricSpec(
+        "dense_fallbacks_total",
+        "counter",
+        "requests",
+        "How often did a sparse request fall back to all its blocks, and why: too large a share of them worth a slot?",
+        reasons=("score_share",),
+    ),
+    MetricSpec(
+        "refused_dense_fallbacks_total",
+        "counter",
+        "selections",
+        "After how many selections would a request have fallen back, had there been slots?",
+    ),
+    MetricSpec(
+        "revoked_dense_fallbacks_total",
+        "counter",
+        "requests",
+        "How often did a request that had fallen back become sparse again, because others needed the slots?",
     ),
     MetricSpec(
         "decode_resident_blocks_total",

@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.indexer.checkpoint import load_indexer, resolve_indexer
 from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.counter_files import announce_engine
@@ -14,6 +17,9 @@ from flashmemory_vllm.plugin.seams import check_seams
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+# vLLM sets up handlers for the names below its own only.
+logger = init_logger("vllm.flashmemory")
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -55,16 +61,41 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
 
 
 def check_sizes(vllm_config: "VllmConfig") -> None:
-    """Refuse what cannot hold one request of the longest length; does nothing for other backends.
+    """Refuse what cannot hold one request of the longest length, and an indexer that does not fit the model.
+
+    Does nothing for other backends.
 
     Args:
         vllm_config: vLLM's configuration, with the block size that the platform has chosen.
 
     Raises:
-        ConfigError: slots or host memory are too few, or more than there are.
+        ConfigError: slots or host memory are too few, or more than there are; the indexer cannot be read, is damaged,
+            or belongs to another model or block size.
     """
     if is_selected(vllm_config) and vllm_config.model_config is not None:
-        sizing.check_capacity(vllm_config, read_config(vllm_config))
+        config = read_config(vllm_config)
+        sizing.check_capacity(vllm_config, config)
+        check_indexer(config)
+
+
+def check_indexer(config: FlashMemoryConfig) -> None:
+    """Read every weight of the indexer, if there is one, and say if it was trained for another `tau_steps`.
+
+    Raises:
+        ConfigError: it cannot be read or is damaged.
+    """
+    if config.indexer is None:
+        return
+    trained = load_indexer(resolve_indexer(config.indexer), torch.device("cpu")).spec.tau
+    if config.tau(trained) != trained:
+        logger.warning_once(
+            "flashmemory.tau_steps is %d, but the indexer %s was trained for %d: it then scores for another number of "
+            "steps than its selections are in force. Leave flashmemory.tau_steps unset, or set it to %d",
+            config.tau(trained),
+            config.indexer,
+            trained,
+            trained,
+        )
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:
@@ -115,10 +146,13 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
         ),
         (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill", True, "off"),
     ]
-    ranks = parallel.tensor_parallel_size
-    if ranks > 1 and read_config(vllm_config).mode == "pressure":
+    ranks, config = parallel.tensor_parallel_size, read_config(vllm_config)
+    if ranks > 1 and config.mode == "pressure":
         # The scheduler decides by the slots of all ranks, each worker by its own
         refusals.append((True, "flashmemory.mode", f"pressure with {ranks} ranks", "always, or one rank"))
+    if ranks > 1 and config.indexer is not None:
+        # It reads all heads, of which a rank has only some
+        refusals.append((True, "flashmemory.indexer", f"{config.indexer} with {ranks} ranks", "one rank, or unset"))
     if vllm_config.model_config is not None:
         refusals += _model_refusals(vllm_config.model_config)
     for refused, option, given, allowed in refusals:

@@ -15,8 +15,8 @@ class Cadence:
     """Finds the requests to score after a step: at their first sparse step, then every `tau` decode steps.
 
     The second time comes earlier, at the step of the cycle that is farthest from those of the other requests, so
-    that requests which start together come due one by one. At most one in `tau` of the sparse rows, rounded up,
-    is scored again in one step, the longest waiting first.
+    that requests which start together come due one by one. `hasten` makes one due at once. At most one in `tau` of the
+    sparse rows, rounded up, is scored again in one step, the longest waiting first.
     """
 
     def __init__(self, tau: int) -> None:
@@ -49,6 +49,13 @@ class Cadence:
         if first:
             self._spread(first, known)
         return tuple(_due(row, first=True) for row in first) + tuple(_due(row, first=False) for row in again)
+
+    def hasten(self, state: RequestState) -> bool:
+        """Make a request due with its next step; false if it is anyway, or has not been due before."""
+        if state.steps_since_due is None or state.steps_since_due >= self._tau - 1:
+            return False
+        state.steps_since_due = self._tau - 1
+        return True
 
     def _spread(self, first: Sequence[ScheduledRequest], known: Iterable[RequestState]) -> None:
         taken = [-state.steps_since_due for state in known if state.steps_since_due is not None]

@@ -78,6 +78,7 @@ class Counters:
         written_back_blocks: blocks copied to the host.
         streamed_blocks: blocks read from the host by prefill rows.
         selections: selections that changed a resident set or confirmed it.
+        drift_selections: requests that came due early, because their queries had turned away.
         missing_selections: first decode steps of a sparse request without a selection.
         ignored_selections: selections offered for a request that is gone or in prefill.
         selection_candidates: blocks that selections could choose or leave.
@@ -86,6 +87,9 @@ class Counters:
         reselected_resident_blocks: those of them that the request held already.
         judged_prefetches: blocks that came into a set during decode and were scored again by the next selection.
         useful_prefetches: those of them that it chose again.
+        fallbacks: requests that fell back to all their blocks, again each time that they come back.
+        refused_fallbacks: selections after which a request would have fallen back, had there been slots.
+        revoked_fallbacks: fallbacks ended because budgets needed the slots.
         decode_rows: decode rows planned.
         decode_resident_blocks: blocks in the tables of decode rows.
         decode_context_blocks: blocks that hold tokens of decode rows, once per group.
@@ -101,6 +105,7 @@ class Counters:
     written_back_blocks: int = 0
     streamed_blocks: int = 0
     selections: int = 0
+    drift_selections: int = 0
     missing_selections: int = 0
     ignored_selections: int = 0
     selection_candidates: int = 0
@@ -109,6 +114,9 @@ class Counters:
     reselected_resident_blocks: int = 0
     judged_prefetches: int = 0
     useful_prefetches: int = 0
+    fallbacks: int = 0
+    refused_fallbacks: int = 0
+    revoked_fallbacks: int = 0
     decode_rows: int = 0
     decode_resident_blocks: int = 0
     decode_context_blocks: int = 0

@@ -71,7 +71,7 @@ class Demand:
             for group in groups:
                 promised = sum(state.sets[group].waiting.size for state in known)
                 recalls[group] += [self._hold_history(slots, row, group, promised) for row in self.dense_prefills]
-        self.waiting.sort(key=attrgetter("state.selection"))
+        self.waiting.sort(key=attrgetter("state.falls_back", "state.selection"))
         prefetches = [self._prefetch(slots, group) for group in groups]
         return Granted(tuple(fresh), _merged(recalls), _merged(prefetches))
 
@@ -83,7 +83,10 @@ class Demand:
         return slots.hold(group, history)
 
     def _prefetch(self, slots: SlotTable, group: int) -> list[Copies]:
-        """The oldest selections first, each with its best blocks first; a block that has a slot costs nothing."""
+        """The oldest selections first, each with its best blocks first; a block that has a slot costs nothing.
+
+        Requests that fall back come last: what they wait for is most of their blocks.
+        """
         copies: list[Copies] = []
         left = self._max_prefetches
         for row in self.waiting:

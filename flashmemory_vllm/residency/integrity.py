@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,17 +14,19 @@ from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 
-def check_requests(states: Iterable[RequestState], slots: SlotTable, unwritten: IntArray) -> None:
+def check_requests(known: Iterable[RequestState], slots: SlotTable, unwritten: IntArray) -> None:
     """Check pins, content and resident sets of all known requests; costs a pass over all their blocks.
 
     Args:
-        states: the known requests.
+        known: the known requests.
         slots: where their blocks are.
         unwritten: blocks that the open plan fills and writes back.
 
     Raises:
         IntegrityError: with the request or group and the numbers that do not add up.
     """
+    states = list(known)
+    _check_extras(states, slots.pins.shape[1] - 1)
     pins = np.zeros_like(slots.pins)
     is_unwritten = np.zeros_like(slots.host_valid)
     is_unwritten[unwritten] = True
@@ -43,6 +45,19 @@ def check_requests(states: Iterable[RequestState], slots: SlotTable, unwritten: 
             f"group {group} slot {slot}: {slots.pins[group, slot]} pins, "
             f"but {pins[group, slot]} requests hold its block"
         )
+
+
+def _check_extras(states: Sequence[RequestState], capacity: int) -> None:
+    """Fallbacks leave every budget its slots, and only who decodes with a set of its own falls back."""
+    budgets = sum(state.budget_slots for state in states)
+    extras = sum(state.extra_blocks for state in states)
+    if extras and budgets + extras > capacity:
+        raise IntegrityError(
+            f"budgets of {budgets} slots and fallbacks of {extras} beside them exceed the {capacity} there are"
+        )
+    for state in states:
+        if state.falls_back and (not state.is_decoding or state.scores is None):
+            raise IntegrityError(f"request {state.req_id}: falls back without a set of its own to go back to")
 
 
 def _check_content(state: RequestState, slots: SlotTable, block_size: int, is_unwritten: BoolArray) -> None:
@@ -65,7 +80,8 @@ def _check_set(state: RequestState, group: int, resident: ResidentSet) -> None:
     """A set is within its budget with all that waits for it, and has sink and recent blocks that are in force."""
     policy = state.policy
     where, held = f"request {state.req_id} group {group}", resident.held
-    num_blocks, budget = cdiv(state.num_tokens, policy.block_size), policy.decode_budget(state.num_tokens)
+    num_blocks = cdiv(state.num_tokens, policy.block_size)
+    budget = policy.decode_budget(state.num_tokens) + state.extra_blocks
     if held[-1] != num_blocks - 1 or (np.diff(held) <= 0).any():
         raise IntegrityError(f"{where}: a set up to block {held[-1]}, allowed is up to {num_blocks - 1}, ascending")
     chosen = np.concatenate((held, resident.waiting, resident.leaving))

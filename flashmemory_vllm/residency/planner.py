@@ -3,9 +3,10 @@
 One plan runs in this order:
 
 1. forget requests that are gone, know new ones, note what each scheduled request computes
-2. settle: each row that changes names the blocks it holds now, gives up others, asks for what is missing
-3. grant slots: blocks to be written, recalls, history of dense prefill rows, prefetches
-4. compact block tables of what is readable now; find the requests to score after the step
+2. end fallbacks whose slots are needed
+3. settle: each row that changes names the blocks it holds now, gives up others, asks for what is missing
+4. grant slots: blocks to be written, recalls, history of dense prefill rows, prefetches
+5. compact block tables of what is readable now; find the requests to score after the step
 
 A resident set changes only when its request grows by a block, a selection was offered, or what it chose has yet to
 come in: at most so many blocks a step, the rest waits (`residency/resident_set.py`). In every other step a decode
@@ -15,6 +16,7 @@ row is the table of the step before.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from math import inf
 
 import numpy as np
@@ -24,6 +26,7 @@ from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.cadence import Cadence
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.demand import Demand, joined
+from flashmemory_vllm.residency.fallback import DenseFallback
 from flashmemory_vllm.residency.integrity import check_requests
 from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.requests import ScheduledRequest
@@ -54,6 +57,7 @@ class StepPlanner:
         tau: decode steps between two selections of a request.
         score_threshold: blocks that a selection scores below get no slot, though there may be room. Default: none.
         max_prefetches: most blocks that one step prefetches in each layer group. Default: all that are wanted.
+        fallback_share: selected share above which a request keeps all its blocks while there are slots. Default: never.
 
     Raises:
         ConfigError: `tau` or `max_prefetches` is below 1, or geometry and policy disagree on the block size.
@@ -66,6 +70,7 @@ class StepPlanner:
         tau: int,
         score_threshold: float = -inf,
         max_prefetches: int | None = None,
+        fallback_share: float | None = None,
     ) -> None:
         for name, given in (("tau", tau), ("max_prefetches", max_prefetches)):
             if given is not None and given < 1:
@@ -78,7 +83,12 @@ class StepPlanner:
         self._slots = SlotTable(geometry)
         self._counters = Counters(self._slots.lifetime_steps, self._slots.idle_steps)
         self._requests = RequestRegistry(geometry, self._slots, policy)
-        self._settler = Settler(self._slots, self._counters, score_threshold)
+        self._fallback: DenseFallback | None = None
+        if fallback_share is not None:
+            self._fallback = DenseFallback(
+                fallback_share, score_threshold, geometry.num_slots, self._requests, self._counters
+            )
+        self._settler = Settler(self._slots, self._counters, score_threshold, self._fallback)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
         self._lut_view.flags.writeable = False
@@ -127,6 +137,16 @@ class StepPlanner:
             self._counters.selection_latency_seconds.observe(np.array([latency]))
         state.offered = np.where(np.isnan(scores), -np.inf, scores).astype(np.float32)
 
+    def hasten(self, req_ids: Iterable[str]) -> None:
+        """Make requests due in their next step, as far as the cap on selections allows.
+
+        Those that are gone, keep all their blocks, were not due before or are due anyway go on as they are.
+        """
+        for req_id in req_ids:
+            state = self._requests.get(req_id)
+            if state is not None and not state.falls_back and self._cadence.hasten(state):
+                self._counters.drift_selections += 1
+
     def plan(self, step_input: StepInput) -> StepPlan:
         """Plan the memory of one step. Every plan is to be completed before the next one is made.
 
@@ -141,6 +161,8 @@ class StepPlanner:
         self._slots.begin_step()
         scheduled = self._requests.schedule(step_input)
         demand = Demand(self._geometry.num_groups, self._max_prefetches)
+        for state in self._fallback.revoke() if self._fallback is not None else ():
+            self._settler.give_back(state, demand)
         for row in scheduled:
             self._settler.settle(row, demand)
         granted = demand.grant(self._slots, self._requests)

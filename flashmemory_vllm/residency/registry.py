@@ -24,6 +24,11 @@ class RequestRegistry:
         self._modes = Modes(policy, geometry.num_slots)
         self._states: dict[str, RequestState] = {}
 
+    @property
+    def policy(self) -> BudgetPolicy:
+        """The configured policy; a request may follow another one, see `residency/modes.py`."""
+        return self._policy
+
     def __iter__(self) -> Iterator[RequestState]:
         return iter(self._states.values())
 

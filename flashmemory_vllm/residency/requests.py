@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.resident_set import ResidentSet
 from flashmemory_vllm.residency.types import NO_SCORES, FloatArray, IntArray, NewRequest, Phase
 
@@ -74,6 +74,10 @@ class RequestState:
         selection: running number of the selection in force over all requests.
         is_decoding: a decode row was planned.
         kept_all: the budget of the last decode row covered all blocks; true before the first.
+        falls_back: it keeps all its blocks, though its budget does not; see `residency/fallback.py`.
+        was_revoked: it fell back before, and had to give up.
+        num_worth: blocks that its selections scored at the threshold or above, of those that they could do without.
+        num_evictable: all that they could do without.
         asked_at: for each selection on its way, when its scores were asked for; seconds of a monotonic clock.
         steps_since_due: decode steps since the request was last due, tau or more if it waits; None before the first.
         table: table of the last decode row, None if the next one differs in any case.
@@ -91,6 +95,10 @@ class RequestState:
     selection: int = 0
     is_decoding: bool = False
     kept_all: bool = True
+    falls_back: bool = False
+    was_revoked: bool = False
+    num_worth: int = 0
+    num_evictable: int = 0
     asked_at: list[float] = field(default_factory=list)
     steps_since_due: int | None = None
     table: Table | None = None
@@ -110,6 +118,23 @@ class RequestState:
     def is_changing(self) -> bool:
         """Whether blocks of a set are not in force yet."""
         return any(resident.is_changing for resident in self.sets)
+
+    @property
+    def selected_share(self) -> float:
+        """Share of the blocks that were worth a slot, over all selections; 0 before the first."""
+        return self.num_worth / self.num_evictable if self.num_evictable else 0.0
+
+    @property
+    def budget_slots(self) -> int:
+        """Slots of a group that are its own in the last planned step, whatever others do."""
+        return self.policy.need(self.num_tokens, self.prefill_len)
+
+    @property
+    def extra_blocks(self) -> int:
+        """Slots of a group that it may hold beside its own, because it falls back."""
+        if not self.falls_back:
+            return 0
+        return cdiv(self.num_tokens, self.policy.block_size) - self.policy.decode_budget(self.num_tokens)
 
 
 @dataclass(slots=True, eq=False)

@@ -9,8 +9,9 @@ import numpy as np
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.demand import Demand, joined
+from flashmemory_vllm.residency.fallback import DenseFallback
 from flashmemory_vllm.residency.ranking import Frame, best, difference, merged, worst_to_best, worth_a_slot
-from flashmemory_vllm.residency.requests import ScheduledRequest
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import NOTHING, IntArray, Phase
 
@@ -18,10 +19,13 @@ from flashmemory_vllm.residency.types import NOTHING, IntArray, Phase
 class Settler:
     """Settles one row at a time: pins what has slots, gives up what it no longer holds, demands what is missing."""
 
-    def __init__(self, slots: SlotTable, counters: Counters, score_threshold: float) -> None:
+    def __init__(
+        self, slots: SlotTable, counters: Counters, score_threshold: float, fallback: DenseFallback | None
+    ) -> None:
         self._slots = slots
         self._counters = counters
         self._score_threshold = score_threshold
+        self._fallback = fallback
 
     def settle(self, row: ScheduledRequest, demand: Demand) -> None:
         """Bring the sets of a row up to date. A decode row that goes on in the same block has nothing to do.
@@ -33,6 +37,28 @@ class Settler:
             self._settle_prefill(row, demand)
         elif row.num_tokens_after > row.state.settled_until or row.state.offered is not None:
             self._settle_decode(row, demand)
+
+    def give_back(self, state: RequestState, demand: Demand) -> None:
+        """Leave a request that fell back the best blocks within its budget, as it was before this step.
+
+        Args:
+            state: a request that decodes, scheduled or not, not settled yet in this step.
+            demand: takes what is given up.
+        """
+        num_blocks = int(state.sets[0].held[-1]) + 1
+        num_tokens = num_blocks * state.policy.block_size
+        recent_start = num_blocks - state.policy.recent_blocks(num_tokens)
+        frame = Frame(min(state.policy.sink_blocks(num_tokens), recent_start), recent_start, num_blocks)
+        for group, resident in enumerate(state.sets):
+            scores = state.scores_of(group)
+            wanted = worth_a_slot(frame.candidates(), scores, self._score_threshold)
+            target = frame.with_best(wanted, scores, state.policy.decode_budget(num_tokens))
+            waiting = resident.waiting[np.isin(resident.waiting, target)]
+            held = difference(target, np.sort(waiting))
+            dropped = difference(resident.held, held)
+            demand.given_up[group].append(state.blocks.ids[dropped])
+            resident.replace(held, scores, waiting, best(dropped, scores, waiting.size))
+        state.table, state.settled_until = None, 0
 
     def _settle_prefill(self, row: ScheduledRequest, demand: Demand) -> None:
         """A dense request goes on holding all it has; another one holds what it writes."""
@@ -49,6 +75,12 @@ class Settler:
         state = row.state
         budget = state.policy.decode_budget(row.num_tokens_after)
         frame, keeps_all = self._frame(row, budget), budget == row.end
+        if self._fallback is not None and not keeps_all:
+            if state.offered is not None:
+                self._fallback.learn(state, frame)
+            if state.falls_back:
+                budget = row.end
+                frame = self._frame(row, budget)
         if state.offered is None and state.kept_all and not keeps_all:
             self._counters.missing_selections += 1
         if state.offered is not None or not state.is_decoding:
@@ -99,7 +131,7 @@ class Settler:
             if is_selected:
                 self._counters.selection_candidates += frame.recent_start - frame.sink_end
                 self._counters.selected_blocks += frame.num_chosen(target)
-            if is_reselected:
+            if is_reselected and not state.falls_back:
                 self._judge(frame, target, joining, prefetched)
 
     def _judge(self, frame: Frame, target: IntArray, joining: IntArray, prefetched: list[IntArray]) -> None:

@@ -16,12 +16,14 @@ from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import Geometry
 from flashmemory_vllm.runtime.capacity import Staging
+from flashmemory_vllm.runtime.drift import QueryDrift
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -51,6 +53,15 @@ def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int
             )
         given = spec.anchor_layers if given is None else given
     return shape.anchor_layers(given, shape.layer_groups(config.layer_groups))
+
+
+def tau_steps(config: FlashMemoryConfig) -> int:
+    """Decode steps between two selections: those asked for, a trained indexer's own, or the default.
+
+    Raises:
+        ConfigError: the indexer cannot be read, or was trained for fewer steps than a selection is late.
+    """
+    return config.tau(None if config.indexer is None else read_spec(resolve_indexer(config.indexer)).tau)
 
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
@@ -126,6 +137,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     groups, anchors = shape.layer_groups(config.layer_groups), anchor_layers(config, shape)
     engine = _engine(PageLayout(caches, groups), sizes.num_logical_blocks, config, shape.device)
     selector = _selector(config, _geometry(config, shape, sizes.num_logical_blocks, shape.device))
+    buffers = buffers or _buffers(sizes, len(anchors), shape, config, budget)
     return ResidencyRuntime(
         RuntimeParts(
             shape=shape,
@@ -135,8 +147,8 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             engine=engine,
             page_format=page_format,
             selector=selector,
-            selections=SelectionQueue(selector, config.selection_delay_steps, shape.device),
-            buffers=buffers or _buffers(sizes, len(anchors), shape, config, budget),
+            selections=_selections(selector, config, buffers.queries),
+            buffers=buffers,
             prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
             counters=counters,
             check_integrity=config.check_integrity,
@@ -158,10 +170,19 @@ def _planner(
     return StepPlanner(
         geometry,
         budget,
-        config.tau_steps,
+        tau_steps(config),
         -inf if threshold is None else threshold,
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
+        fallback_share=config.dense_fallback_share,
     )
+
+
+def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuffer) -> SelectionQueue:
+    side_stream, delay_steps = SideStream(selector.geometry.device), config.selection_delay_steps
+    drift = None
+    if config.drift_threshold is not None:
+        drift = QueryDrift(config.drift_threshold, delay_steps, queries, side_stream)
+    return SelectionQueue(selector, delay_steps, side_stream, drift)
 
 
 def _buffers(
@@ -228,5 +249,5 @@ def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int,
 
 def _selector(config: FlashMemoryConfig, geometry: IndexGeometry) -> Selector:
     """The selector asked for; its options have the names of the configuration fields that they come from."""
-    options = {name: getattr(config, name) for name in option_names(config.selector)}
-    return create_selector(config.selector, geometry, **options)
+    known = config.model_dump() | {"tau_steps": tau_steps(config)}
+    return create_selector(config.selector, geometry, **{name: known[name] for name in option_names(config.selector)})

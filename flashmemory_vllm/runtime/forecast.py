@@ -120,6 +120,8 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
     num_ranks = server.tensor_parallel_size
     if num_ranks > 1 and config.mode == "pressure":
         raise ConfigError(f"flashmemory.mode is pressure with {num_ranks} ranks: allowed is always, or one rank")
+    if num_ranks > 1 and config.indexer is not None:
+        raise ConfigError(f"flashmemory.indexer is {config.indexer!r} with {num_ranks} ranks: allowed is one rank")
     shape = model.of_rank(num_ranks).shape(server.block_size)
     budget = budget_policy(
         config,

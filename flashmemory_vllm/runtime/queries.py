@@ -53,6 +53,15 @@ class QueryBuffer:
             rows = self._num_rows
             torch.index_select(query, 0, self._last_token[:rows], out=self._queries[anchor, :rows])
 
+    @property
+    def all_rows(self) -> torch.Tensor:
+        """Queries [A, R, Hq, D], always in the same memory."""
+        return self._queries
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """A copy [A, n, Hq, D] of the queries of batch rows, int64 [n] on the device."""
+        return self._queries.index_select(1, indices)
+
     def row(self, index: int) -> torch.Tensor:
         """Queries [A, Hq, D] of one batch row, a view."""
         return self._queries[:, index]

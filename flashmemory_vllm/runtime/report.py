@@ -1,6 +1,7 @@
 """Publishes what the worker counted into its shared counters file."""
 
 from flashmemory_vllm.observability.counters import CounterWriter
+from flashmemory_vllm.observability.metrics import series
 from flashmemory_vllm.residency.counters import Histogram
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.selection import SelectionQueue
@@ -49,6 +50,10 @@ class Reporter:
             "written_back_blocks_total": planned.written_back_blocks,
             "evictions_total": planned.evictions,
             "selections_total": planned.selections,
+            "drift_selections_total": planned.drift_selections,
+            series("dense_fallbacks_total", "score_share"): planned.fallbacks,
+            "refused_dense_fallbacks_total": planned.refused_fallbacks,
+            "revoked_dense_fallbacks_total": planned.revoked_fallbacks,
             "missing_selections_total": planned.missing_selections,
             "selection_candidates_total": planned.selection_candidates,
             "selected_blocks_total": planned.selected_blocks,

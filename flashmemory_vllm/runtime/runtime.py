@@ -218,6 +218,7 @@ class ResidencyRuntime:
         parts.selections.forget([*step_input.finished, *step_input.preempted])
         for selection in parts.selections.deliver(step_input.step):
             parts.planner.offer(selection)
+        parts.planner.hasten(parts.selections.drifted(step_input.step))
         plan = parts.planner.plan(step_input)
         for copies in plan.recalls:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
@@ -242,6 +243,7 @@ class ResidencyRuntime:
         row_of = {row.req_id: index for index, row in enumerate(self._rows)}
         for due in plan.due:
             parts.selections.score(plan.step, due, self._queries.row(row_of[due.req_id]), self._resident(due))
+        parts.selections.watch(plan, row_of)
         self._report.publish()
 
     def _index_full_blocks(self, full: WriteBacks) -> None:

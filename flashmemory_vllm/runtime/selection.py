@@ -1,34 +1,23 @@
 """Runs the selector for requests that are due and delivers its scores some steps later, without a stall."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flashmemory_vllm.indexer.base import ScoringRequest, Selector
-from flashmemory_vllm.residency.types import BoolArray, DueSelection, Selection
+from flashmemory_vllm.residency.types import BoolArray, DueSelection, Phase, Selection, StepPlan
+from flashmemory_vllm.runtime.drift import QueryDrift
+from flashmemory_vllm.runtime.side_stream import Arrival, SideStream
 from flashmemory_vllm.runtime.uploads import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pending:
     req_id: str
-    scores_host: torch.Tensor
-    captured: torch.cuda.Event | None
-    landed: torch.cuda.Event | None
+    scores: Arrival
     deliver_step: int
-
-    def wait(self) -> float:
-        """Block until the scores are there; seconds of it in which the device was done with the step they score."""
-        if self.captured is None or self.landed is None:
-            return 0.0
-        self.captured.synchronize()
-        started = time.perf_counter()
-        self.landed.synchronize()
-        return time.perf_counter() - started
 
 
 class SelectionQueue:
@@ -40,20 +29,25 @@ class SelectionQueue:
     Args:
         selector: scores blocks.
         delay_steps: steps between capturing the queries and using the scores of a later selection.
-        device: where the selector's index lies.
-
-    Attributes:
-        stall_seconds: time in which a step waited for scores and the device had nothing else to do.
+        side_stream: where the selector runs.
+        drift: notices requests that should be scored early. Default: nobody does.
     """
 
-    def __init__(self, selector: Selector, delay_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, selector: Selector, delay_steps: int, side_stream: SideStream, drift: QueryDrift | None = None
+    ) -> None:
         self._selector = selector
         self._delay_steps = delay_steps
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side_stream = side_stream
+        self._drift = drift
+        self._device = selector.geometry.device
         self._pending: list[_Pending] = []
         self._num_selections: dict[str, int] = {}
-        self.stall_seconds = 0.0
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time in which a step waited for scores, or for who has drifted, and the device had nothing else to do."""
+        return self._side_stream.stall_seconds
 
     def score(self, step: int, due: DueSelection, queries: torch.Tensor, resident: BoolArray | None) -> None:
         """Enqueue the selector for one request, after all device work enqueued so far.
@@ -67,29 +61,36 @@ class SelectionQueue:
         index = self._num_selections.get(due.req_id, 0)
         self._num_selections[due.req_id] = index + 1
         queries = queries.clone()
-        captured: torch.cuda.Event | None = None
-        landed: torch.cuda.Event | None = None
-        if self._stream is not None:
-            captured = torch.cuda.current_stream(self._device).record_event()
-        with self._beside_the_model(queries):
+
+        def work() -> torch.Tensor:
             ids = upload(due.block_ids.astype(np.int64), self._device)
             mask = None if resident is None else upload(resident, self._device)
-            scores = self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask))
-            scores_host = scores
-            if self._stream is not None:
-                scores_host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
-                scores_host.copy_(scores, non_blocking=True)
-                landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                landed.record()
+            return self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask))
+
         delay = 0 if due.first else self._delay_steps
-        self._pending.append(_Pending(due.req_id, scores_host, captured, landed, step + 1 + delay))
+        self._pending.append(_Pending(due.req_id, self._side_stream.fetch(work, queries), step + 1 + delay))
 
     def deliver(self, step: int) -> list[Selection]:
         """The selections whose scores are used from `step` on."""
         ready = [pending for pending in self._pending if pending.deliver_step <= step]
         self._pending = [pending for pending in self._pending if pending.deliver_step > step]
-        self.stall_seconds += sum(pending.wait() for pending in ready)
-        return [Selection(pending.req_id, pending.scores_host.numpy()) for pending in ready]
+        return [Selection(pending.req_id, self._side_stream.wait(pending.scores).numpy()) for pending in ready]
+
+    def watch(self, plan: StepPlan, row_of: Mapping[str, int]) -> None:
+        """Compare the queries of the step that was just enqueued with those that its requests were scored with.
+
+        Args:
+            plan: the step's.
+            row_of: batch row of each of its requests.
+        """
+        if self._drift is not None:
+            scored = {due.req_id: row_of[due.req_id] for due in plan.due}
+            decoding = {req_id: row_of[req_id] for req_id, row in plan.rows.items() if row.phase is Phase.DECODE}
+            self._drift.compare(plan.step, scored, decoding)
+
+    def drifted(self, step: int) -> Sequence[str]:
+        """Requests whose queries have turned away from those of their last selection, as it is known from `step` on."""
+        return () if self._drift is None else self._drift.drifted(step)
 
     def forget(self, req_ids: Sequence[str]) -> None:
         """Drop what is kept for requests that ended or were preempted."""
@@ -98,6 +99,8 @@ class SelectionQueue:
         for req_id in gone:
             self._num_selections.pop(req_id, None)
             self._selector.forget(req_id)
+        if self._drift is not None:
+            self._drift.forget(req_ids)
 
     def warm_up(self, queries: torch.Tensor, num_groups: int) -> None:
         """Score the null block for a request that does not exist, the first time and again.
@@ -111,20 +114,10 @@ class SelectionQueue:
             resident = None if first else np.ones((num_groups, 1), np.bool_)
             self.score(step, DueSelection("", 1, first, null_block), queries, resident)
         self.deliver(self._delay_steps + 2)
+        if self._drift is not None:
+            self._drift.warm_up()
         self.forget([""])
 
     def reset(self) -> None:
         """Forget every request."""
         self.forget([*self._num_selections])
-
-    @contextmanager
-    def _beside_the_model(self, queries: torch.Tensor) -> Iterator[None]:
-        """Enqueue on the selector's stream; what it allocates there is reused in the order of that stream."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Allocated on the compute stream: not to be given out again before the selector has read it.
-        queries.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from flashmemory_vllm.residency.modes import reason
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import RequestState
 from flashmemory_vllm.residency.slots import NOT_RESIDENT
@@ -25,6 +26,8 @@ recalled  as resident, fetched from the host for the latest selection
 sink      as resident, always chosen: one of the first blocks
 recent    as resident, always chosen: one of the newest blocks
 """
+
+DenseReason = Literal["below_min_sparse_tokens", "ratio_keeps_all", "mode_pressure", "score_share"]
 
 _STATES: tuple[BlockState, ...] = get_args(BlockState)
 _CODES = {state: code for code, state in enumerate(_STATES)}
@@ -54,6 +57,10 @@ class RequestStatus(_Answer):
     )
     engine_request_id: str = Field(description="The id inside of vLLM's engine, unique there.")
     phase: Literal["prefill", "decode"]
+    mode: Literal["sparse", "dense"] = Field(description="Whether it decodes with some or with all of its blocks.")
+    reason: DenseReason | None = Field(
+        description="Why it is dense. `score_share`: too large a share of its blocks was worth a slot. Null if sparse."
+    )
     num_tokens: int = Field(description="Tokens that have KV.")
     prefill_tokens: int = Field(description="Tokens that dense prefill computes.")
     num_blocks: int = Field(description="Blocks that hold tokens.")
@@ -123,11 +130,15 @@ def runtime_status(planner: StepPlanner, history: SelectionHistory, client_id: C
 def _request(state: RequestState, cycle: Cycle | None, planner: StepPlanner, request_id: str) -> dict[str, Any]:
     """The fields of `RequestStatus`."""
     num_blocks = -(-state.num_tokens // planner.geometry.block_size)
+    length, ratio = max(state.num_tokens, state.prefill_len), planner.requests.policy.resident_ratio
+    why = "score_share" if state.falls_back else reason(state.policy, length, ratio)
     phase = Phase.DECODE if state.num_tokens >= state.prefill_len else Phase.PREFILL
     return {
         "request_id": request_id,
         "engine_request_id": state.req_id,
         "phase": phase.value,
+        "mode": "sparse" if why == "sparse" else "dense",
+        "reason": None if why == "sparse" else why,
         "num_tokens": state.num_tokens,
         "prefill_tokens": state.prefill_len,
         "num_blocks": num_blocks,

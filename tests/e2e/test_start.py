@@ -12,6 +12,7 @@ from flashmemory_vllm.cli.server import Server
 from flashmemory_vllm.errors import FlashMemoryError
 from flashmemory_vllm.reference import reference_model_path
 from tests.e2e.conftest import CONFIG, ROOT, STARTUP_SECONDS
+from tests.helpers.indexers import save_untrained, spoil
 
 
 def test_the_demo_finds_its_needle(environment: dict[str, str]) -> None:
@@ -30,6 +31,22 @@ def test_the_demo_finds_its_needle(environment: dict[str, str]) -> None:
     assert f"right answer  {model.removeprefix('model         ')}   (the same)" == right
     assert re.fullmatch(r"resident      69 of 512 blocks: 13\.[45]% of its KV", resident)
     assert device == "device        144 slots: 3.6 times smaller than this request's KV"
+
+
+def test_a_damaged_indexer_is_refused_before_a_model_is_loaded(environment: dict[str, str], tmp_path: Path) -> None:
+    indexer = save_untrained(tmp_path / "toy.safetensors", num_layers=6, head_dim=64)
+    spoil(indexer)
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config["additional-config"]["flashmemory"]["indexer"] = str(indexer)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    server = Server(reference_model_path(), path, STARTUP_SECONDS, environment)
+    with pytest.raises(FlashMemoryError) as refused, server:
+        pytest.fail("the server must not start")
+    message = str(refused.value)
+    assert message.startswith("the server ended with code 1\n")
+    assert f"indexer {indexer}: gate has NaN or infinite values, allowed are finite ones" in message
+    assert "EngineCore" not in message
 
 
 def test_what_only_a_worker_can_tell_is_still_readable(environment: dict[str, str], tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from vllm.model_executor.models import registry
 import flashmemory_vllm
 from flashmemory_vllm.errors import ConfigError, FlashMemoryError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.plugin import checks
 from flashmemory_vllm.plugin.backends.cpu import FlashMemoryCpuImpl
 from flashmemory_vllm.plugin.checks import prepare_config
+from tests.helpers.indexers import save_untrained, spoil
 
 SIZES = {
     "hidden_size": 64,
@@ -74,12 +76,12 @@ OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 OURS_AND_ALLOWED = [
     (
         {"tau_step": 4},
-        "flashmemory.tau_step is no option (given: 4): closest is flashmemory.tau_steps, an integer >= 1",
+        "flashmemory.tau_step is no option (given: 4): closest is flashmemory.tau_steps, unset or an integer >= 1",
     ),
-    ({"tau_steps": "4"}, "flashmemory.tau_steps is '4': allowed is an integer >= 1"),
+    ({"tau_steps": "4"}, "flashmemory.tau_steps is '4': allowed is unset or an integer >= 1"),
     ({"resident_ratio": 0.0}, "flashmemory.resident_ratio is 0.0: allowed is a number > 0 and <= 1"),
     ({"resident_ratio": 1.5}, "flashmemory.resident_ratio is 1.5: allowed is a number > 0 and <= 1"),
-    ({"tau_steps": 0}, "flashmemory.tau_steps is 0: allowed is an integer >= 1"),
+    ({"tau_steps": 0}, "flashmemory.tau_steps is 0: allowed is unset or an integer >= 1"),
     ({"layer_groups": 3}, "flashmemory.layer_groups: 3 given, allowed: 1 to 2 (attention layers)"),
     ({"anchor_layers": [0, 2]}, "flashmemory.anchor_layers: [2] given, allowed: 0 to 1"),
 ]
@@ -259,6 +261,63 @@ def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
     message = str(refusal(llama, {"device_slots": 250}, kv_cache_memory_bytes=4 << 20))
     assert message.startswith("flashmemory.device_slots: 250 is more than the ")
     assert "that 4194304 bytes of device memory leaves beside staging and the index keys" in message
+
+
+@pytest.mark.parametrize(
+    ("differences", "message"),
+    [
+        ({"num_layers": 4}, "was trained for a model of 4 attention layers, this one has 2"),
+        (
+            {"num_kv_heads": 4, "head_dim": 8},
+            "was trained for 'toy' with num_kv_heads 4 (served: 2), head_dim 8 (served: 16)",
+        ),
+        ({"block_size": 16}, "was trained for 'toy' with block_size 16 (served: 32)"),
+    ],
+    ids=["depth", "heads", "block size"],
+)
+def test_an_indexer_for_another_model(llama: Path, tmp_path: Path, differences: dict[str, Any], message: str) -> None:
+    path = save_untrained(tmp_path / "toy.safetensors", **differences)
+    error = refusal(llama, {"indexer": str(path)})
+    assert isinstance(error, ConfigError)
+    assert f"indexer {str(path)!r} {message}" in str(error).replace("indexer: ", "indexer ")
+
+
+def test_a_damaged_indexer(llama: Path, tmp_path: Path) -> None:
+    path = save_untrained(tmp_path / "toy.safetensors")
+    spoil(path)
+    not_finite = f"indexer {path}: gate has NaN or infinite values, allowed are finite ones"
+    assert str(refusal(llama, {"indexer": str(path)})) == not_finite
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(refusal(llama, {"indexer": str(path)})).startswith(f"indexer {path} cannot be read: ")
+    path.unlink()
+    assert str(refusal(llama, {"indexer": str(path)})).startswith(f"indexer is {str(path)!r}: allowed is a file, ")
+
+
+def test_an_indexer_on_two_ranks(llama: Path, tmp_path: Path) -> None:
+    path = save_untrained(tmp_path / "toy.safetensors")
+    assert str(refusal(llama, {"indexer": str(path)}, tensor_parallel_size=2)) == (
+        f"flashmemory.indexer: {path} with 2 ranks is not supported with --attention-backend flashmemory; "
+        "allowed: one rank, or unset"
+    )
+
+
+@pytest.mark.parametrize(("options", "warned"), [({}, []), ({"tau_steps": 64}, []), ({"tau_steps": 16}, [16])])
+def test_another_tau_than_the_trained_one_is_told(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    warned: list[int],
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(checks.logger, "warning_once", lambda message, *values: told.append(message % values))
+    path = save_untrained(tmp_path / "toy.safetensors")
+    configure(llama, {"indexer": str(path), **options})
+    assert told == [
+        f"flashmemory.tau_steps is {tau}, but the indexer {path} was trained for 64: it then scores for another number "
+        "of steps than its selections are in force. Leave flashmemory.tau_steps unset, or set it to 64"
+        for tau in warned
+    ]
 
 
 def test_another_vllm(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_given_options_replace_defaults() -> None:
         ({"resident_ratio": 0}, "flashmemory.resident_ratio is 0: allowed is a number > 0 and <= 1"),
         ({"resident_ratio": 1.01}, "flashmemory.resident_ratio is 1.01: allowed is a number > 0 and <= 1"),
         ({"resident_ratio": "0.2"}, "flashmemory.resident_ratio is '0.2': allowed is a number > 0 and <= 1"),
-        ({"tau_steps": True}, "flashmemory.tau_steps is True: allowed is an integer >= 1"),
+        ({"tau_steps": True}, "flashmemory.tau_steps is True: allowed is unset or an integer >= 1"),
         ({"device_slots": 1}, "flashmemory.device_slots is 1: allowed is unset or an integer >= 2"),
         (
             {"host_memory_gib": float("nan")},
@@ -60,6 +60,21 @@ def test_given_options_replace_defaults() -> None:
             {"tau_steps": 2, "selection_delay_steps": 3},
             "flashmemory.selection_delay_steps is 3: allowed is at most flashmemory.tau_steps, which is 2",
         ),
+        (
+            {"selection_delay_steps": 17},
+            "flashmemory.selection_delay_steps is 17: allowed is at most flashmemory.tau_steps, which is 16",
+        ),
+        (
+            {"drift_threshold": 1.5},
+            "flashmemory.drift_threshold is 1.5: allowed is unset or a number >= 0 and <= 1",
+        ),
+        (
+            {"dense_fallback_share": 0.2},
+            (
+                "flashmemory.dense_fallback_share is 0.2, but nothing says which blocks are worth a slot: allowed with "
+                "flashmemory.score_threshold or flashmemory.indexer"
+            ),
+        ),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:
@@ -76,6 +91,14 @@ def test_every_wrong_option_is_told_at_once() -> None:
 def test_a_section_that_is_no_mapping_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"flashmemory is 0\.2: allowed is a mapping of options"):
         FlashMemoryConfig.from_additional_config({"flashmemory": 0.2})
+
+
+def test_tau_is_as_asked_for_or_as_trained_or_the_default() -> None:
+    trained = _read(indexer="some/where", selection_delay_steps=40, dense_fallback_share=0.2)
+    assert (trained.selector, trained.tau(64)) == ("neural", 64)
+    assert (_read(tau_steps=8, indexer="some/where").tau(64), _read().tau(None)) == (8, 16)
+    with pytest.raises(ConfigError, match=r"selection_delay_steps is 40: .*tau_steps, which is 32"):
+        trained.tau(32)
 
 
 def test_config_stays_frozen() -> None:

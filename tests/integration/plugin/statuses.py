@@ -40,6 +40,8 @@ def make_request(request_id: str, num_tokens: int = 1400, strips: Sequence[Any] 
         "request_id": request_id,
         "engine_request_id": f"{request_id}-0123abcd",
         "phase": "decode",
+        "mode": "sparse",
+        "reason": None,
         "num_tokens": num_tokens,
         "prefill_tokens": 1000,
         "num_blocks": sum(count for _, count in strips[0]),

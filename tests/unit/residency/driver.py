@@ -26,10 +26,12 @@ class Driver:
         min_sparse: int = 0,
         threshold: float = -inf,
         max_prefetches: int | None = None,
+        fallback_share: float | None = None,
     ) -> None:
         # Sink of one block, recent of one: a sparse set of n blocks has max(3, ratio * n).
         policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, 1, 400, 400, 0)
-        self.planner = StepPlanner(Geometry(200, num_slots, num_groups, BLOCK), policy, tau, threshold, max_prefetches)
+        geometry = Geometry(200, num_slots, num_groups, BLOCK)
+        self.planner = StepPlanner(geometry, policy, tau, threshold, max_prefetches, fallback_share)
         self.computed: dict[str, int] = {}
         self._step = 0
 

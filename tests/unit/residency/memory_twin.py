@@ -55,7 +55,7 @@ class MemoryTwin:
         for row in plan.rows.values():
             self._write(row, requests[row.req_id], planner.lut)
         for row in plan.rows.values():
-            self._check_row(row, requests[row.req_id], planner.lut)
+            self._check_row(row, requests[row.req_id], planner)
         for copies in plan.prefetches:
             self._load(copies, planner)
         for group, slots in enumerate(plan.write_backs.slots):
@@ -81,7 +81,7 @@ class MemoryTwin:
             tags = request.tags(start, end) + group * GROUP_STRIDE
             self._device[group, slots, tokens % self._geometry.block_size] = tags
 
-    def _check_row(self, row: Row, request: TwinRequest, lut: IntArray) -> None:
+    def _check_row(self, row: Row, request: TwinRequest, planner: StepPlanner) -> None:
         block_size = self._geometry.block_size
         num_tokens = row.num_computed_tokens + row.num_tokens
         num_blocks, first_written = cdiv(num_tokens, block_size), row.num_computed_tokens // block_size
@@ -93,7 +93,7 @@ class MemoryTwin:
             assert (np.diff(positions) > 0).all()
             assert set(range(first_written, num_blocks)) <= set(positions.tolist())
             assert row.evicted_tokens[group] == block_size * (num_blocks - positions.size)
-            assert (lut[group, block_ids[positions]] == slots).all()
+            assert (planner.lut[group, block_ids[positions]] == slots).all()
             found = self._device[group, slots] - group * GROUP_STRIDE
             assert (found == expected[positions])[is_token[positions]].all(), "a slot holds something else"
             left_out = np.setdiff1d(np.arange(num_blocks), positions)
@@ -104,15 +104,19 @@ class MemoryTwin:
                 assert (on_host == expected[left_out]).all(), "the host holds something else"
                 self.num_streamed += streamed.size
             else:
-                self._check_resident_set(self._policy_of(row.req_id), positions, num_tokens)
+                state = planner.requests.get(row.req_id)
+                assert state is not None
+                self._check_resident_set(self._policy_of(row.req_id), positions, num_tokens, state.extra_blocks)
                 assert row.streamed[group].size == 0
                 self.num_left_out += left_out.size
 
-    def _check_resident_set(self, policy: BudgetPolicy, positions: IntArray, num_tokens: int) -> None:
+    def _check_resident_set(
+        self, policy: BudgetPolicy, positions: IntArray, num_tokens: int, extra_blocks: int
+    ) -> None:
         num_blocks = cdiv(num_tokens, self._geometry.block_size)
         recent = policy.recent_blocks(num_tokens)
         forced = {*range(policy.sink_blocks(num_tokens)), *range(num_blocks - recent, num_blocks)}
         assert forced <= set(positions.tolist())
-        assert positions.size <= policy.decode_budget(num_tokens)
+        assert positions.size <= policy.decode_budget(num_tokens) + extra_blocks
         if policy.keeps_all(num_tokens):
             assert positions.size == num_blocks

@@ -61,6 +61,38 @@ def test_the_longest_waiting_is_scored_first() -> None:
     assert due_by_step(driver, "cab", 5) == [[], [], ["a"], ["b"], ["c"]]
 
 
+def test_a_hastened_request_is_due_with_its_next_step() -> None:
+    driver = started("ab", tau=8)
+    due_by_step(driver, "ab", 1)
+    # They would be due in seven and in three steps.
+    driver.planner.hasten(["a", "gone"])
+    assert due_by_step(driver, "b", 1) == [[]]
+    assert due_by_step(driver, "ab", 9) == [["a"], ["b"], *[[]] * 6, ["a"]]
+    assert driver.planner.counters.drift_selections == 1
+
+
+def test_the_cap_holds_for_hastened_requests_too() -> None:
+    driver = started("abcd", tau=8)
+    due_by_step(driver, "abcd", 1)
+    driver.planner.hasten("abcd")
+    driver.planner.hasten("abcd")
+    # d is due now anyway.
+    assert sorted(name for names in due_by_step(driver, "abcd", 4) for name in names) == ["a", "b", "c", "d"]
+    assert driver.planner.counters.drift_selections == 3
+
+
+def test_nobody_is_hastened_before_a_first_selection_or_with_all_blocks() -> None:
+    driver = Driver(num_slots=60, tau=8, threshold=-1000.0, fallback_share=0.5)
+    driver.prefill("a", 12)
+    driver.prefill("dense", 2, first_block=50)
+    for _ in range(2):
+        driver.offer("a", 12, [3])
+        driver.step(a=1, dense=1)
+    driver.planner.hasten(["a", "dense"])
+    assert driver.planner.counters.drift_selections == 0
+    assert due_by_step(driver, ["a", "dense"], 1) == [[]]
+
+
 @pytest.mark.parametrize(
     ("taken", "step"),
     [([], 8), ([8], 4), ([0, 4], 6), ([0, 4, 6], 2), ([3], 7), ([-1], 3), ([*range(8)], 8), ([*range(8), 0], 4)],

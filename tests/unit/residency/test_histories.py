@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 import numpy as np
@@ -34,6 +35,8 @@ class World:
     num_groups: int
     tau: int
     max_prefetches: int
+    threshold: float
+    fallback_share: float | None
     extra_slots: int
     extra_blocks: int
     num_families: int
@@ -62,6 +65,8 @@ def worlds(draw: st.DrawFn) -> World:
         num_groups=draw(st.sampled_from([2, 1, 3])),
         tau=draw(st.sampled_from([4, 1, 2, 9])),
         max_prefetches=draw(st.sampled_from([2, 1, 5, 1000])),
+        threshold=draw(st.sampled_from([-inf, 3.0])),
+        fallback_share=draw(st.sampled_from([None, 0.1, 0.5])),
         extra_slots=draw(st.sampled_from([0, 2, 8, 20, 60])),
         extra_blocks=draw(st.sampled_from([10, 0, 60, 300])),
         num_families=draw(st.sampled_from([2, 1, 5])),
@@ -82,7 +87,9 @@ class History:
         num_blocks = cdiv(world.policy.max_model_len, world.policy.block_size) + 1 + world.extra_blocks
         geometry = Geometry(num_blocks, num_slots, world.num_groups, world.policy.block_size)
         self.geometry = geometry
-        self.planner = StepPlanner(geometry, world.policy, world.tau, max_prefetches=world.max_prefetches)
+        self.planner = StepPlanner(
+            geometry, world.policy, world.tau, world.threshold, world.max_prefetches, world.fallback_share
+        )
         self.max_prefetches = world.max_prefetches
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)
         self.memory = MemoryTwin(geometry, self.scheduler.ledger.policy_of)
@@ -109,6 +116,8 @@ class History:
 
     def _step(self, step_number: int) -> None:
         step = self.scheduler.schedule()
+        if self.random.random() < 0.2:
+            self.planner.hasten([f"r{self.random.randrange(len(self.requests) + 1)}"])
         plan = self.planner.plan(step)
         self.planner.check_integrity()
         self._check_reserves()
@@ -138,7 +147,9 @@ class History:
 
     def _check_reserves(self) -> None:
         usage = self.planner.usage()
-        assert usage.slots_pinned <= self.scheduler.ledger.reserved <= usage.num_slots
+        extras = sum(state.extra_blocks for state in self.planner.requests)
+        assert usage.slots_pinned <= self.scheduler.ledger.reserved + extras
+        assert self.scheduler.ledger.reserved <= usage.num_slots
 
     def _check_nothing_lost(self) -> None:
         """Every block that a later request may hit is on the host."""

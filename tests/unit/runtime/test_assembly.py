@@ -1,11 +1,15 @@
-"""Staging takes parts of 16K tokens where they are cheap, a small share of the device memory otherwise."""
+"""Sizes and steps that follow from options and model: staging, and how often a request is selected for."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.runtime.assembly import plan_staging
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.runtime.assembly import plan_staging, tau_steps
 from flashmemory_vllm.runtime.shape import AttentionShape
+from tests.helpers.indexers import save_untrained
 
 GIB = 1 << 30
 # One layer's page of a block is 64 KiB.
@@ -20,3 +24,12 @@ def test_staging_follows_the_device_memory(device_bytes: int, blocks: int) -> No
 
 def test_staging_asked_for_is_taken() -> None:
     assert plan_staging(FlashMemoryConfig(staging_blocks=7), SHAPE_8B, 80 * GIB).blocks == 7
+
+
+def test_tau_is_the_trained_one_unless_another_is_asked_for(tmp_path: Path) -> None:
+    indexer = str(save_untrained(tmp_path / "toy.safetensors", tau=48))
+    assert tau_steps(FlashMemoryConfig()) == 16
+    assert tau_steps(FlashMemoryConfig(indexer=indexer, selection_delay_steps=20)) == 48
+    assert tau_steps(FlashMemoryConfig(indexer=indexer, tau_steps=5)) == 5
+    with pytest.raises(ConfigError, match=r"selection_delay_steps is 49: .*tau_steps, which is 48"):
+        tau_steps(FlashMemoryConfig(indexer=indexer, selection_delay_steps=49))

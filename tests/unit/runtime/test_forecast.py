@@ -96,3 +96,8 @@ def test_heads_that_ranks_cannot_share_are_refused(num_kv_heads: int, ranks: int
 def test_the_mode_that_ranks_do_not_agree_on_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"flashmemory\.mode is pressure with 2 ranks"):
         make(GIB, 4.0, ranks=2, mode="pressure")
+
+
+def test_an_indexer_that_needs_all_heads_is_refused_on_several_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"flashmemory\.indexer is 'owner/name' with 2 ranks: allowed is one rank"):
+        make(GIB, 4.0, ranks=2, selector="neural", indexer="owner/name")

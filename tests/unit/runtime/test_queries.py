@@ -24,3 +24,12 @@ def test_rows_of_one_token_need_no_word_from_the_host() -> None:
     query = torch.randn(6, 3, 8)  # padded beyond the most rows
     buffer.capture(0, query, one_token_rows=True)
     assert torch.equal(torch.stack([buffer.row(index)[0] for index in range(4)]), query[:4])
+
+
+def test_rows_are_copied() -> None:
+    buffer = QueryBuffer(2, 4, SHAPE)
+    buffer.all_rows.copy_(torch.randn(2, 4, 3, 8))
+    rows = buffer.rows(torch.tensor([2, 0]))
+    assert torch.equal(rows, torch.stack([buffer.row(2), buffer.row(0)], dim=1))
+    buffer.all_rows.zero_()
+    assert rows.any()

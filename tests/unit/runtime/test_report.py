@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flashmemory_vllm.observability.counters import CounterReader, CounterWriter, worker_name
-from flashmemory_vllm.observability.metrics import SERIES
+from flashmemory_vllm.observability.metrics import SERIES, series
 from flashmemory_vllm.residency.counters import SECOND_BOUNDS, STEP_BOUNDS
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.report import HISTOGRAM_STEPS, Reporter
@@ -38,11 +38,23 @@ def read(counters: CounterWriter) -> dict[str, float]:
 
 def busy_driver() -> Driver:
     """A request that was selected for twice and still runs."""
-    driver = Driver(ratio=0.4)
+    driver = Driver(ratio=0.4, tau=9)
     driver.prefill("a", 12)
     for best in ([3, 5, 7], [9, 5, 10]):
         driver.offer("a", 12, best)
         driver.step(a=1)
+    driver.planner.hasten(["a"])
+    return driver
+
+
+def falling_back_driver() -> Driver:
+    """A request that falls back, and one that would."""
+    driver = Driver(num_slots=16, threshold=-1000.0, fallback_share=0.5)
+    for name, first_block in (("a", 1), ("b", 30)):
+        driver.prefill(name, 12, first_block=first_block)
+        for _ in range(2):
+            driver.offer(name, 12, [3])
+            driver.step(tokens={name: 1})
     return driver
 
 
@@ -63,6 +75,7 @@ def test_totals_are_published_once(counters: CounterWriter) -> None:
     assert values["selections_total"] == counted.selections == 2
     assert values["selected_blocks_total"] == counted.selected_blocks == 6
     assert values["selection_candidates_total"] == counted.selection_candidates == 22
+    assert values["drift_selections_total"] == counted.drift_selections == 1
     assert values["reselected_blocks_total"] == counted.reselected_blocks == 3
     assert values["reselected_resident_blocks_total"] == counted.reselected_resident_blocks == 1
 
@@ -72,6 +85,15 @@ def test_totals_of_a_new_runtime_come_on_top(counters: CounterWriter) -> None:
         report(counters, busy_driver().planner).publish()
     values = read(counters)
     assert (values["selections_total"], values["stall_seconds_total"]) == (4, 3.0)
+
+
+def test_fallbacks_are_published(counters: CounterWriter) -> None:
+    driver = falling_back_driver()
+    report(counters, driver.planner).publish()
+    values, counted = read(counters), driver.planner.counters
+    assert values[series("dense_fallbacks_total", "score_share")] == counted.fallbacks == 1
+    assert values["refused_dense_fallbacks_total"] == counted.refused_fallbacks == 1
+    assert values["revoked_dense_fallbacks_total"] == counted.revoked_fallbacks == 1
 
 
 def test_histograms_follow_every_so_many_steps(counters: CounterWriter) -> None:

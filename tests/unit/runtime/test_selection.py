@@ -6,6 +6,7 @@ import torch
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.residency.types import DueSelection
 from flashmemory_vllm.runtime.selection import SelectionQueue
+from flashmemory_vllm.runtime.side_stream import SideStream
 
 CPU = torch.device("cpu")
 GEOMETRY = IndexGeometry(8, 4, 2, 1, 4, 1.0, (0,), (0,), 1, torch.float32, CPU)
@@ -34,7 +35,7 @@ def due(req_id: str = "a", *, first: bool) -> DueSelection:
 
 def make_queue(delay: int) -> tuple[SelectionQueue, QuerySum]:
     selector = QuerySum()
-    return SelectionQueue(selector, delay, CPU), selector
+    return SelectionQueue(selector, delay, SideStream(CPU)), selector
 
 
 def test_the_first_selection_is_ready_for_the_next_step_and_later_ones_are_delayed() -> None:

@@ -12,7 +12,7 @@ from flashmemory_vllm.residency.types import NewRequest, StepPlan
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.status import RequestStatus, RuntimeStatus, run_lengths, runtime_status
 from flashmemory_vllm.transfer.engine import TransferCounters
-from tests.unit.residency.driver import Driver
+from tests.unit.residency.driver import BLOCK, Driver
 
 READ = {"leaving", "resident", "recalled", "sink", "recent"}
 IN_HOST_ONLY = {"evicted", "waiting"}
@@ -43,9 +43,9 @@ def expand(request: RequestStatus, group: int = 0) -> list[str]:
     return [state for state, count in request.strips[group] for _ in range(count)]
 
 
-def decoding(max_prefetches: int = 1, num_groups: int = 1) -> Observed:
+def decoding(max_prefetches: int = 1, num_groups: int = 1, fallback_share: float | None = None) -> Observed:
     """One request with 12 full blocks and one begun that decodes with 3, 5 and 7; nothing else has a slot."""
-    driver = Driver(num_slots=40, num_groups=num_groups, ratio=0.4, tau=50, max_prefetches=max_prefetches)
+    driver = Driver(40, num_groups, 50, 0.4, max_prefetches=max_prefetches, fallback_share=fallback_share)
     observed = Observed(driver)
     driver.prefill("a", 12, spare_blocks=20)
     driver.offer("a", 12, best=[3, 5, 7])
@@ -87,6 +87,25 @@ def test_a_sparse_request_has_a_frame_and_chosen_blocks() -> None:
     ]
 
 
+def test_a_request_tells_how_it_decodes_and_why() -> None:
+    driver = Driver(60, ratio=0.4, min_sparse=12, threshold=-1000.0, tau=50, fallback_share=0.5)
+    observed = Observed(driver)
+    driver.prefill("a", 12)
+    driver.prefill("short", 2, first_block=50)
+    told = []
+    for _ in range(2):
+        driver.offer("a", 12, best=[3])
+        observed.step(a=1, short=BLOCK)
+        told.append([(request.mode, request.reason) for request in observed.status().requests])
+    assert told == [
+        [("sparse", None), ("dense", "ratio_keeps_all")],
+        [("dense", "score_share"), ("sparse", None)],
+    ]
+    driver.prefill("shorter", 1, first_block=60)
+    (_, _, shorter) = observed.status().requests
+    assert (shorter.mode, shorter.reason) == ("dense", "below_min_sparse_tokens")
+
+
 def test_blocks_go_from_waiting_to_landing_to_recalled_while_old_ones_leave() -> None:
     observed = decoding()
     observed.driver.offer("a", 12, best=[9, 10, 3])
@@ -113,11 +132,12 @@ def test_the_answer_is_plain_json() -> None:
     rounds=st.lists(st.tuples(st.permutations(range(12)), st.integers(1, 6)), min_size=1, max_size=6),
     max_prefetches=st.integers(1, 4),
     num_groups=st.integers(1, 2),
+    fallback_share=st.sampled_from([None, 0.0]),
 )
 def test_what_is_shown_as_read_is_what_the_last_row_read(
-    rounds: Sequence[tuple[Sequence[int], int]], max_prefetches: int, num_groups: int
+    rounds: Sequence[tuple[Sequence[int], int]], max_prefetches: int, num_groups: int, fallback_share: float | None
 ) -> None:
-    observed = decoding(max_prefetches, num_groups)
+    observed = decoding(max_prefetches, num_groups, fallback_share)
     planner = observed.driver.planner
     for ranking, num_steps in rounds:
         observed.driver.offer("a", 12, best=ranking)

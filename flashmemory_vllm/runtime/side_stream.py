@@ -1,0 +1,69 @@
+"""A stream beside the model's, for small work whose results the host reads some steps later."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """A result on its way to the host.
+
+    Attributes:
+        values: on the host; filled once the side stream has been waited for.
+        enqueued: marks what the device had to do before this work; None on a CPU, like `landed`.
+        landed: marks the end of the copy.
+    """
+
+    values: torch.Tensor
+    enqueued: torch.cuda.Event | None
+    landed: torch.cuda.Event | None
+
+
+class SideStream:
+    """Runs work after what is enqueued so far, beside what is enqueued later. On a CPU everything runs in order.
+
+    Args:
+        device: where the work runs.
+
+    Attributes:
+        stall_seconds: time in which the host waited for results and the device had nothing else to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stall_seconds = 0.0
+
+    def fetch(self, work: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Arrival:
+        """Enqueue work and the copy of its result to the host; neither is waited for.
+
+        Args:
+            work: what it allocates is reused in the order of the side stream.
+            inputs: tensors of the current stream that it reads, and that nobody overwrites meanwhile.
+        """
+        if self._stream is None:
+            return Arrival(work(), None, None)
+        enqueued = torch.cuda.current_stream(self._device).record_event()
+        self._stream.wait_event(enqueued)
+        for tensor in inputs:
+            # Not to be given out again on the current stream before the work has read it
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            values = work()
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            on_host.copy_(values, non_blocking=True)
+            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            landed.record()
+        return Arrival(on_host, enqueued, landed)
+
+    def wait(self, arrival: Arrival) -> torch.Tensor:
+        """The values on the host; counts how long the device was done with all before them and waited too."""
+        if arrival.enqueued is not None and arrival.landed is not None:
+            arrival.enqueued.synchronize()
+            started = time.perf_counter()
+            arrival.landed.synchronize()
+            self.stall_seconds += time.perf_counter() - started
+        return arrival.values
