@@ -5,11 +5,9 @@ from collections.abc import Callable
 from flashmemory_vllm.capture.prompts import Prompt
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation import vocabulary as words
-from flashmemory_vllm.evaluation.accuracy import SEED, max_questions
+from flashmemory_vllm.evaluation.accuracy import QUESTIONS_PER_CONTEXT, SEED, max_questions
 from flashmemory_vllm.evaluation.tasks import LATE_COUNT, TASK_NAMES, Sample, make_samples
 
-# As `flashmemory accuracy` asks where it is not told otherwise
-QUESTIONS_PER_CONTEXT = 20
 # Of the longest prompt
 LENGTH_SHARES = (0.25, 0.5, 1.0)
 # In shorter ones there is no fact of every kind.

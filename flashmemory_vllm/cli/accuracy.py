@@ -1,162 +1,231 @@
-"""`flashmemory accuracy`: what each selector costs in exact match, in one engine and one resumable file."""
+"""`flashmemory accuracy`: what each selector costs in exact match, cell by cell, in one resumable file."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from flashmemory_vllm.config import SelectorName
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 
 if TYPE_CHECKING:
-    from flashmemory_vllm.evaluation.accuracy import AccuracyPlan
+    from flashmemory_vllm.cli.accuracy_starts import Start
+    from flashmemory_vllm.evaluation.accuracy import Cell, Conditions
+    from flashmemory_vllm.evaluation.accuracy_plan import CellGroup
 
 T = TypeVar("T")
-NEURAL = "neural"
-# Shorter prompts keep every block.
-MIN_SPARSE_TOKENS = 2048
+NEURAL, ORACLE = "neural", "oracle"
+UNTRAINED = ",".join(name for name in get_args(SelectorName) if name != NEURAL)
 
-DEFAULT_LENGTHS = "4096,16384,32768"
+# What a plan says instead: option, default, help
+_CELL_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("selectors", UNTRAINED, "comma-separated; full is dense attention, neural and oracle need what is named below"),
+    ("tasks", None, "comma-separated. Default: all"),
+    ("tokens", "4096,16384,32768", "prompt tokens, comma-separated"),
+    ("questions", 200, "questions of each cell"),
+    ("ratio", 0.135, "resident ratio"),
+    ("tau", 16, "decode steps between selections"),
+    ("groups", 1, "layer groups"),
+    ("anchor-layers", None, "layers that feed the selector. Default: three, in the middle third"),
+    ("score-threshold", None, "score below which a block gets no slot. Default: the selector's own"),
+    ("batch", 64, "requests that run at once"),
+)
+_NUMBERS = {"ratio": float, "score-threshold": float, "questions": int, "tau": int, "groups": int, "batch": int}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `accuracy` command."""
     parser = subparsers.add_parser("accuracy", help="exact match of each selector, task and prompt length")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows; cells in it are kept")
+    parser.add_argument("--plan", type=Path, help="YAML file of cells, see configs/accuracy, instead of the next ten")
+    for name, default, text in _CELL_OPTIONS:
+        told = text if default is None else f"{text}. Default: {default}"
+        parser.add_argument(f"--{name}", type=_NUMBERS.get(name, str), help=told)
     parser.add_argument("--model", type=Path, default=reference_model_path(), help="folder. Default: the shipped model")
-    parser.add_argument(
-        "--selectors",
-        default=",".join(name for name in get_args(SelectorName) if name != NEURAL),
-        help="comma-separated; full is dense attention, neural needs --indexer. Default: %(default)s",
-    )
     parser.add_argument("--indexer", help="trained indexer, for the selector neural: file, folder or Hugging Face id")
-    parser.add_argument("--tasks", help="comma-separated. Default: all")
     parser.add_argument(
-        "--tokens", default=DEFAULT_LENGTHS, help="prompt tokens, comma-separated. Default: %(default)s"
+        "--oracle-data", help="captures of these questions, for the selector oracle: folders, comma-separated"
     )
-    parser.add_argument("--questions", type=int, default=200, help="questions of each cell. Default: 200")
     parser.add_argument(
         "--questions-per-context", type=int, default=20, help="questions that share a context. Default: 20"
     )
-    parser.add_argument("--ratio", type=float, default=0.135, help="resident ratio. Default: 0.135")
-    parser.add_argument("--tau", type=int, default=16, help="decode steps between selections. Default: 16")
-    parser.add_argument("--groups", type=int, default=1, help="layer groups. Default: 1")
-    parser.add_argument("--anchor-layers", help="layers that feed the selector. Default: three, in the middle third")
-    parser.add_argument("--batch", type=int, default=64, help="requests that run at once. Default: 64")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block. Default: 16")
     parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
-    parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
+    parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs: one engine for all")
     parser.add_argument("--gpu-memory-bytes", type=int, help="device memory for KV. Default: vLLM's share")
     parser.add_argument("--host-memory-gib", type=float, help="GiB of host memory for KV. Default: half")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="begin no cell after so many seconds")
     parser.add_argument("--commit", help="commit to name in the rows, where git is not there to ask")
     parser.add_argument("--table", action="store_true", help="print the tables of the rows there are, measure nothing")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="folder for pictures of the rows; needs matplotlib")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the file lacks, then print the tables."""
-    from flashmemory_vllm.evaluation import vocabulary
-    from flashmemory_vllm.evaluation.accuracy import AccuracyRun
-    from flashmemory_vllm.evaluation.accuracy_rows import format_tables, load_rows
-    from flashmemory_vllm.evaluation.provenance import Provenance
+    """Measure what the file lacks, then print the tables and draw."""
+    from flashmemory_vllm.evaluation.accuracy_rows import format_report, load_rows
 
-    if args.table:
-        print(format_tables(load_rows(args.out)))
-        return 0
-    from flashmemory_vllm.plugin.offline import OfflineGenerator
+    if not args.table:
+        _measure(args)
+    rows = load_rows(args.out)
+    print(format_report(rows))
+    if args.plot is not None:
+        from flashmemory_vllm.evaluation.accuracy_plot import plot_rows
 
-    plan = make_plan(args)
-    if not (args.model / "config.json").is_file():
-        raise ConfigError(f"--model is {args.model}: it has no config.json, allowed is the folder of a model")
-    with OfflineGenerator(
-        str(args.model), engine_arguments(args, plan), start_options(args, plan), (vocabulary.END,)
-    ) as generator:
-        provenance = Provenance.collect(["flashmemory", *sys.argv[1:]], args.commit)
-        rows = AccuracyRun(generator, plan, args.model.name, args.block_size, provenance, args.out).run()
-    print(format_tables(rows))
+        print(*plot_rows(rows, args.plot), sep="\n")
     return 0
 
 
-def make_plan(args: argparse.Namespace) -> "AccuracyPlan":
-    """What the command line asks for.
+def _measure(args: argparse.Namespace) -> None:
+    from flashmemory_vllm.cli.accuracy_starts import Job, measure
+    from flashmemory_vllm.evaluation.accuracy import Conditions
+    from flashmemory_vllm.evaluation.accuracy_rows import load_rows
+
+    began = time.time()
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise ConfigError(f"--time-limit is {args.time_limit}: allowed is a number > 0")
+    # Ended as by an interrupt, so that no engine outlives this process and keeps the device's memory
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    deadline = None if args.time_limit is None else began + args.time_limit
+    cells = make_cells(args)
+    conditions = Conditions(args.model.name, args.block_size, args.questions_per_context)
+    missing = conditions.missing(cells, load_rows(args.out))
+    folders = [Path(folder) for folder in (args.oracle_data or "").split(",") if folder]
+    check_recorded(missing, conditions, folders)
+    command = ["flashmemory", *sys.argv[1:]]
+    for start in make_starts(args, missing):
+        if deadline is None or time.time() < deadline:
+            measure(Job(args.model, start, conditions, folders, args.out, command, args.commit, deadline))
+    left = conditions.missing(cells, load_rows(args.out))
+    if left:
+        print(f"{len(left)} of {len(cells)} cells are left; the same command goes on with them", file=sys.stderr)
+
+
+def make_cells(args: argparse.Namespace) -> "list[Cell]":
+    """What the command line or its plan asks for.
 
     Raises:
-        ConfigError: a list has an unknown or malformed item, or a number is out of range.
+        ConfigError: a list has an unknown or malformed item, a number is out of range, or a plan is not alone.
     """
-    from flashmemory_vllm.evaluation.accuracy import AccuracyPlan, settings_of
-    from flashmemory_vllm.evaluation.tasks import TASK_NAMES
+    from flashmemory_vllm.evaluation.accuracy_plan import cells_of, load_plan
 
-    for option in ("questions", "questions_per_context", "batch"):
+    for option in ("questions_per_context", "block_size"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}: allowed is 1 or more")
-    selectors = _choices("--selectors", args.selectors, {name: name for name in get_args(SelectorName)})
-    if (NEURAL in selectors) != (args.indexer is not None):
+    given = {name: getattr(args, name.replace("-", "_")) for name, _, _ in _CELL_OPTIONS}
+    beside = [f"--{name}" for name, value in given.items() if value is not None]
+    if args.plan is not None:
+        if beside:
+            raise ConfigError(f"{', '.join(beside)}: given with --plan; allowed is one of them")
+        return cells_of(load_plan(args.plan).cells, args.indexer)
+    defaults = {name: default for name, default, _ in _CELL_OPTIONS}
+    chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
+    group = _group(chosen)
+    if (NEURAL in group.selectors) != (args.indexer is not None):
         raise ConfigError(
-            f"--indexer is {args.indexer!r} and --selectors is {args.selectors!r}: allowed is an indexer with the "
+            f"--indexer is {args.indexer!r} and --selectors is {chosen['selectors']!r}: allowed is an indexer with the "
             f"selector {NEURAL}, and with no other"
         )
-    tasks = _choices("--tasks", args.tasks or ",".join(TASK_NAMES), {name: name for name in TASK_NAMES})
-    anchors = None if args.anchor_layers is None else _numbers("--anchor-layers", args.anchor_layers, smallest=0)
-    return AccuracyPlan(
-        settings=settings_of(selectors, args.tau, args.ratio, args.groups, anchors, args.indexer),
-        tasks=tasks,
-        lengths=_numbers("--tokens", args.tokens),
-        num_questions=args.questions,
-        questions_per_context=args.questions_per_context,
+    return cells_of([group], args.indexer)
+
+
+def _group(chosen: Mapping[str, Any]) -> "CellGroup":
+    from flashmemory_vllm.evaluation.accuracy_plan import CellGroup
+    from flashmemory_vllm.evaluation.tasks import TASK_NAMES, TaskName
+
+    for name in ("questions", "tau", "groups", "batch"):
+        if chosen[name] < 1:
+            raise ConfigError(f"--{name} is {chosen[name]}: allowed is 1 or more")
+    if not 0 < chosen["ratio"] <= 1:
+        raise ConfigError(f"--ratio is {chosen['ratio']}: allowed is a number > 0 and <= 1")
+    threshold = chosen["score-threshold"]
+    if threshold is not None and threshold < 0:
+        raise ConfigError(f"--score-threshold is {threshold}: allowed is a number >= 0")
+    selectors = {name: name for name in (*get_args(SelectorName), ORACLE)}
+    tasks: dict[str, TaskName] = {name: name for name in TASK_NAMES}
+    layers = chosen["anchor-layers"]
+    return CellGroup(
+        selectors=_choices("--selectors", chosen["selectors"], selectors),
+        tasks=_choices("--tasks", chosen["tasks"] or ",".join(TASK_NAMES), tasks),
+        tokens=_numbers("--tokens", chosen["tokens"]),
+        ratios=[chosen["ratio"]],
+        taus=[chosen["tau"]],
+        groups=[chosen["groups"]],
+        anchor_layers=[None if layers is None else _numbers("--anchor-layers", layers, smallest=0)],
+        score_thresholds=[threshold],
+        batches=[chosen["batch"]],
+        questions=chosen["questions"],
     )
 
 
-def engine_arguments(args: argparse.Namespace, plan: "AccuracyPlan") -> dict[str, object]:
-    """Arguments of `vllm.LLM`: room for the longest prompt with the longest answer, and no more."""
-    from flashmemory_vllm.evaluation.tasks import ANSWER_LENS
+def check_recorded(cells: "Sequence[Cell]", conditions: "Conditions", folders: Sequence[Path]) -> None:
+    """See that the oracle knows every question that it will be asked.
 
-    arguments: dict[str, object] = {
-        "max_model_len": max(plan.lengths) + max(ANSWER_LENS[task] for task in plan.tasks),
-        "max_num_seqs": args.batch,
-        "block_size": args.block_size,
-        "dtype": args.dtype,
-        "enforce_eager": args.eager,
-        "enable_prefix_caching": True,
-    }
-    if args.gpu_memory_bytes is not None:
-        arguments["kv_cache_memory_bytes"] = args.gpu_memory_bytes
-        # vLLM refuses to start when less than this share of the device is free, though the size is given.
-        arguments["gpu_memory_utilization"] = 0.1
-    return arguments
-
-
-def start_options(args: argparse.Namespace, plan: "AccuracyPlan") -> dict[str, object]:
-    """Our options at start: the largest of each budget, since the scheduler keeps to them for good.
-
-    `exact` is started with if it is asked for: its index takes the most device memory, so that what the start
-    leaves for slots is right for all.
+    Raises:
+        ConfigError: it does not; the message has the commands that record what is missing.
     """
-    settings = sorted(plan.settings, key=lambda setting: setting.selector != "exact")
-    options = settings[0].options() | {
-        "resident_ratio": max(setting.ratio for setting in settings),
-        # Accuracy is to be measured at lengths, too, at which a small model gains nothing
-        "min_sparse_tokens": MIN_SPARSE_TOKENS,
-    }
-    if args.host_memory_gib is not None:
-        options["host_memory_gib"] = args.host_memory_gib
-    return options
+    asked = [cell for cell in cells if cell.setting.selector == ORACLE]
+    if not asked:
+        return
+    from flashmemory_vllm.plugin.recorded_prompts import RecordedPrompts
+
+    recorded = RecordedPrompts.load_all(folders) if folders else None
+    if recorded is not None and recorded.block_size != conditions.block_size:
+        raise ConfigError(
+            f"--oracle-data: recorded in blocks of {recorded.block_size} tokens, --block-size is "
+            f"{conditions.block_size}; allowed is the same"
+        )
+    unknown: dict[tuple[int, int], list[str]] = {}
+    for task, tokens, questions in dict.fromkeys((cell.task, cell.tokens, cell.questions) for cell in asked):
+        samples = conditions.samples(task, tokens, questions)
+        if recorded is None or not all(recorded.knows(sample.prompt_ids.tolist()) for sample in samples):
+            unknown.setdefault((questions, tokens), []).append(task)
+    if unknown:
+        commands = "; ".join(
+            f"flashmemory capture --out DIR --layer-mass --accuracy-questions {questions} --tokens {tokens} "
+            f"--block-size {conditions.block_size}"
+            for questions, tokens in unknown
+        )
+        names = "; ".join(
+            f"{questions} questions of {', '.join(tasks)} at {tokens:,} tokens"
+            for (questions, tokens), tasks in unknown.items()
+        )
+        raise ConfigError(f"--oracle-data: not recorded are {names}; what records them: {commands}")
 
 
-def _choices(option: str, text: str, allowed: Mapping[str, T]) -> tuple[T, ...]:
+def make_starts(args: argparse.Namespace, cells: "Sequence[Cell]") -> "list[Start]":
+    """The engines that the cells need.
+
+    Raises:
+        ConfigError: the model's configuration cannot be read, or a setting does not fit it.
+    """
+    from flashmemory_vllm.cli.accuracy_starts import EngineChoices, plan_starts
+    from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
+
+    if not (args.model / "config.json").is_file():
+        raise ConfigError(f"--model is {args.model}: it has no config.json, allowed is the folder of a model")
+    sizes = model_sizes(read_model_fields(str(args.model)), args.dtype)
+    choices = EngineChoices(args.block_size, args.dtype, args.eager, args.gpu_memory_bytes, args.host_memory_gib)
+    return plan_starts(cells, sizes.shape(args.block_size), choices)
+
+
+def _choices(option: str, text: str, allowed: Mapping[str, T]) -> list[T]:
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in allowed]
     if unknown:
         raise ConfigError(f"{option} has {', '.join(map(repr, unknown))}: allowed is {', '.join(allowed)}")
-    return tuple(allowed[name] for name in dict.fromkeys(names))
+    return [allowed[name] for name in dict.fromkeys(names)]
 
 
-def _numbers(option: str, text: str, smallest: int = 1) -> tuple[int, ...]:
+def _numbers(option: str, text: str, smallest: int = 1) -> list[int]:
     try:
         numbers = sorted({int(number) for number in text.split(",")})
     except ValueError:
         numbers = []
     if not numbers or numbers[0] < smallest:
         raise ConfigError(f"{option} is {text!r}: allowed are integers from {smallest} up, separated by commas")
-    return tuple(numbers)
+    return numbers

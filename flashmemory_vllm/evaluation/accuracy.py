@@ -1,20 +1,20 @@
 """Exact-match accuracy of every selector, task and prompt length, beside dense attention's.
 
-One engine serves all cells: between two selectors it only swaps its runtime. Many questions share a context,
-so that the prefix cache pays for the long prompts once. Rows are written after each cell, and a cell that has
-a row is not measured again.
+One engine serves many cells: between two settings it only swaps its runtime. Many questions share a context, so
+that the prefix cache pays for the long prompts once a setting. Rows are written after each cell, and a cell that
+has a row is not measured again.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
 
 from flashmemory_vllm.evaluation.accuracy_rows import (
-    DENSE,
-    NEURAL,
     AccuracyRow,
     Setting,
     load_rows,
@@ -26,6 +26,7 @@ from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.evaluation.tasks import (
     DEFAULT_FACT_SHARE,
     QUESTION_LENS,
+    Sample,
     TaskName,
     facts_per_question,
     make_samples,
@@ -35,6 +36,7 @@ from flashmemory_vllm.evaluation.tasks import (
 
 # The questions of the reference model's own evaluation, apart from every training seed
 SEED = 20_260_609
+QUESTIONS_PER_CONTEXT = 20
 INDEX_BYTES_COUNTER = "index_bytes_per_block"
 
 
@@ -59,60 +61,66 @@ class Generator(Protocol):
         """Our metrics by name without the prefix, counted since the engine started."""
 
 
-def settings_of(
-    selectors: Sequence[str],
-    tau: int,
-    ratio: float,
-    groups: int,
-    anchors: tuple[int, ...] | None = None,
-    indexer: str | None = None,
-) -> tuple[Setting, ...]:
-    """One setting for each selector; the dense baseline comes first, at a ratio of 1 and in one layer group.
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One figure to measure.
 
-    A trained indexer brings its own anchor layers.
+    Attributes:
+        setting: how a resident set is kept.
+        task: name of the task.
+        tokens: tokens of each prompt.
+        questions: how many are asked.
+        batch: requests that run at once; the next ones begin when all of these have ended.
     """
-    settings = (
-        Setting(name, tau, ratio, groups, indexer=indexer)
-        if name == NEURAL
-        else Setting(name, tau, ratio, groups, anchors)
-        for name in dict.fromkeys(selectors)
-        if name != DENSE
-    )
-    dense = (Setting(DENSE, tau, 1.0, 1),) if DENSE in selectors else ()
-    return (*dense, *settings)
+
+    setting: Setting
+    task: TaskName
+    tokens: int
+    questions: int
+    batch: int
 
 
 @dataclass(frozen=True, slots=True)
-class AccuracyPlan:
-    """What to measure.
+class Conditions:
+    """What all cells of a run have in common.
 
     Attributes:
-        settings: each is measured on the same questions.
-        tasks: names of the tasks.
-        lengths: tokens of the prompts.
-        num_questions: questions of each cell.
+        model: name of the model, for the rows.
+        block_size: tokens in a KV block.
         questions_per_context: most questions that share a context; fewer where it has fewer facts.
         seed: seed of contexts and questions.
     """
 
-    settings: tuple[Setting, ...]
-    tasks: tuple[TaskName, ...]
-    lengths: tuple[int, ...]
-    num_questions: int = 200
-    questions_per_context: int = 20
+    model: str
+    block_size: int
+    questions_per_context: int = QUESTIONS_PER_CONTEXT
     seed: int = SEED
+
+    def samples(self, task: TaskName, tokens: int, questions: int) -> list[Sample]:
+        """The questions of a cell, those about one context next to each other."""
+        shared = min(self.questions_per_context, max_questions(task, tokens))
+        return make_samples(task, tokens, questions, self.seed, questions_per_context=shared)
+
+    def missing(self, cells: Sequence[Cell], rows: Sequence[AccuracyRow]) -> list[Cell]:
+        """Cells that have no row yet. A row from before batches were told is one of any batch."""
+        measured = {(row.setting, row.batch, row.questions_key) for row in rows}
+
+        def is_missing(cell: Cell) -> bool:
+            key = (self.model, self.block_size, cell.task, cell.tokens, cell.questions)
+            return measured.isdisjoint({(cell.setting, cell.batch, key), (cell.setting, None, key)})
+
+        return list(filter(is_missing, cells))
 
 
 class AccuracyRun:
-    """Measures the cells of a plan that have no row yet.
+    """Measures cells that have no row yet.
 
     Args:
         generator: answers; reconfigured for each setting.
-        plan: what to measure.
-        model: name of the model, for the rows.
-        block_size: tokens in a KV block, for the rows.
+        conditions: what the cells have in common.
         provenance: where the rows come from.
-        path: JSON file of the rows. Rows of other plans stay in it.
+        path: JSON file of the rows. Rows of other cells stay in it.
+        deadline: no cell is begun after this time, in seconds since the epoch. Default: never.
 
     Raises:
         ConfigError: on construction, the file holds something else.
@@ -121,81 +129,81 @@ class AccuracyRun:
     def __init__(
         self,
         generator: Generator,
-        plan: AccuracyPlan,
-        model: str,
-        block_size: int,
+        conditions: Conditions,
         provenance: Provenance,
         path: Path,
+        deadline: float | None = None,
     ) -> None:
         self._generator = generator
-        self._plan = plan
-        self._model = model
-        self._block_size = block_size
+        self._conditions = conditions
         self._provenance = provenance
         self._path = path
+        self._deadline = deadline
         self._rows = load_rows(path)
 
-    def run(self) -> list[AccuracyRow]:
+    def run(self, cells: Sequence[Cell]) -> list[AccuracyRow]:
         """Measure what is missing, one setting after the other, showing progress.
 
         Returns:
-            All rows of the file with this model, block size and number of questions.
+            All rows of the file.
         """
-        missing = {setting: list(self._missing(setting)) for setting in self._plan.settings}
-        with tqdm(total=sum(map(len, missing.values())), unit="cell") as progress:
-            for setting, cells in missing.items():
-                if cells:
-                    self._generator.reconfigure(setting.options())
-                for task, tokens in cells:
-                    progress.set_description(f"{setting.selector} {task} {tokens:,}")
-                    self._rows = with_dense([*self._rows, self._measure(setting, task, tokens)])
-                    save_rows(self._path, self._rows)
-                    progress.set_postfix(accuracy=f"{self._rows[-1].accuracy:.3f}")
-                    progress.update()
-        shared = (self._model, self._block_size, self._plan.num_questions)
-        return [row for row in self._rows if (row.model, row.block_size, row.questions) == shared]
+        missing = self._conditions.missing(cells, self._rows)
+        with tqdm(total=len(missing), unit="cell") as progress:
+            for cell in self._in_turn(missing):
+                progress.set_description(f"{cell.setting.selector} {cell.task} {cell.tokens:,}")
+                self._rows = with_dense([*self._rows, self._measure(cell)])
+                save_rows(self._path, self._rows)
+                progress.set_postfix(accuracy=f"{self._rows[-1].accuracy:.3f}")
+                progress.update()
+        return self._rows
 
-    def _missing(self, setting: Setting) -> Iterator[tuple[TaskName, int]]:
-        measured = {(row.setting, row.questions_key) for row in self._rows}
-        for tokens in self._plan.lengths:
-            for task in self._plan.tasks:
-                key = (self._model, self._block_size, task, tokens, self._plan.num_questions)
-                if (setting, key) not in measured:
-                    yield task, tokens
+    def _in_turn(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+        """Cells until the deadline, each while its setting is in force."""
+        by_setting: dict[Setting, list[Cell]] = {}
+        for cell in cells:
+            by_setting.setdefault(cell.setting, []).append(cell)
+        for setting, group in by_setting.items():
+            if self._is_late():
+                return
+            self._generator.reconfigure(setting.options())
+            yield from takewhile(lambda _: not self._is_late(), group)
 
-    def _measure(self, setting: Setting, task: TaskName, tokens: int) -> AccuracyRow:
-        samples = make_samples(
-            task,
-            tokens,
-            self._plan.num_questions,
-            self._plan.seed,
-            questions_per_context=min(self._plan.questions_per_context, max_questions(task, tokens)),
-        )
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.time() > self._deadline
+
+    def _measure(self, cell: Cell) -> AccuracyRow:
+        samples = self._conditions.samples(cell.task, cell.tokens, cell.questions)
         before = self._generator.counters()
-        answers = self._generator.generate(
-            [sample.prompt_ids.tolist() for sample in samples], [len(sample.answer_ids) for sample in samples]
-        )
+        waves = (samples[first : first + cell.batch] for first in range(0, len(samples), cell.batch))
+        num_right = sum(map(self._num_right, waves))
         after = self._generator.counters()
-        num_right = sum(answer == sample.answer_ids.tolist() for answer, sample in zip(answers, samples, strict=True))
 
         def counted(name: str) -> float:
             return after.get(name, 0.0) - before.get(name, 0.0)
 
         context = counted("decode_context_blocks_total")
         return AccuracyRow(
-            model=self._model,
-            block_size=self._block_size,
-            task=task,
-            tokens=tokens,
+            model=self._conditions.model,
+            block_size=self._conditions.block_size,
+            task=cell.task,
+            tokens=cell.tokens,
             questions=len(samples),
+            batch=cell.batch,
             accuracy=num_right / len(samples),
             dense_accuracy=None,
             resident_share=counted("decode_resident_blocks_total") / context if context else None,
             recalled_blocks=int(counted("recalled_blocks_total")),
             device_bytes_index_per_block=after.get(INDEX_BYTES_COUNTER),
-            **asdict(setting),
+            **asdict(cell.setting),
             **asdict(self._provenance),
         )
+
+    def _num_right(self, samples: Sequence[Sample]) -> int:
+        """Ask all at once; how many answers are right from the first to the last token."""
+        answers = self._generator.generate(
+            [sample.prompt_ids.tolist() for sample in samples], [len(sample.answer_ids) for sample in samples]
+        )
+        return sum(answer == sample.answer_ids.tolist() for answer, sample in zip(answers, samples, strict=True))
 
 
 def max_questions(task: TaskName, num_tokens: int) -> int:

@@ -24,6 +24,7 @@ class Setting:
         groups: layer groups that choose sets of their own.
         anchors: layers whose queries and keys feed the selector. Default: what our configuration chooses.
         indexer: trained indexer, for the selector `neural`.
+        score_threshold: score below which a block gets no slot. Default: the selector's own, if it has one.
     """
 
     selector: str
@@ -32,6 +33,7 @@ class Setting:
     groups: int
     anchors: tuple[int, ...] | None = None
     indexer: str | None = None
+    score_threshold: float | None = None
 
     def options(self) -> dict[str, object]:
         """The same as options of our configuration."""
@@ -42,6 +44,7 @@ class Setting:
             "resident_ratio": self.ratio,
             "layer_groups": self.groups,
             "anchor_layers": self.anchors,
+            "score_threshold": self.score_threshold,
         }
 
 
@@ -70,6 +73,8 @@ class AccuracyRow:
         gpu: name of the device.
         versions: version by distribution.
         indexer: trained indexer, if the selector has one.
+        score_threshold: see `Setting`.
+        batch: requests that ran at once; None in rows from before it was told.
     """
 
     model: str
@@ -92,11 +97,15 @@ class AccuracyRow:
     gpu: str
     versions: dict[str, str]
     indexer: str | None = None
+    score_threshold: float | None = None
+    batch: int | None = None
 
     @property
     def setting(self) -> Setting:
         """What was set for this row."""
-        return Setting(self.selector, self.tau, self.ratio, self.groups, self.anchors, self.indexer)
+        return Setting(
+            self.selector, self.tau, self.ratio, self.groups, self.anchors, self.indexer, self.score_threshold
+        )
 
     @property
     def questions_key(self) -> tuple[object, ...]:
@@ -105,9 +114,14 @@ class AccuracyRow:
 
 
 def with_dense(rows: Sequence[AccuracyRow]) -> list[AccuracyRow]:
-    """The same rows, each with the dense accuracy on its questions where one is known."""
+    """The same rows, each with the dense accuracy on its questions where one is known, if possible in its batch."""
     dense = {row.questions_key: row.accuracy for row in rows if row.selector == DENSE}
-    return [replace(row, dense_accuracy=dense.get(row.questions_key)) for row in rows]
+    in_batch = {(row.questions_key, row.batch): row.accuracy for row in rows if row.selector == DENSE}
+
+    def of(row: AccuracyRow) -> float | None:
+        return in_batch.get((row.questions_key, row.batch), dense.get(row.questions_key))
+
+    return [replace(row, dense_accuracy=of(row)) for row in rows]
 
 
 def load_rows(path: Path) -> list[AccuracyRow]:
@@ -135,6 +149,17 @@ def save_rows(path: Path, rows: Sequence[AccuracyRow]) -> None:
     partial.replace(path)
 
 
+def format_report(rows: Sequence[AccuracyRow]) -> str:
+    """Markdown tables of all rows, under a heading for each model, block size and number of questions."""
+    parts = {}
+    for model, block_size, questions in dict.fromkeys((row.model, row.block_size, row.questions) for row in rows):
+        heading = f"## {model}: {questions} questions a cell, blocks of {block_size} tokens"
+        parts[heading] = [
+            row for row in rows if (row.model, row.block_size, row.questions) == (model, block_size, questions)
+        ]
+    return "\n\n".join(f"{heading}\n\n{format_tables(part)}" for heading, part in parts.items())
+
+
 def format_tables(rows: Sequence[AccuracyRow]) -> str:
     """Markdown tables of settings by prompt length: one for each task, and one of the mean over the tasks.
 
@@ -142,24 +167,38 @@ def format_tables(rows: Sequence[AccuracyRow]) -> str:
         rows: of one model, block size and number of questions.
     """
     tasks = list(dict.fromkeys(row.task for row in rows))
-    tables = [f"### {task}\n\n{_table([row for row in rows if row.task == task], 1)}" for task in tasks]
+    tables = [f"### {task}\n\n{_table([row for row in rows if row.task == task], rows, 1)}" for task in tasks]
     if len(tasks) > 1:
-        tables.append(f"### mean over the tasks\n\n{_table(rows, len(tasks))}")
+        tables.append(f"### mean over the tasks\n\n{_table(rows, rows, len(tasks))}")
     return "\n\n".join(tables)
 
 
-def _table(rows: Sequence[AccuracyRow], num_tasks: int) -> str:
+def _table(rows: Sequence[AccuracyRow], all_rows: Sequence[AccuracyRow], num_tasks: int) -> str:
     """One table; a cell is empty unless each of `num_tasks` tasks has a row for it."""
     lengths = sorted({row.tokens for row in rows})
-    head = ["selector", "ratio", "tau", "groups", "anchors", *(f"{tokens:,}" for tokens in lengths), "resident"]
+    names = ["selector", "ratio", "tau", "groups", "anchors", *_differing(all_rows)]
+    head = [*names, *(f"{tokens:,}" for tokens in lengths), "resident"]
     lines = [head, ["---"] * len(head)]
-    for setting in dict.fromkeys(row.setting for row in rows):
-        of_setting = [row for row in rows if row.setting == setting]
-        line = [setting.selector, f"{setting.ratio:g}", str(setting.tau), str(setting.groups)]
-        line.append("default" if setting.anchors is None else " ".join(map(str, setting.anchors)))
+    for way in dict.fromkeys((row.setting, row.batch) for row in rows):
+        of_way = [row for row in rows if (row.setting, row.batch) == way]
+        line = [_cell(of_way[0], name) for name in names]
         for tokens in lengths:
-            cell = [row.accuracy for row in of_setting if row.tokens == tokens]
+            cell = [row.accuracy for row in of_way if row.tokens == tokens]
             line.append(f"{fmean(cell):.3f}" if len(cell) == num_tasks else "")
-        shares = [row.resident_share for row in of_setting if row.resident_share is not None]
+        shares = [row.resident_share for row in of_way if row.resident_share is not None]
         lines.append([*line, f"{fmean(shares):.1%}" if shares else ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _differing(rows: Sequence[AccuracyRow]) -> list[str]:
+    """What only some tables need a column for: whatever has more than one value."""
+    names = ("batch", "score_threshold", "indexer")
+    without = {"indexer": {row.indexer for row in rows if row.selector != NEURAL}}
+    return [name for name in names if len({getattr(row, name) for row in rows} - without.get(name, set())) > 1]
+
+
+def _cell(row: AccuracyRow, name: str) -> str:
+    value = getattr(row, name)
+    if name == "anchors":
+        return "default" if value is None else " ".join(map(str, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -10,10 +10,11 @@ from flashmemory_vllm.indexer.oracle import Future, OracleSelector
 from flashmemory_vllm.plugin.offline import OfflineGenerator
 
 EXTENSION = "flashmemory_vllm.plugin.capture_worker.CaptureExtension"
+ORACLE = OracleSelector.name
 
 
 class _StepByStep(OfflineGenerator):
-    """An engine whose requests begin one by one."""
+    """An engine whose requests begin one by one, and whose worker can be watched."""
 
     def __init__(
         self,
@@ -22,9 +23,7 @@ class _StepByStep(OfflineGenerator):
         options: Mapping[str, object],
         stop_token_ids: Sequence[int] = (),
     ) -> None:
-        # A replayed graph would pass by those who look on.
-        watched = {"worker_extension_cls": EXTENSION, "enforce_eager": True}
-        super().__init__(model, {**engine_args, **watched}, options, stop_token_ids)
+        super().__init__(model, {**engine_args, "worker_extension_cls": EXTENSION}, options, stop_token_ids)
 
     def _begin(self, name: str, ids: Sequence[int], max_tokens: int) -> str:
         """Queue a prompt; returns the id that the worker sees."""
@@ -66,8 +65,9 @@ class CaptureEngine(_StepByStep):
             # Slots for all of a request from its admission on: none is ever preempted.
             "growth_reserve_tokens": max_output_tokens,
         }
-        # A block that is found, not computed, would have no recorded keys.
-        super().__init__(model, {**engine_args, "enable_prefix_caching": False}, options, stop_token_ids)
+        # A block that is found, not computed, would have no recorded keys; a replayed graph would pass by the recorder.
+        recordable = {"enable_prefix_caching": False, "enforce_eager": True}
+        super().__init__(model, {**engine_args, **recordable}, options, stop_token_ids)
         self._req_ids: dict[str, str] = {}
 
     def record(self, top_p: float, every: int, *, layer_mass: bool) -> ModelShape:
@@ -94,13 +94,13 @@ class CaptureEngine(_StepByStep):
 
 
 class OracleGenerator(_StepByStep):
-    """Greedy generation whose selector looks the future up; for evaluation only.
+    """Greedy generation with any selector, `oracle` among them, which looks the future up; for evaluation only.
 
     Args:
-        future: what dense attention looked at, for every prompt that will be asked.
+        future: what dense attention looked at, for every prompt that the oracle will be asked.
         model: folder of the model.
         engine_args: further arguments of `vllm.LLM`.
-        options: our options at start; the selector is always `oracle`.
+        options: our options at start. Default selector: `oracle`.
         stop_token_ids: tokens that end an answer, beside the model's own.
     """
 
@@ -113,15 +113,23 @@ class OracleGenerator(_StepByStep):
         stop_token_ids: Sequence[int] = (),
     ) -> None:
         OracleSelector.future = self._future = future
-        super().__init__(model, engine_args, {**options, "selector": "oracle"}, stop_token_ids)
+        given = {"selector": ORACLE, **options}
+        super().__init__(model, engine_args, given, stop_token_ids)
+        self._watch_clock(given)
+
+    def reconfigure(self, options: Mapping[str, object]) -> None:
+        """As `OfflineGenerator.reconfigure`."""
+        super().reconfigure(options)
+        self._watch_clock(self._options | dict(options))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int] | int) -> list[list[int]]:
         """As `OfflineGenerator.generate`.
 
         Raises:
-            ConfigError: the future does not know a prompt.
+            ConfigError: the selector is `oracle`, and the future does not know a prompt.
         """
-        self._llm.collective_rpc("flashmemory_time")
+        if not self._is_oracle:
+            return super().generate(prompts, max_tokens)
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
         for index, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
             self._future.name(self._begin(str(index), ids, limit), prompt_digest(ids))
@@ -129,6 +137,12 @@ class OracleGenerator(_StepByStep):
         while len(answers) < len(prompts):
             answers.update(self._step())
         return [answers[str(index)] for index in range(len(prompts))]
+
+    def _watch_clock(self, options: Mapping[str, object]) -> None:
+        """A new runtime has to be watched anew."""
+        self._is_oracle = options["selector"] == ORACLE
+        if self._is_oracle:
+            self._llm.collective_rpc("flashmemory_time")
 
     def close(self) -> None:
         """Stop the engine and forget the future."""

@@ -134,9 +134,10 @@ class IndexerScorer:
         """Logits of the ensemble, float32 [n]."""
         num_candidates = self._document.num_candidates(token)
         ids = torch.arange(num_candidates, device=self._device)
-        heads, gates = self._model.encode_queries(self._document.queries[token].unsqueeze(0).to(self._device))
-        products = score_chunks(heads[0], gates[0], self._codes, self._scales, ids)
-        return ensemble(self._model.place(products, num_candidates - ids), self._model.spec.aggregate)
+        model = self._model
+        heads, gates = model.encode_queries(self._document.queries[token].unsqueeze(0).to(self._device))
+        logits = score_chunks(heads[0], gates[0], self._codes, self._scales, ids, model.bias, model.distance)
+        return ensemble(logits, model.spec.aggregate)
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:

@@ -234,6 +234,7 @@ def test_the_oracle_answers_from_few_blocks(folder: Path, groups: int, aggregate
         "max_model_len": TOKENS + 150,
         "max_num_seqs": 4,
         "kv_cache_memory_bytes": KV_BYTES,
+        "enforce_eager": True,
     }
     request = {
         "capture": str(folder),

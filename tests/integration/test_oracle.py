@@ -117,6 +117,21 @@ def test_model_runner_v2(model: Path, layer_groups: int, is_async: bool) -> None
     assert result.scheduler == ("AsyncScheduler" if is_async else "Scheduler")
 
 
+def test_early_selections_and_dense_fallbacks(model: Path) -> None:
+    """Requests come due early, keep all their blocks while there is room, and lose them again."""
+    prompts = random_prompts(8, 300, 500)
+    rounds = [prompts[:2], prompts]
+    options = {"drift_threshold": 0.9, "score_threshold": 0.005, "dense_fallback_share": 0.3, "tau_steps": 16}
+    result = run_engine(_sparse_run(model, rounds, 100, device_slots=60, **options))
+    _check_errors(result)
+    counted = result.counters
+    assert counted["drift_selections_total"] > 0
+    assert counted['dense_fallbacks_total{reason="score_share"}'] >= 2
+    assert counted["revoked_dense_fallbacks_total"] > 0
+    assert counted["refused_dense_fallbacks_total"] > 0
+    assert result.checked["sparse_decode"].rows > 0
+
+
 def test_prompt_that_another_request_computes_in_the_same_step(model: Path) -> None:
     """The second of two equal prompts hits blocks that are not written yet, and continues as the prompt alone does."""
     # The last chunk of each fills a block and leaves tokens of its step to the other request

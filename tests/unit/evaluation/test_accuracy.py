@@ -8,26 +8,24 @@ import pytest
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation import vocabulary as words
-from flashmemory_vllm.evaluation.accuracy import SEED, AccuracyPlan, AccuracyRun, max_questions, settings_of
-from flashmemory_vllm.evaluation.accuracy_rows import (
-    AccuracyRow,
-    Setting,
-    format_tables,
-    load_rows,
-    save_rows,
-)
+from flashmemory_vllm.evaluation.accuracy import SEED, AccuracyRun, Cell, Conditions, max_questions
+from flashmemory_vllm.evaluation.accuracy_plan import CellGroup
+from flashmemory_vllm.evaluation.accuracy_rows import AccuracyRow, Setting, load_rows, save_rows
 from flashmemory_vllm.evaluation.contexts import VALUE_WORDS
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.evaluation.tasks import ANSWER_LENS, TaskName, make_samples
 
 PROVENANCE = Provenance("flashmemory accuracy", "abc", "a device", {"torch": "2"})
-PLAN = AccuracyPlan(
-    settings_of(("streaming", "full", "exact"), tau=16, ratio=0.125, groups=1),
-    tasks=("multikey", "tracking"),
-    lengths=(600, 1200),
-    num_questions=12,
-    questions_per_context=4,
+CONDITIONS = Conditions("toy", 16, questions_per_context=4)
+GROUP = CellGroup(
+    selectors=["streaming", "full", "exact"],
+    tasks=["multikey", "tracking"],
+    tokens=[600, 1200],
+    ratios=[0.125],
+    batches=[64],
+    questions=12,
 )
+CELLS = list(GROUP.cells(None))
 NUM_CELLS = 3 * 2 * 2
 
 
@@ -81,8 +79,10 @@ class ReadingGenerator:
         return dict(self._counters)
 
 
-def run(generator: ReadingGenerator, path: Path, plan: AccuracyPlan = PLAN) -> list[AccuracyRow]:
-    return AccuracyRun(generator, plan, "toy", 16, PROVENANCE, path).run()
+def run(
+    generator: ReadingGenerator, path: Path, cells: Sequence[Cell] = CELLS, deadline: float | None = None
+) -> list[AccuracyRow]:
+    return AccuracyRun(generator, CONDITIONS, PROVENANCE, path, deadline).run(cells)
 
 
 def row_of(rows: Sequence[AccuracyRow], selector: str, task: TaskName, tokens: int) -> AccuracyRow:
@@ -147,28 +147,74 @@ def test_what_was_measured_survives_a_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting",
+    "cell",
     [
-        Setting("exact", 64, 0.125, 1),
-        Setting("exact", 16, 0.25, 1),
-        Setting("exact", 16, 0.125, 2),
-        Setting("exact", 16, 0.125, 1, (2, 3)),
-    ],
+        replace(CELLS[-1], setting=setting)
+        for setting in (
+            Setting("exact", 64, 0.125, 1),
+            Setting("exact", 16, 0.25, 1),
+            Setting("exact", 16, 0.125, 2),
+            Setting("exact", 16, 0.125, 1, (2, 3)),
+            Setting("exact", 16, 0.125, 1, score_threshold=0.1),
+        )
+    ]
+    + [replace(CELLS[-1], batch=5), replace(CELLS[-1], questions=11)],
+    ids=["tau", "ratio", "groups", "anchors", "threshold", "batch", "questions"],
 )
-def test_another_setting_is_another_cell(tmp_path: Path, setting: Setting) -> None:
+def test_another_condition_is_another_cell(tmp_path: Path, cell: Cell) -> None:
     path = tmp_path / "rows.json"
     run(ReadingGenerator(), path)
     generator = ReadingGenerator()
-    assert len(run(generator, path, replace(PLAN, settings=(setting,)))) == NUM_CELLS + 4
-    assert len(generator.asked) == 4
+    assert len(run(generator, path, [cell])) == NUM_CELLS + 1
+    assert sum(count for _, count in generator.asked) == cell.questions
     again = ReadingGenerator()
-    run(again, path, replace(PLAN, settings=(setting,)))
+    run(again, path, [cell])
     assert not again.asked
+
+
+def test_a_row_from_before_batches_were_told_is_not_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    save_rows(path, [replace(row, batch=None) for row in run(ReadingGenerator(), path)])
+    again = ReadingGenerator()
+    assert {row.batch for row in run(again, path)} == {None}
+    assert not again.asked
+
+
+def test_no_more_are_asked_at_once_than_the_batch(tmp_path: Path) -> None:
+    generator = ReadingGenerator({"exact": 2})
+    (row,) = run(generator, tmp_path / "rows.json", [replace(CELLS[-1], batch=5)])
+    assert generator.asked == [("exact", 5), ("exact", 5), ("exact", 2)]
+    # Every second one of each wave is wrong, its first one among them
+    assert (row.accuracy, row.batch, row.recalled_blocks) == ((2 + 2 + 1) / 12, 5, 36)
+
+
+def test_no_cell_is_begun_after_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = ReadingGenerator()
+    monkeypatch.setattr("time.time", lambda: 10.0 * len(generator.asked))
+    rows = run(generator, tmp_path / "rows.json", deadline=45.0)
+    assert len(rows) == len(generator.asked) == 5
+    assert len(generator.reconfigured) == 2
+    rest = ReadingGenerator()
+    run(rest, tmp_path / "rows.json", deadline=None)
+    assert len(rest.asked) == NUM_CELLS - 5
+
+
+def test_dense_accuracy_is_that_of_the_same_batch_if_there_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    cells = [cell for cell in CELLS if (cell.task, cell.tokens) == ("multikey", 600)]
+    run(ReadingGenerator({"full": 2}), path, cells)
+    run(ReadingGenerator(), path, [replace(cells[0], batch=3)])
+    rows = run(ReadingGenerator(), path, [replace(cells[-1], batch=batch) for batch in (2, 3)])
+    assert [(row.batch, row.dense_accuracy) for row in rows if row.selector == "exact"] == [
+        (64, 0.5),
+        (2, 1.0),
+        (3, 1.0),
+    ]
 
 
 def test_a_dense_baseline_that_comes_late_reaches_the_rows_before_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    sparse = replace(PLAN, settings=tuple(one for one in PLAN.settings if one.selector == "exact"))
+    sparse = [cell for cell in CELLS if cell.setting.selector == "exact"]
     assert {row.dense_accuracy for row in run(ReadingGenerator(), path, sparse)} == {None}
     assert {row.dense_accuracy for row in run(ReadingGenerator({"full": 2}), path)} == {0.5}
 
@@ -179,39 +225,6 @@ def test_a_right_beginning_is_no_right_answer(tmp_path: Path) -> None:
             return [[*answer[:-1], words.STOP] for answer in super().generate(prompts, max_tokens)]
 
     assert {row.accuracy for row in run(Babbling(), tmp_path / "rows.json")} == {0.0}
-
-
-def test_tables_hold_every_figure_and_leave_out_means_of_unfinished_lengths(tmp_path: Path) -> None:
-    rows = run(ReadingGenerator({"exact": 4}), tmp_path / "rows.json")
-    rows.remove(row_of(rows, "exact", "tracking", 1200))
-    assert format_tables(rows) == (
-        "### multikey\n\n"
-        "| selector | ratio | tau | groups | anchors | 600 | 1,200 | resident |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| full | 1 | 16 | 1 | default | 1.000 | 1.000 | 100.0% |\n"
-        "| streaming | 0.125 | 16 | 1 | default | 1.000 | 1.000 | 12.5% |\n"
-        "| exact | 0.125 | 16 | 1 | default | 0.750 | 0.750 | 12.5% |\n\n"
-        "### tracking\n\n"
-        "| selector | ratio | tau | groups | anchors | 600 | 1,200 | resident |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| full | 1 | 16 | 1 | default | 1.000 | 1.000 | 100.0% |\n"
-        "| streaming | 0.125 | 16 | 1 | default | 1.000 | 1.000 | 12.5% |\n"
-        "| exact | 0.125 | 16 | 1 | default | 0.750 |  | 12.5% |\n\n"
-        "### mean over the tasks\n\n"
-        "| selector | ratio | tau | groups | anchors | 600 | 1,200 | resident |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| full | 1 | 16 | 1 | default | 1.000 | 1.000 | 100.0% |\n"
-        "| streaming | 0.125 | 16 | 1 | default | 1.000 | 1.000 | 12.5% |\n"
-        "| exact | 0.125 | 16 | 1 | default | 0.750 |  | 12.5% |"
-    )
-
-
-@pytest.mark.parametrize("content", ["{}x", '[{"task": "multikey"}]', "[1]"])
-def test_a_foreign_file_is_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match="resident_share"):
-        load_rows(path)
 
 
 @pytest.mark.parametrize("task", list(ANSWER_LENS))

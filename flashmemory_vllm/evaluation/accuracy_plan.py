@@ -1,0 +1,120 @@
+"""Files that say which cells of an accuracy table to measure, a few lines for each sweep."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flashmemory_vllm.config import SelectorName
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.evaluation.accuracy import Cell
+from flashmemory_vllm.evaluation.accuracy_rows import DENSE, NEURAL, Setting
+from flashmemory_vllm.evaluation.tasks import TASK_NAMES, TaskName
+
+ORACLE = "oracle"
+
+Positive = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Threshold = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CellGroup(_Strict):
+    """Every combination of the lists; all but `selectors` and `tokens` may be left out.
+
+    Attributes:
+        selectors: how blocks are scored. `full` is dense attention, measured once for each task, length and batch.
+        tokens: tokens of the prompts.
+        tasks: names of the tasks. Default: all.
+        ratios: resident ratios. Default: 0.135.
+        taus: decode steps between two selections. Default: 16.
+        groups: numbers of layer groups. Default: 1.
+        anchor_layers: sets of layers that feed the selector, null for our default. Default: that alone.
+        score_thresholds: scores below which a block gets no slot, null for the selector's own. Default: that alone.
+        batches: requests that run at once. Default: 64.
+        questions: questions of each cell. Default: 200.
+        indexer: trained indexer, for the selector `neural`. Default: that of the command line.
+    """
+
+    selectors: Annotated[list[SelectorName | Literal["oracle"]], Field(min_length=1)]
+    tokens: Annotated[list[Positive], Field(min_length=1)]
+    tasks: Annotated[list[TaskName], Field(min_length=1)] = list(TASK_NAMES)
+    ratios: Annotated[list[Ratio], Field(min_length=1)] = [0.135]
+    taus: Annotated[list[Positive], Field(min_length=1)] = [16]
+    groups: Annotated[list[Positive], Field(min_length=1)] = [1]
+    anchor_layers: Annotated[list[Layers | None], Field(min_length=1)] = [None]
+    score_thresholds: Annotated[list[Threshold | None], Field(min_length=1)] = [None]
+    batches: Annotated[list[Positive], Field(min_length=1)] = [64]
+    questions: Positive = 200
+    indexer: str | None = None
+
+    def cells(self, indexer: str | None) -> Iterator[Cell]:
+        """The cells, dense ones first.
+
+        Args:
+            indexer: for a group with the selector `neural` that names none.
+
+        Raises:
+            ConfigError: there is no indexer for the selector `neural`.
+        """
+        chosen = self.indexer or indexer
+        if NEURAL in self.selectors and chosen is None:
+            raise ConfigError(f"--indexer is not given: the selector {NEURAL} needs a file, folder or Hugging Face id")
+        for setting in self._settings(chosen):
+            for tokens, task, batch in product(self.tokens, self.tasks, self.batches):
+                yield Cell(setting, task, tokens, self.questions, batch)
+
+    def _settings(self, indexer: str | None) -> Iterator[Setting]:
+        if DENSE in self.selectors:
+            yield Setting(DENSE, self.taus[0], 1.0, 1)
+        ways = product(self.ratios, self.taus, self.groups, self.anchor_layers, self.score_thresholds)
+        for ratio, tau, groups, layers, threshold in ways:
+            anchors = None if layers is None else tuple(sorted(set(layers)))
+            for selector in dict.fromkeys(self.selectors):
+                if selector != DENSE:
+                    own = indexer if selector == NEURAL else None
+                    yield Setting(selector, tau, ratio, groups, anchors, own, threshold)
+
+
+class AccuracyPlan(_Strict):
+    """One file.
+
+    Attributes:
+        why: the question that it answers, in a sentence.
+        cells: what to measure; a cell that several groups name is measured once.
+    """
+
+    why: str
+    cells: Annotated[list[CellGroup], Field(min_length=1)]
+
+
+def cells_of(groups: Sequence[CellGroup], indexer: str | None) -> list[Cell]:
+    """All cells of the groups, each once; see `CellGroup.cells`."""
+    return list(dict.fromkeys(cell for group in groups for cell in group.cells(indexer)))
+
+
+def load_plan(path: Path) -> AccuracyPlan:
+    """Read a plan.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field is unknown, missing or not allowed; all are listed.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--plan: {path} cannot be read: {str(error).splitlines()[0]}") from None
+    try:
+        return AccuracyPlan.model_validate(fields)
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(map(str, detail['loc'])) or 'file'}: {detail['msg']} (given: {detail['input']!r})"
+            for detail in error.errors()
+        )
+        raise ConfigError(f"--plan: {path}: {reasons}") from None

@@ -1,0 +1,88 @@
+"""A plan names each cell once, dense attention only where it can differ, and says what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.evaluation.accuracy import Cell
+from flashmemory_vllm.evaluation.accuracy_plan import CellGroup, cells_of, load_plan
+from flashmemory_vllm.evaluation.accuracy_rows import Setting
+from flashmemory_vllm.evaluation.tasks import TASK_NAMES
+from tests.docs.pages import ROOT
+
+PLANS = sorted((ROOT / "configs" / "accuracy").glob("*.yaml"))
+
+
+def group(**fields: object) -> CellGroup:
+    return CellGroup.model_validate({"selectors": ["exact"], "tokens": [1024], "tasks": ["late"]} | fields)
+
+
+def test_lists_are_combined() -> None:
+    cells = list(group(ratios=[0.1, 0.2], taus=[4, 8], groups=[1, 3], anchor_layers=[None, [2, 0]]).cells(None))
+    assert len(cells) == len(set(cells)) == 16
+    assert cells[-1] == Cell(Setting("exact", 8, 0.2, 3, (0, 2)), "late", 1024, 200, 64)
+
+
+def test_dense_attention_is_asked_once_for_each_load() -> None:
+    cells = group(selectors=["exact", "full"], ratios=[0.1, 0.2], taus=[4, 8], tokens=[600, 1024], batches=[1, 2])
+    dense = [cell for cell in cells.cells(None) if cell.setting.selector == "full"]
+    assert {cell.setting for cell in dense} == {Setting("full", 4, 1.0, 1)}
+    assert [(cell.tokens, cell.batch) for cell in dense] == [(600, 1), (600, 2), (1024, 1), (1024, 2)]
+
+
+def test_all_tasks_are_the_default() -> None:
+    cells = CellGroup(selectors=["exact"], tokens=[1024]).cells(None)
+    assert [cell.task for cell in cells] == list(TASK_NAMES)
+
+
+def test_cells_of_several_groups_are_measured_once() -> None:
+    both = cells_of([group(taus=[4, 8]), group(taus=[8, 16])], None)
+    assert [cell.setting.tau for cell in both] == [4, 8, 16]
+
+
+def test_an_indexer_goes_to_the_selector_that_takes_one() -> None:
+    groups = [group(selectors=["neural", "h2o"]), group(selectors=["neural"], indexer="own", anchor_layers=[[1]])]
+    assert [(cell.setting.selector, cell.setting.indexer, cell.setting.anchors) for cell in cells_of(groups, "x")] == [
+        ("neural", "x", None),
+        ("h2o", None, None),
+        ("neural", "own", (1,)),
+    ]
+    with pytest.raises(ConfigError, match="--indexer is not given"):
+        cells_of(groups, None)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_every_published_plan_asks_for_what_our_configuration_allows(path: Path) -> None:
+    cells = cells_of(load_plan(path).cells, "owner/indexer")
+    assert cells
+    for setting in {cell.setting for cell in cells}:
+        FlashMemoryConfig.model_validate(setting.options())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("why: x\ncells: [{selectors: [exact], tokens: [1024], tasks: [riddle]}]", "cells.0.tasks.0: "),
+        ("why: x\ncells: [{selectors: [best], tokens: [1024]}]", "cells.0.selectors.0"),
+        ("why: x\ncells: [{selectors: [exact], tokens: []}]", "cells.0.tokens: "),
+        ("why: x\ncells: [{selectors: [exact], tokens: [1024], ratios: [0]}]", "cells.0.ratios.0: "),
+        ("why: x\ncells: [{selectors: [exact], tokens: [1024], tau: 4}]", "cells.0.tau: "),
+        ("cells: []", "why: Field required"),
+        ("- 1", "file: "),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_wrong_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        load_plan(path)
+    assert str(refusal.value).startswith(f"--plan: {path}")
+    assert said in str(refusal.value)
+
+
+def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        load_plan(tmp_path / "none.yaml")
