@@ -80,6 +80,10 @@ def test_an_aborted_stream_gives_its_slots_back(client: OpenAI, server: Server) 
         values = server.read_metrics()
         return values["flashmemory:resident_blocks"], values["flashmemory:total_blocks"]
 
+    def is_sparse() -> bool:
+        resident, total = running()
+        return 0.1 * total < resident < 0.14 * total
+
     stopped, served = make_questions("multikey", 2 * NUM_TOKENS, 2, seed=60)
     stream = client.completions.create(
         model=MODEL_NAME,
@@ -91,9 +95,8 @@ def test_an_aborted_stream_gives_its_slots_back(client: OpenAI, server: Server) 
     )
     for _ in range(40):
         next(stream)
-    assert wait_until(lambda: running() > (0.0, 0.0))
-    resident, total = running()
-    assert 0.1 < resident / total < 0.14
+    # The gauges may be a quarter of a second old: from before the first selection, on a fast machine
+    assert wait_until(is_sparse)
     stream.close()
     assert wait_until(lambda: running() == (0.0, 0.0))
     assert complete(client, served) == served.answer

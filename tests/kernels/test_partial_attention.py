@@ -75,15 +75,16 @@ def test_pages_are_read_in_the_order_of_the_table(case: AttentionCase, block_siz
     for given, order in ((pages, table), (in_order, None)):
         keys, values = given[..., : case.head_dim], given[..., case.head_dim :]
         got = attend(query, keys, values, order, case.num_keys, 0.2, False)
-        assert torch.equal(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
+        # A layout may take another path through the processor's matrix library, which may round differently
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_keys_with_the_head_dim_outside_are_read_right() -> None:
     query, key, value = inputs(CASES[1], torch.float32, 50)
     expected = partial_attention(query, key[None], value[None], None, 50, 0.2)
     transposed = key.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    assert torch.equal(partial_attention(query, transposed[None], value[None], None, 50, 0.2)[0], expected[0])
+    got = partial_attention(query, transposed[None], value[None], None, 50, 0.2)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_merge_into_the_whole() -> None:
