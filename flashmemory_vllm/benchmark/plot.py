@@ -13,6 +13,8 @@ ENGINES = ("stock", "ideal", "offload", "flashmemory")
 COLORS = {"stock": "#8c8c8c", "ideal": "#b9d3ea", "offload": "#c9a66b", "flashmemory": "#1f6fb2"}
 # A grid of at least this many contexts and batches is drawn as a map
 SMALLEST_GRID = 2
+# Of the map's colours, seen from white: those that only white text can be read on
+DARK_SHARE = 0.6
 WIDTH_INCHES = 9.0
 HEIGHT_INCHES = 4.2
 DPI = 150
@@ -97,7 +99,8 @@ def _draw_map(axis: Any, rows: Sequence[BenchRow]) -> None:  # noqa: ANN401 - ma
             row = ours.get((contexts[x], batches[y]))
             axis.text(x, y, _why_empty(row), ha="center", va="center", fontsize=7, color="#777777")
             continue
-        axis.text(x, y, f"{speedup:.2f}", ha="center", va="center", fontsize=8)
+        is_dark = abs(np.log2(speedup)) > DARK_SHARE * limit
+        axis.text(x, y, f"{speedup:.2f}", ha="center", va="center", fontsize=8, color="white" if is_dark else "black")
         if speedup < 1:
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#a03030", lw=0))
     axis.set_xticks(range(len(contexts)), [f"{context // 1024}K" for context in contexts])

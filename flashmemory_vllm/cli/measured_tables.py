@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 BENCHMARKS = "benchmarks"
-EXACTNESS, TRANSFERS, KERNELS, CEILINGS = "exactness", "transfer", "kernels", "p7"
+EXACTNESS, TRANSFERS, KERNELS, CEILINGS, SELECTIONS = "exactness", "transfer", "kernels", "p7", "selection"
 # Files that are no rows of `flashmemory bench`; every other one is.
-OTHER_FILES = frozenset({EXACTNESS, TRANSFERS, KERNELS, CEILINGS})
+OTHER_FILES = frozenset({EXACTNESS, TRANSFERS, KERNELS, CEILINGS, SELECTIONS})
 # Transfers are measured in several numbers of pages, and kernels in many launch settings, which only the rows list.
 SHOWN_PAGES = 512
 TUNING_MARK = " | "
@@ -101,12 +101,12 @@ def exactness_table(folder: Path) -> str:
 
 
 def device_tables(folder: Path) -> str:
-    """What link and kernels reach: copies of many pages, and each kernel at the sizes of an 8B model.
+    """What link and kernels reach: copies of many pages, each kernel at the sizes of an 8B model, whole selections.
 
     Args:
         folder: `docs/`.
     """
-    return "\n".join((_ceilings(folder), _transfers(folder), _kernels(folder)))
+    return "\n".join((_ceilings(folder), _transfers(folder), _kernels(folder), _selections(folder)))
 
 
 def _ceilings(folder: Path) -> str:
@@ -156,6 +156,23 @@ def _kernels(folder: Path) -> str:
         if TUNING_MARK not in row["case"]
     )
     return f"### Kernels\n\n{table(header, cells)}\n{_origins(path, rows)}"
+
+
+def _selections(folder: Path) -> str:
+    path, rows = _load(folder, SELECTIONS)
+    header = ("selector and context", "µs", "µs of the host", "MiB read", "index bytes a token", "share of a plain copy")
+    cells = (
+        (
+            row["measurement"],
+            f"{row['value']:,.0f}",
+            f"{row['host_us']:,.0f}",
+            f"{row['device_bytes'] / (1 << 20):,.1f}",
+            f"{row['index_bytes_per_token']:,.1f}",
+            f"{row['share']:.1%}",
+        )
+        for row in rows
+    )
+    return f"### Selections\n\n{table(header, cells)}\n{_origins(path, rows)}"
 
 
 def _load(folder: Path, name: str) -> tuple[Path, list[Row]]:

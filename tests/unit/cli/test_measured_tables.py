@@ -64,6 +64,11 @@ def test_only_copies_of_many_pages_and_kernels_as_they_are_served_are_shown(fold
     assert "num_warps" not in kernels
 
 
+def test_a_selection_is_shown_with_what_it_costs_the_host(folder: Path) -> None:
+    change(folder, "selection", measurement="one", value=1234.5, host_us=67.0, device_bytes=3 << 20, share=0.5)
+    assert "| one | 1,234 | 67 | 3.0 |" in measured_tables.device_tables(folder)
+
+
 def test_every_command_is_named_once(folder: Path) -> None:
     change(folder, "p1", command="flashmemory bench elsewhere")
     tables = measured_tables.speed_tables(folder)
