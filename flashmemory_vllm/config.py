@@ -81,6 +81,20 @@ class FlashMemoryConfig(BaseModel):
         default=None,
         description="Layers whose queries and keys feed the selector. Unset: three, at 1/3, 1/2 and 2/3 of the depth.",
     )
+    query_window: int = Field(
+        default=1,
+        ge=1,
+        description="Newest prompt tokens whose queries a request's first selection is made with, as far as they are "
+        "computed in the step that ends the prompt: a block is worth what it is worth to any of them. Later "
+        "selections are made with the last token's.",
+    )
+    score_memory: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="A block's score is at least this share of its score in the request's selection before, so that "
+        "what a question needed is kept while an answer gets to it. `h2o` adds scores up anyway.",
+    )
     aggregate: Aggregate = Field(
         default="max", description="How a block's scores over query heads and anchor layers become one."
     )

@@ -67,6 +67,8 @@ class ScoringRequest:
             selector with `needs_queries` False.
         step_index: selections this request had before.
         resident: bool [G, n], blocks of the set in force; None when there is no set yet.
+        earlier: [Q, A, Hq, D], the same of prompt tokens before the last one, with a first selection; None otherwise.
+            A block is worth what it is worth to any of these tokens.
     """
 
     req_id: str
@@ -74,6 +76,20 @@ class ScoringRequest:
     queries: torch.Tensor | None
     step_index: int
     resident: torch.Tensor | None = None
+    earlier: torch.Tensor | None = None
+
+    def all_queries(self, selector: str) -> list[torch.Tensor]:
+        """Queries [A, Hq, D] of each token, the last one's first.
+
+        Args:
+            selector: name of who asks, for the message.
+
+        Raises:
+            ConfigError: the request came without queries.
+        """
+        if self.queries is None:
+            raise ConfigError(f"selector {selector!r} needs queries; request {self.req_id!r} came without")
+        return [self.queries, *(() if self.earlier is None else self.earlier)]
 
 
 class Selector(ABC):

@@ -33,11 +33,13 @@ class HeavyHitterSelector(ExactSelector):
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Mass gathered by each block, this selection included; mutates the request's state."""
-        log_mass = self._log_mass(request)
-        gathered = self._gathered.get(request.req_id)
         if request.step_index > 0 and request.resident is not None:
+            log_mass = self._log_mass(request.all_queries(self.name)[0], request)
             log_mass.masked_fill_(~request.resident[self._layer_groups].unsqueeze(1), -torch.inf)
-        total = self._aggregate(log_mass)
+            total = self._aggregate(log_mass)
+        else:
+            total = super().score(request)
+        gathered = self._gathered.get(request.req_id)
         if gathered is not None and request.step_index > 0:
             total[:, : gathered.shape[1]] += gathered
         self._gathered[request.req_id] = total

@@ -66,14 +66,16 @@ class IndexedSelector(Selector):
             summarise_keys(pages, in_slots, rows, block_ids, self.summary)
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Share of each block in the attention of the request's last token."""
-        return self._aggregate(self._log_mass(request))
+        """Share of each block in the attention of the request's last token, the largest of several tokens' shares."""
+        last, *earlier = (self._log_mass(queries, request) for queries in request.all_queries(self.name))
+        scores = self._aggregate(last)
+        for log_mass in earlier:
+            torch.maximum(scores, self._aggregate(log_mass), out=scores)
+        return scores
 
-    def _log_mass(self, request: ScoringRequest) -> torch.Tensor:
-        """Log-mass of each block, float32 [A, Hq, n]."""
-        if request.queries is None:
-            raise ConfigError(f"selector {self.name!r} needs queries; request {request.req_id!r} came without")
-        return score_blocks(self._expand(request.queries), self.index, request.block_ids, self.geometry.softmax_scale)
+    def _log_mass(self, queries: torch.Tensor, request: ScoringRequest) -> torch.Tensor:
+        """Log-mass of each block for queries [A, Hq, D], float32 [A, Hq, n]."""
+        return score_blocks(self._expand(queries), self.index, request.block_ids, self.geometry.softmax_scale)
 
     def _aggregate(self, log_mass: torch.Tensor) -> torch.Tensor:
         return ensemble_scores(log_mass, self._layer_groups, self.geometry.num_groups, self.aggregate)

@@ -82,19 +82,22 @@ class NeuralSelector(Selector):
 
     @torch.no_grad()
     def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Probability of each block, float32 [G, n]."""
-        if request.queries is None:
-            raise ConfigError(f"selector {self.name!r} needs queries; request {request.req_id!r} came without")
-        model, ids = self.model, request.block_ids
+        """Probability of each block, float32 [G, n]; the largest of several tokens'."""
+        last, *earlier = (self._logits(queries, request.block_ids) for queries in request.all_queries(self.name))
+        for logits in earlier:
+            torch.maximum(last, logits, out=last)
+        return self.model.probability(last)
+
+    def _logits(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Combined logits [G, n] of blocks for queries [A, Hq, D]."""
+        model = self.model
         weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
-        heads, gates = project_queries(request.queries, model.query_spread, *weights, NORM_EPS)
+        heads, gates = project_queries(queries, model.query_spread, *weights, NORM_EPS)
         logits = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
         if len(self._anchors_of) == 1:
-            combined = ensemble(logits, self.spec.aggregate).unsqueeze(0)
-        else:
-            groups = (torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of)
-            combined = torch.stack([ensemble(group, self.spec.aggregate) for group in groups])
-        return model.probability(combined)
+            return ensemble(logits, self.spec.aggregate).unsqueeze(0)
+        groups = (torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of)
+        return torch.stack([ensemble(group, self.spec.aggregate) for group in groups])
 
     def _pool(self, pages: torch.Tensor, slots: torch.Tensor | None, num_blocks: int) -> torch.Tensor:
         """Maximum, minimum and mean of each block's keys, float32 [n, Hkv, 3, D]."""

@@ -150,6 +150,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             selections=_selections(selector, config, buffers.queries),
             buffers=buffers,
             prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
+            query_window=config.query_window,
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
@@ -182,7 +183,7 @@ def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuf
     drift = None
     if config.drift_threshold is not None:
         drift = QueryDrift(config.drift_threshold, delay_steps, queries, side_stream)
-    return SelectionQueue(selector, delay_steps, side_stream, drift)
+    return SelectionQueue(selector, delay_steps, side_stream, config.score_memory, drift)
 
 
 def _buffers(

@@ -42,6 +42,7 @@ class RuntimeParts:
         selections: runs the selector.
         buffers: what attention reads and where it leaves its queries.
         prefill: attention over history that is not on the device.
+        query_window: prompt tokens whose queries feed a first selection.
         counters: this worker's shared counters.
         check_integrity: check every invariant at every step.
         poison: overwrite free slots with NaN at every step.
@@ -57,6 +58,7 @@ class RuntimeParts:
     selections: SelectionQueue
     buffers: StepBuffers
     prefill: StreamedPrefill
+    query_window: int
     counters: CounterWriter
     check_integrity: bool
     poison: bool

@@ -116,7 +116,9 @@ class ResidencyRuntime:
         if self._plan is None:
             return
         self._rows = [self._plan.rows[req_id] for req_id in req_ids]
-        self._queries.set_rows([row.num_tokens for row in self._rows])
+        first = {due.req_id for due in self._plan.due if due.first}
+        ending = [index for index, req_id in enumerate(req_ids) if req_id in first]
+        self._queries.set_rows([row.num_tokens for row in self._rows], ending, self._parts.query_window)
         self._parts.prefill.set_rows(self._rows)
 
     def translate_slots(self, slot_mapping: torch.Tensor) -> None:
@@ -242,7 +244,9 @@ class ResidencyRuntime:
         parts.planner.complete(plan)
         row_of = {row.req_id: index for index, row in enumerate(self._rows)}
         for due in plan.due:
-            parts.selections.score(plan.step, due, self._queries.row(row_of[due.req_id]), self._resident(due))
+            row = row_of[due.req_id]
+            queries, earlier = self._queries.row(row), self._queries.earlier(row)
+            parts.selections.score(plan.step, due, queries, self._resident(due), earlier)
         parts.selections.watch(plan, row_of)
         self._report.publish()
 

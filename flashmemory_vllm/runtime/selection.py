@@ -30,14 +30,23 @@ class SelectionQueue:
         selector: scores blocks.
         delay_steps: steps between capturing the queries and using the scores of a later selection.
         side_stream: where the selector runs.
+        memory: share of its score in the selection before that a block keeps at least. Default: none.
         drift: notices requests that should be scored early. Default: nobody does.
     """
 
     def __init__(
-        self, selector: Selector, delay_steps: int, side_stream: SideStream, drift: QueryDrift | None = None
+        self,
+        selector: Selector,
+        delay_steps: int,
+        side_stream: SideStream,
+        memory: float = 0.0,
+        drift: QueryDrift | None = None,
     ) -> None:
         self._selector = selector
         self._delay_steps = delay_steps
+        self._memory = memory
+        # Scores [G, n] of each request's last selection; only touched on the side stream
+        self._remembered: dict[str, torch.Tensor] = {}
         self._side_stream = side_stream
         self._drift = drift
         self._device = selector.geometry.device
@@ -49,7 +58,14 @@ class SelectionQueue:
         """Time in which a step waited for scores, or for who has drifted, and the device had nothing else to do."""
         return self._side_stream.stall_seconds
 
-    def score(self, step: int, due: DueSelection, queries: torch.Tensor, resident: BoolArray | None) -> None:
+    def score(
+        self,
+        step: int,
+        due: DueSelection,
+        queries: torch.Tensor,
+        resident: BoolArray | None,
+        earlier: torch.Tensor | None = None,
+    ) -> None:
         """Enqueue the selector for one request, after all device work enqueued so far.
 
         Args:
@@ -57,6 +73,7 @@ class SelectionQueue:
             due: the request and its full history blocks.
             queries: [A, Hq, D] of its last token; may be overwritten once this returns.
             resident: bool [G, n], the set in force; None when there is none.
+            earlier: [Q, A, Hq, D] of prompt tokens before it, with a first selection; not overwritten later.
         """
         index = self._num_selections.get(due.req_id, 0)
         self._num_selections[due.req_id] = index + 1
@@ -65,10 +82,21 @@ class SelectionQueue:
         def work() -> torch.Tensor:
             ids = upload(due.block_ids.astype(np.int64), self._device)
             mask = None if resident is None else upload(resident, self._device)
-            return self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask))
+            scores = self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask, earlier))
+            return scores if self._memory == 0.0 else self._remember(due, scores)
 
         delay = 0 if due.first else self._delay_steps
-        self._pending.append(_Pending(due.req_id, self._side_stream.fetch(work, queries), step + 1 + delay))
+        inputs = [queries] if earlier is None else [queries, earlier]
+        self._pending.append(_Pending(due.req_id, self._side_stream.fetch(work, *inputs), step + 1 + delay))
+
+    def _remember(self, due: DueSelection, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that are not much smaller than those of the selection before."""
+        before = None if due.first else self._remembered.get(due.req_id)
+        if before is not None:
+            known = scores[:, : before.shape[1]]
+            torch.maximum(known, before * self._memory, out=known)
+        self._remembered[due.req_id] = scores
+        return scores
 
     def deliver(self, step: int) -> list[Selection]:
         """The selections whose scores are used from `step` on."""
@@ -98,6 +126,7 @@ class SelectionQueue:
         self._pending = [pending for pending in self._pending if pending.req_id not in gone]
         for req_id in gone:
             self._num_selections.pop(req_id, None)
+            self._remembered.pop(req_id, None)
             self._selector.forget(req_id)
         if self._drift is not None:
             self._drift.forget(req_ids)

@@ -114,6 +114,16 @@ def test_score_is_the_modules_probability(tmp_path: Path, aggregate: str, layer_
     torch.testing.assert_close(score, model.probability(torch.stack(rows)), rtol=1e-3, atol=1e-4)
 
 
+def test_a_block_is_worth_what_it_is_worth_to_any_of_several_tokens(checkpoint: str) -> None:
+    history = History()
+    selector = NeuralSelector(make_geometry(), checkpoint)
+    selector.add_blocks(history.ids, list(history.keys))
+    earlier = torch.randn(2, *history.queries.shape)
+    alone = [selector.score(ScoringRequest("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
+    together = selector.score(ScoringRequest("r", history.ids, history.queries, 0, earlier=earlier))
+    assert torch.equal(together, torch.stack(alone).amax(0))
+
+
 def test_pages_give_the_codes_of_gathered_keys(checkpoint: str) -> None:
     history = History()
     gathered, paged = (NeuralSelector(make_geometry(), checkpoint) for _ in range(2))

@@ -185,6 +185,17 @@ def test_random_draws_are_uniform() -> None:
     assert (torch.histc(drawn, 8, 0, 1) - 512).abs().max() < 100
 
 
+@pytest.mark.parametrize("name", ["mean", "bounds", "exact", "h2o"])
+def test_a_block_is_worth_what_it_is_worth_to_any_of_several_tokens(name: str) -> None:
+    history = History()
+    selector = create_selector(name, make_geometry())
+    history.add_to(selector)
+    earlier = torch.randn(2, A, HQ, D) * 2
+    alone = [selector.score(ScoringRequest("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
+    together = selector.score(ScoringRequest("r", history.ids, history.queries, 0, earlier=earlier))
+    assert torch.equal(together, torch.stack(alone).amax(0))
+
+
 def test_heavy_hitter_gains_in_the_resident_set_only() -> None:
     history = History()
     selector = create_selector("h2o", make_geometry())

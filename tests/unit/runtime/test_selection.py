@@ -33,9 +33,9 @@ def due(req_id: str = "a", *, first: bool) -> DueSelection:
     return DueSelection(req_id, 3, first, np.array([5, 2, 6], dtype=np.int32))
 
 
-def make_queue(delay: int) -> tuple[SelectionQueue, QuerySum]:
+def make_queue(delay: int, memory: float = 0.0) -> tuple[SelectionQueue, QuerySum]:
     selector = QuerySum()
-    return SelectionQueue(selector, delay, SideStream(CPU)), selector
+    return SelectionQueue(selector, delay, SideStream(CPU), memory), selector
 
 
 def test_the_first_selection_is_ready_for_the_next_step_and_later_ones_are_delayed() -> None:
@@ -65,3 +65,32 @@ def test_selections_of_a_request_are_counted_until_it_is_gone() -> None:
     assert queue.deliver(9) == []
     queue.score(10, due(first=True), torch.ones(1, 2, 4), None)
     assert [request.step_index for request in selector.requests] == [0, 1, 0]
+
+
+def test_queries_of_earlier_tokens_reach_the_selector() -> None:
+    queue, selector = make_queue(delay=0)
+    earlier = torch.ones(3, 1, 2, 4)
+    queue.score(1, due(first=True), torch.ones(1, 2, 4), None, earlier)
+    queue.score(2, due(first=False), torch.ones(1, 2, 4), np.ones((1, 3), np.bool_))
+    assert selector.requests[0].earlier is earlier
+    assert selector.requests[1].earlier is None
+
+
+def test_a_score_fades_from_one_selection_to_the_next() -> None:
+    queue, _ = make_queue(delay=0, memory=0.5)
+    scores = []
+    for step, value in enumerate((2.0, 0.25, 0.25, 0.75)):
+        queue.score(step, due(first=step == 0), torch.full((1, 2, 4), value), None)
+        scores.append(queue.deliver(step + 1)[0].scores[0, 0].item())
+    assert scores == [16.0, 8.0, 4.0, 6.0]
+
+
+def test_a_request_that_starts_again_remembers_nothing() -> None:
+    queue, _ = make_queue(delay=0, memory=1.0)
+    queue.score(1, due(first=True), torch.full((1, 2, 4), 9.0), None)
+    queue.deliver(2)
+    queue.score(2, due(first=True), torch.ones(1, 2, 4), None)
+    assert queue.deliver(3)[0].scores.tolist() == [[8.0, 8.0, 8.0]]
+    queue.forget(["a"])
+    queue.score(3, due(first=False), torch.zeros(1, 2, 4), None)
+    assert queue.deliver(4)[0].scores.tolist() == [[0.0, 0.0, 0.0]]
