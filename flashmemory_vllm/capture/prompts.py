@@ -62,6 +62,11 @@ class Encoder:
         self._encode = encode
         self._encode_chat = encode_chat
 
+    @property
+    def knows_chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._encode_chat is not None
+
     def text(self, text: str) -> list[int]:
         """Token ids of plain text."""
         return self._encode(text)

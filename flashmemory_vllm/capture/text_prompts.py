@@ -1,7 +1,7 @@
 """Generated documents in plain English for any tokenizer: facts among filler, and a question about them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flashmemory_vllm.capture.prompts import Encoder, Prompt
@@ -17,10 +17,10 @@ _NAMES = _words(
 _SURNAMES = _words(
     "Adler; Brandt; Costa; Duval; Engel; Fischer; Garcia; Hansen; Ivanov; Jensen; Keller; Lindt; Moreau; Novak"
 )
-_THINGS = _words(
+THINGS = _words(
     "lantern; compass; barrel; ladder; mirror; wagon; kettle; anchor; bridge; orchard; cellar; tower; canal; clock"
 )
-_KINDS = _words(
+KINDS = _words(
     "copper; silver; wooden; narrow; ancient; painted; broken; hollow; northern; quiet; heavy; yellow; frozen"
 )
 _PLACES = _words("the harbour; the old mill; the market; the eastern gate; the library; the river bank; the hill")
@@ -45,7 +45,7 @@ def _pairs(rng: random.Random, left: list[str], right: list[str], count: int) ->
 
 
 def _needle(rng: random.Random) -> _Task:
-    things = _pairs(rng, _KINDS, _THINGS, NUM_FACTS)
+    things = _pairs(rng, KINDS, THINGS, NUM_FACTS)
     facts = tuple(f"The secret number of the {thing} is {rng.randrange(10**5, 10**6)}." for thing in things)
     return _Task(facts, f"What is the secret number of the {rng.choice(things)}? Answer with the number.")
 
@@ -73,18 +73,26 @@ def _recall(rng: random.Random) -> _Task:
 
 
 def _values(rng: random.Random) -> list[str]:
-    return _pairs(rng, _KINDS, _THINGS, NUM_FACTS)
+    return _pairs(rng, KINDS, THINGS, NUM_FACTS)
 
 
 _TASKS: tuple[Callable[[random.Random], _Task], ...] = (_needle, _multi_hop, _key_value, _recall)
 
 
-def _filler(rng: random.Random) -> str:
-    thing = f"{rng.choice(_KINDS)} {rng.choice(_THINGS)}"
+def filler(rng: random.Random) -> str:
+    """One sentence that tells nothing that is asked for."""
+    thing = f"{rng.choice(KINDS)} {rng.choice(THINGS)}"
     return f"{rng.choice(_TIMES)} the {thing} {rng.choice(_DEEDS)} {rng.choice(_PLACES)}."
 
 
-def text_prompts(encoder: Encoder, num_documents: int, num_tokens: int, max_tokens: int, seed: int) -> list[Prompt]:
+def text_prompts(
+    encoder: Encoder,
+    num_documents: int,
+    num_tokens: int,
+    max_tokens: int,
+    seed: int,
+    length_shares: Sequence[float] = LENGTH_SHARES,
+) -> list[Prompt]:
     """Documents with a question at their end: needles, two hops, keys with values, and recall of everything.
 
     Args:
@@ -93,12 +101,13 @@ def text_prompts(encoder: Encoder, num_documents: int, num_tokens: int, max_toke
         num_tokens: tokens of the longest, about; of each, as far as its facts leave it the choice.
         max_tokens: tokens to generate at most.
         seed: of everything that is drawn.
+        length_shares: shares of `num_tokens` that documents have in turn, one for each round of tasks.
     """
     prompts = []
     for number in range(num_documents):
         rng = random.Random(f"{seed} {number}")
         task = _TASKS[number % len(_TASKS)](rng)
-        length = int(num_tokens * LENGTH_SHARES[number // len(_TASKS) % len(LENGTH_SHARES)])
+        length = int(num_tokens * length_shares[number // len(_TASKS) % len(length_shares)])
         ids = encoder.question(_document(rng, task, encoder, length))
         prompts.append(Prompt(tuple(ids), max_tokens, group=number))
     return prompts
@@ -109,7 +118,7 @@ def _document(rng: random.Random, task: _Task, encoder: Encoder, num_tokens: int
     left = num_tokens - len(encoder.question("\n".join([*task.facts, task.question])))
     empty = len(encoder.text(""))
     while left > 0:
-        line = _filler(rng)
+        line = filler(rng)
         left -= len(encoder.text(f"\n{line}")) - empty
         lines.insert(rng.randrange(len(lines) + 1), line)
     return "\n".join([*lines, "", task.question])

@@ -113,6 +113,7 @@ def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ..
     Raises:
         ConfigError: the file holds something else, or a prompt does not fill one block.
     """
+    from flashmemory_vllm.capture.encoder import load_encoder
     from flashmemory_vllm.capture.prompts import read_prompts
     from flashmemory_vllm.capture.reference_prompts import (
         accuracy_prompts,
@@ -120,7 +121,6 @@ def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ..
         speaks_reference_language,
     )
     from flashmemory_vllm.capture.text_prompts import text_prompts
-    from flashmemory_vllm.plugin.capture import load_encoder
 
     encoder, stop_token_ids = load_encoder(args.model)
     if args.prompts is not None:

@@ -1,10 +1,9 @@
 """Engines inside this process that record their requests, or decode with a selector that knows the future."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from flashmemory_vllm.capture.document import Recording
-from flashmemory_vllm.capture.prompts import Encoder, Prompt, prompt_digest
+from flashmemory_vllm.capture.prompts import Prompt, prompt_digest
 from flashmemory_vllm.capture.writer import ModelShape
 from flashmemory_vllm.indexer.oracle import Future, OracleSelector
 from flashmemory_vllm.plugin.offline import OfflineGenerator
@@ -148,19 +147,3 @@ class OracleGenerator(_StepByStep):
         """Stop the engine and forget the future."""
         super().close()
         OracleSelector.future = None
-
-
-def load_encoder(model: str) -> tuple[Encoder, tuple[int, ...]]:
-    """The model's tokenizer, and the token that ends an answer."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-
-    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    end = tokenizer.eos_token_id
-    encoder = Encoder(tokenizer.encode, None if tokenizer.chat_template is None else encode_chat)
-    return encoder, () if end is None else (int(end),)

@@ -45,22 +45,26 @@ class FakeServer:
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return {"id": "0", "object": "completion", "created": 0, "model": MODEL, "choices": [choice]}
 
+    def page(self, path: str) -> str:  # noqa: ARG002 - for those that serve several
+        """Text of what is read, whatever the path: the list of models."""
+        return json.dumps({"object": "list", "data": [self.card]})
+
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._send(200, {"object": "list", "data": [server.card]})
+                self._send(200, server.page(self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 try:
-                    self._send(200, server.complete(self.path, body))
+                    self._send(200, json.dumps(server.complete(self.path, body)))
                 except ValueError as error:
-                    self._send(400, {"error": {"message": str(error)}})
+                    self._send(400, json.dumps({"error": {"message": str(error)}}))
 
-            def _send(self, status: int, content: dict[str, Any]) -> None:
-                data = json.dumps(content).encode()
+            def _send(self, status: int, content: str) -> None:
+                data = content.encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
