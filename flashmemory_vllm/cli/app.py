@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from flashmemory_vllm import __version__
 from flashmemory_vllm.cli import accuracy, bench, capture, demo, docs, doctor, plan, reference, train
+from flashmemory_vllm.cli import eval as evaluate
 from flashmemory_vllm.errors import FlashMemoryError
 
 EXIT_USER_ERROR = 2
@@ -16,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashmemory", description="Virtual memory for vLLM's KV cache.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (plan, doctor, demo, accuracy, bench, capture, train, reference, docs):
+    for command in (plan, doctor, demo, evaluate, accuracy, bench, capture, train, reference, docs):
         command.add_parser(subparsers)
     return parser
 

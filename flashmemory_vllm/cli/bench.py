@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -112,7 +110,7 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
     engines = read_engines(args.engines)
     scenarios = [load_scenario(path, args.settings) for path in args.scenarios]
     _check_names(scenarios)
-    provenance = _provenance(args.commit)
+    provenance = Provenance.collect_elsewhere(["flashmemory", *sys.argv[1:]], args.commit)
     model = model_arguments(args.model, args.shape)
     cells = choose_cells([cell for scenario in scenarios for cell in make_cells(scenario, engines, model)], args.only)
     bench = BenchRun(
@@ -178,9 +176,3 @@ def _check_names(scenarios: Sequence[Scenario]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"scenarios named {', '.join(twice)} twice: allowed are different names")
-
-
-def _provenance(commit: str | None) -> Provenance:
-    # Asking for the device's name can take memory of it until the process ends, so another process asks
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(Provenance.collect, ["flashmemory", *sys.argv[1:]], commit).result()

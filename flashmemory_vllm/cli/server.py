@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -31,29 +31,45 @@ class Server:
     """Starts on entering the block and waits for health; stops on leaving it, whatever happened inside.
 
     Args:
-        model: folder of the model.
+        model: folder of the model, or as text its Hugging Face id.
         config: YAML file for `vllm serve --config`.
         startup_seconds: how long to wait for health.
         environment: environment variables of the server. Default: those of this process.
+        arguments: further arguments of `vllm serve`, which override those of the file.
+        name: name of the model at the server.
+        log: file for what the server prints. Default: one that is gone with the server.
 
     Raises:
         ConfigError: on construction, a file is missing.
     """
 
     def __init__(
-        self, model: Path, config: Path, startup_seconds: float, environment: Mapping[str, str] | None = None
+        self,
+        model: Path | str,
+        config: Path,
+        startup_seconds: float,
+        environment: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        name: str = MODEL_NAME,
+        log: Path | None = None,
     ) -> None:
-        for path in (model / "config.json", config):
+        for path in (*([model / "config.json"] if isinstance(model, Path) else []), config):
             if not path.is_file():
                 raise ConfigError(f"{path} does not exist: it is needed to start the server")
+        self._name = name
         self._startup_seconds = startup_seconds
         self._port = _free_port()
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", str(model), "--config", str(config)]
-        self._command += ["--host", HOST, "--port", str(self._port), "--served-model-name", MODEL_NAME]
+        self._command += ["--host", HOST, "--port", str(self._port), "--served-model-name", name]
+        self._command += arguments
         self._environment = dict(os.environ if environment is None else environment)
         # Outlives every block of code here: closed with the server
-        self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._log: IO[str] = (
+            tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+            if log is None
+            else log.open("w+", encoding="utf-8")
+        )
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Server":
@@ -109,7 +125,7 @@ class Server:
         Returns:
             What the model wrote, without special tokens.
         """
-        body = {"model": MODEL_NAME, "prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": self._name, "prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0}
         answer = json.loads(self._request("POST", "/v1/completions", json.dumps(body)))
         text: str = answer["choices"][0]["text"]
         return text

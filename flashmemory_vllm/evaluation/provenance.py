@@ -1,9 +1,11 @@
 """Where a figure comes from: command, commit, device and versions, written beside every measured row."""
 
+import multiprocessing
 import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +42,12 @@ class Provenance:
             commit: commit to name, for a copy of the checkout without its history. Default: ask git.
         """
         return cls(shlex.join(command), commit or _commit(), _device_name(), _versions())
+
+    @classmethod
+    def collect_elsewhere(cls, command: Sequence[str], commit: str | None = None) -> "Provenance":
+        """As `collect`, in another process: asking for a device's name can take memory of it until the process ends."""
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(cls.collect, command, commit).result()
 
 
 def _versions() -> dict[str, str]:

@@ -112,7 +112,7 @@ def run_ruler(
     options = options or RulerOptions()
     options = replace(options, provenance=options.provenance or Provenance.collect(sys.argv))
     _check_arguments(tasks, lengths, limit, options)
-    _check_harness()
+    check_harness()
     with open_client(base_url, REQUEST_SECONDS) as client:
         _check_lengths(lengths, read_max_model_len(client, model))
     folder = Path(tokenizer).expanduser()
@@ -187,7 +187,12 @@ def _check_arguments(tasks: Sequence[str], lengths: Sequence[int], limit: int | 
             raise ConfigError(f"{name} is {number}: allowed is 1 or more")
 
 
-def _check_harness() -> None:
+def check_harness() -> None:
+    """See that the harness is installed.
+
+    Raises:
+        ConfigError: it is not; the message says what installs it.
+    """
     missing = [name for name in _NEEDED_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"RULER needs lm-evaluation-harness, {', '.join(missing)} not installed: {INSTALL_HINT}")

@@ -1,0 +1,68 @@
+"""The gate: what is judged, and what shows nothing."""
+
+import pytest
+
+from flashmemory_vllm.evaluation.eval_rows import EvalRow, Evaluation
+from flashmemory_vllm.evaluation.gate import Judged, judge, passes
+from tests.unit.evaluation.eval_fakes import make_eval_row
+
+
+def lines_of(*rows: EvalRow) -> list[Judged]:
+    return judge(Evaluation("m", {"dense": "d", "sparse": "s"}, rows))
+
+
+def test_depths_are_one_line_and_lengths_are_not() -> None:
+    rows = [
+        make_eval_row("dense", depth=0.0, right=[True, True]),
+        make_eval_row("dense", depth=1.0, right=[True, False], score=0.5),
+        make_eval_row("dense", tokens=8192, part="needles 8192"),
+        make_eval_row("sparse", depth=0.0, right=[True, False], score=0.5),
+        make_eval_row("sparse", depth=1.0, right=[False, True], score=0.5),
+        make_eval_row("sparse", tokens=8192, part="needles 8192"),
+    ]
+    short, long = lines_of(*rows)
+    assert (short.tokens, short.dense, short.sparse) == (4096, 0.75, 0.5)
+    assert short.relative == pytest.approx(2 / 3)
+    assert (short.lost, short.gained, short.questions) == (2, 1, 8)
+    assert (long.tokens, long.relative, long.lost) == (8192, 1.0, None)
+    assert short.name == "needles needle at 4,096 tokens"
+
+
+def test_rows_of_one_side_and_of_other_questions_are_not_judged() -> None:
+    assert lines_of(make_eval_row("dense"), make_eval_row("sparse", settings={"seed": 1})) == []
+    assert lines_of(make_eval_row("sparse")) == []
+
+
+def test_splits_of_longbench_are_not_judged() -> None:
+    rows = [
+        make_eval_row(side, suite="longbench", task=task, part="longbench", depth=None)
+        for side in ("dense", "sparse")
+        for task in ("all", "easy", "long")
+    ]
+    assert [line.task for line in lines_of(*rows)] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "share", "verdict", "passed"),
+    [
+        (1.0, 0.99, 0.1, "pass", True),
+        (1.0, 0.98, 0.1, "fail", False),
+        (0.5, 0.6, None, "pass", True),
+        (1.0, 1.0, 1.0, "not sparse", False),
+        (0.0, 0.0, 0.1, "dense fails", False),
+    ],
+)
+def test_verdicts(dense: float, sparse: float, share: float | None, verdict: str, passed: bool) -> None:
+    """A gate that has judged nothing does not pass."""
+    lines = lines_of(make_eval_row("dense", score=dense), make_eval_row("sparse", score=sparse, resident_share=share))
+    assert [line.verdict(0.99) for line in lines] == [verdict]
+    assert passes(lines, 0.99) is passed
+
+
+def test_one_line_that_fails_fails_all() -> None:
+    rows = [
+        make_eval_row(side, part=part, tokens=n) for side in ("dense", "sparse") for part, n in (("a", 1), ("b", 2))
+    ]
+    assert passes(lines_of(*rows), 1.0)
+    assert not passes(lines_of(*rows[:3], make_eval_row("sparse", part="b", tokens=2, score=0.5)), 0.99)
+    assert not passes([], 0.99)
