@@ -75,8 +75,10 @@ class ServerChoice:
         with started as server:
             try:
                 yield Target.connect(self.side, server.url, self.name)
+            except ConfigError:
+                raise
             except FlashMemoryError as error:
-                raise type(error)(f"{error}; what the server printed is in {log}") from error
+                raise FlashMemoryError(f"{error}; what the server printed is in {log}") from error
 
     def _environment(self) -> dict[str, str]:
         """Nothing of this package is loaded into the dense server."""

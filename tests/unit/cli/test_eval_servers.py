@@ -1,7 +1,7 @@
 """The two servers of an evaluation: one file makes both, and nothing of ours is in the dense one."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ from flashmemory_vllm.cli.eval_servers import (
     sparse_config,
     split_arguments,
 )
-from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.errors import ConfigError, FlashMemoryError
 from flashmemory_vllm.evaluation.eval_rows import Side
 from tests.unit.evaluation.eval_fakes import FakeEngine
 from tests.unit.evaluation.fake_server import MODEL
@@ -88,33 +88,53 @@ def test_a_running_server_is_used(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Started:
+    """Takes the place of a server that is started; listens where the class says, and notes what it was given."""
+
+    url = ""
+    given: ClassVar[list[Any]] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        self.given[:] = arguments
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.given.append("stopped")
+
+
 @pytest.mark.parametrize(("side", "plugins"), [("dense", ""), ("sparse", "kept")])
 def test_what_a_server_is_started_with(
     side: Side, plugins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dense server is started without any plugin of vLLM; what it reads is left to be read again."""
     monkeypatch.setenv("VLLM_PLUGINS", "kept")
-    given: list[Any] = []
+    monkeypatch.setattr(eval_servers, "Server", Started)
     with FakeEngine(lambda _: [1], share=None if side == "dense" else 0.1) as server:
-
-        class Started:
-            url = server.url
-
-            def __init__(self, *arguments: Any) -> None:
-                given.extend(arguments)
-
-            def __enter__(self) -> "Started":
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                given.append("stopped")
-
-        monkeypatch.setattr(eval_servers, "Server", Started)
+        monkeypatch.setattr(Started, "url", server.url)
         with choice(side).running(tmp_path / "out") as target:
             assert target.side == side
-    model, file, seconds, environment, *rest = given
+    model, file, seconds, environment, *rest = Started.given
     assert (model, seconds, rest[:2]) == ("org/model", 5, [["--dtype", "half"], MODEL])
     assert rest[2:] == [tmp_path / "out" / f"serve-{side}.log", "stopped"]
     assert yaml.safe_load(file.read_text()) == {"block-size": 32}
     assert file == tmp_path / "out" / f"serve-{side}.yaml"
     assert environment["VLLM_PLUGINS"] == plugins
+
+
+def test_a_failure_is_told_with_the_log_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not an option that does not fit, of which the log knows nothing."""
+    monkeypatch.setattr(eval_servers, "Server", Started)
+    with FakeEngine(lambda _: [1]) as server:
+        monkeypatch.setattr(Started, "url", server.url)
+        with pytest.raises(FlashMemoryError, match=r"^no answer; what the server printed is in .*serve-dense\.log$"):
+            fail(choice("dense"), tmp_path, FlashMemoryError("no answer"))
+        assert Started.given[-1] == "stopped"
+        with pytest.raises(ConfigError, match=r"^too long$"):
+            fail(choice("dense"), tmp_path, ConfigError("too long"))
+
+
+def fail(server: ServerChoice, folder: Path, error: Exception) -> None:
+    with server.running(folder):
+        raise error
