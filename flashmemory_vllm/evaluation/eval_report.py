@@ -136,7 +136,7 @@ def _needles(evaluation: Evaluation, folder: Path) -> Iterator[Block]:
     yield Picture(path, "Share of right answers by depth and length, dense and sparse")
     yield _needle_table(rows)
     yield Text(f"dense / sparse, {rows[0].questions} questions a cell.")
-    yield from _wrong_answers([row for row in rows if row.side == "sparse"])
+    yield from _wrong_answers(evaluation.of("needles", "sparse"))
 
 
 def _wrong_answers(rows: Sequence[EvalRow]) -> Iterator[Block]:
