@@ -36,7 +36,7 @@ _OPTIONS: tuple[tuple[str, Any, Any, str | None, str], ...] = (
     ("depths", int, 5, "N", "depths of the needles, evenly from 0 to 100 %%"),
     ("questions", int, 10, "N", "needles of each depth and length"),
     ("parity-prompts", int, 8, "N", "prompts of each length that both servers continue"),
-    ("parity-tokens", int, 128, "N", "tokens to continue each by, at most"),
+    ("parity-tokens", int, 160, "N", "tokens to continue each by, at most"),
     ("ruler-tasks", str, None, "NAMES", "comma-separated. Default: the six that need no download"),
     ("limit", int, 50, "N", "samples of each task and length of RULER, questions of LongBench"),
     ("longbench", Path, None, "FILE", "questions of LongBench v2, for the suite longbench"),

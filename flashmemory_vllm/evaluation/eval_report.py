@@ -10,6 +10,7 @@ from flashmemory_vllm.evaluation.eval_rows import FILE_NAME, SIDES, EvalRow, Eva
 from flashmemory_vllm.evaluation.gate import ALL_QUESTIONS, Judged, judge, passes
 from flashmemory_vllm.evaluation.parity import TOP_LOGPROBS, Comparison
 from flashmemory_vllm.evaluation.report_blocks import Block, Heading, Picture, Table, Text, to_html, to_markdown
+from flashmemory_vllm.reference import reference_model_path
 
 MARKDOWN, HTML = "report.md", "report.html"
 MAX_WRONG = 12
@@ -105,7 +106,7 @@ def _parity(evaluation: Evaluation, folder: Path) -> Iterator[Block]:
         "is dense on both sides: its KL is the noise between the servers."
     )
     path = folder / "parity.png"
-    plot_parity(rows, Path(evaluation.model).name, path)
+    plot_parity(rows, _short_name(evaluation.model), path)
     yield Picture(path, "Texts that are still the same, and KL, by generated token")
 
 
@@ -132,7 +133,7 @@ def _needles(evaluation: Evaluation, folder: Path) -> Iterator[Block]:
         return
     yield Heading(2, "Needles")
     path = folder / "needles.png"
-    plot_needles(rows, Path(evaluation.model).name, path)
+    plot_needles(rows, _short_name(evaluation.model), path)
     yield Picture(path, "Share of right answers by depth and length, dense and sparse")
     yield _needle_table(rows)
     yield Text(f"dense / sparse, {rows[0].questions} questions a cell.")
@@ -204,6 +205,11 @@ def _provenance(evaluation: Evaluation) -> Iterator[Block]:
 
 def _settings(row: EvalRow) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.settings.items())
+
+
+def _short_name(model: str) -> str:
+    path = Path(model)
+    return "reference model" if path == reference_model_path() else path.name
 
 
 def _pair(scores: Sequence[float | None]) -> str:
