@@ -24,24 +24,29 @@ def block_mass(query: torch.Tensor, keys: torch.Tensor, num_tokens: int, scale: 
     return shares.view(-1, num_blocks, block_size).sum(-1)
 
 
-def golden_votes(mass: torch.Tensor, top_p: float) -> torch.Tensor:
+def golden_votes(shares: torch.Tensor, top_p: float, min_share: float = 0.0) -> torch.Tensor:
     """Count the layers in which each block is golden.
 
-    A layer's golden blocks are the shortest prefix, in descending order of mass, that holds `top_p` of it. The
-    block that crosses the line is one of them.
+    A layer's golden blocks are the shortest prefix, in descending order of their mean share over the heads, that holds
+    `top_p` of the whole, the block that crosses the line among them; of these, those that one head or more pays
+    `min_share` of its attention to. Heads that look everywhere need many blocks to reach `top_p`, and none of these
+    matters.
 
     Args:
-        mass: float32 [L, n], each layer adding up to 1.
+        shares: float32 [L, Hq, n], each head adding up to 1.
         top_p: share in (0, 1].
+        min_share: share in [0, 1]. Default: none is asked for.
 
     Returns:
         uint8 [n].
     """
+    mass = shares.mean(1)
     ordered, blocks = mass.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1).roll(1, dims=-1)
     before[:, 0] = 0.0
     golden = torch.zeros_like(mass, dtype=torch.uint8)
     golden.scatter_(-1, blocks, (before < top_p).to(torch.uint8))
+    golden *= shares.amax(1) >= min_share
     return golden.sum(0, dtype=torch.uint8)
 
 

@@ -25,6 +25,7 @@ class RecorderSettings:
         block_size: tokens in a block.
         softmax_scale: factor on `q . k`.
         top_p: share of the mass that a layer's golden blocks hold.
+        min_share: share of a head's attention that each of them holds.
         every: output tokens from one recorded token to the next.
         layer_mass: keep the mass of each layer, too.
     """
@@ -34,6 +35,7 @@ class RecorderSettings:
     block_size: int
     softmax_scale: float
     top_p: float
+    min_share: float
     every: int
     layer_mass: bool
 
@@ -167,7 +169,7 @@ class Recorder:
         return Token(
             position=now.row.seq_len - 1,
             queries=torch.stack(now.queries).cpu().numpy(),
-            votes=golden_votes(by_layer, self.settings.top_p).cpu().numpy(),
+            votes=golden_votes(shares, self.settings.top_p, self.settings.min_share).cpu().numpy(),
             mass=by_layer.mean(0).cpu().numpy(),
             layer_mass=layer_mass,
         )

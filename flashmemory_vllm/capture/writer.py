@@ -60,6 +60,7 @@ class CaptureMeta:
         model_type: its architecture, as its configuration names it.
         shape: sizes of its attention.
         top_p: share of a layer's mass that its golden blocks hold.
+        min_share: share of a head's attention that each of them holds.
         min_votes: layers that make a block golden.
         window: decode steps that one selection is to serve.
         delay: decode steps from a selection's queries until its scores are asked for.
@@ -70,6 +71,7 @@ class CaptureMeta:
     model_type: str
     shape: ModelShape
     top_p: float
+    min_share: float
     min_votes: int
     window: int
     delay: int

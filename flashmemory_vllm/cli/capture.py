@@ -36,6 +36,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--anchor-layers", type=int, nargs="+", help="layers to keep queries and keys of. Default: three, as in serving"
     )
     parser.add_argument("--top-p", type=float, default=0.6, help="mass of a layer's golden blocks. Default: 0.6")
+    parser.add_argument(
+        "--min-share", type=float, default=0.0, help="share of a head's attention that each of them has. Default: 0"
+    )
     parser.add_argument("--min-votes", type=int, help="layers that make a block golden. Default: 15 %% of them")
     parser.add_argument("--every", type=int, default=1, help="output tokens between two recorded. Default: 1")
     parser.add_argument("--window", type=int, default=64, help="steps that a selection is to serve. Default: 64")
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     longest = max(prompt.max_tokens for prompt in prompts)
     engine = CaptureEngine(args.model, engine_arguments(args, prompts), anchors, longest, stop_token_ids)
     with closing(engine):
-        shape = engine.record(args.top_p, args.every, layer_mass=args.layer_mass)
+        shape = engine.record(args.top_p, args.min_share, args.every, layer_mass=args.layer_mass)
         meta = make_meta(args, shape, engine.model_type, prompts)
         writer = CaptureWriter(args.out, meta, int(args.max_gib * GIB))
         record(engine, prompts, writer, args.every, args.batch)
@@ -101,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--delay is {args.delay}: allowed is 0 or more")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p is {args.top_p}: allowed is above 0 and at most 1")
+    if not 0 <= args.min_share <= 1:
+        raise ConfigError(f"--min-share is {args.min_share}: allowed is 0 to 1")
     if not args.max_gib > 0:
         raise ConfigError(f"--max-gib is {args.max_gib}: allowed is above 0")
 
@@ -166,6 +171,7 @@ def make_meta(
         model_type=model_type,
         shape=shape,
         top_p=args.top_p,
+        min_share=args.min_share,
         min_votes=min_votes,
         window=args.window,
         delay=args.delay,

@@ -69,9 +69,10 @@ class CaptureEngine(_StepByStep):
         super().__init__(model, {**engine_args, **recordable}, options, stop_token_ids)
         self._req_ids: dict[str, str] = {}
 
-    def record(self, top_p: float, every: int, *, layer_mass: bool) -> ModelShape:
+    def record(self, top_p: float, min_share: float, every: int, *, layer_mass: bool) -> ModelShape:
         """Record all requests from now on; see `RecorderSettings` for the arguments."""
-        told = self._llm.collective_rpc("flashmemory_record", args=(top_p, every), kwargs={"layer_mass": layer_mass})
+        arguments = (top_p, min_share, every)
+        told = self._llm.collective_rpc("flashmemory_record", args=arguments, kwargs={"layer_mass": layer_mass})
         shape: ModelShape = told[0]
         return shape
 

@@ -119,11 +119,14 @@ class TimedRuntime(WatchedRuntime):
 class CaptureExtension:
     """Methods that vLLM adds to our worker, for `collective_rpc`; named as `--worker-extension-cls`."""
 
-    def flashmemory_record(self: "WorkerBase", top_p: float, every: int, *, layer_mass: bool) -> ModelShape:
+    def flashmemory_record(
+        self: "WorkerBase", top_p: float, min_share: float, every: int, *, layer_mass: bool
+    ) -> ModelShape:
         """Record all requests from now on.
 
         Args:
-            top_p: see `RecorderSettings`, as are every and layer_mass.
+            top_p: see `RecorderSettings`, as are the others.
+            min_share: see there.
             every: see there.
             layer_mass: see there.
 
@@ -147,6 +150,7 @@ class CaptureExtension:
             block_size=shape.block_size,
             softmax_scale=shape.softmax_scale,
             top_p=top_p,
+            min_share=min_share,
             every=every,
             layer_mass=layer_mass,
         )

@@ -51,14 +51,23 @@ def brute_force_votes(mass: torch.Tensor, top_p: float) -> list[int]:
 )
 def test_votes_count_the_shortest_prefixes(rows: list[list[int]], top: int) -> None:
     mass = torch.tensor(rows, dtype=torch.float32) / 1024
-    votes = golden_votes(mass, top / 1024)
+    votes = golden_votes(mass.unsqueeze(1), top / 1024)
     assert votes.dtype == torch.uint8
     assert votes.tolist() == brute_force_votes(mass, top / 1024)
 
 
 def test_the_block_that_crosses_the_line_is_golden() -> None:
-    assert golden_votes(torch.tensor([[0.25, 0.5, 0.125, 0.125]]), 0.6).tolist() == [1, 1, 0, 0]
-    assert golden_votes(torch.tensor([[0.25, 0.5, 0.125, 0.125]]), 0.5).tolist() == [0, 1, 0, 0]
+    shares = torch.tensor([[[0.25, 0.5, 0.125, 0.125]]])
+    assert golden_votes(shares, 0.6).tolist() == [1, 1, 0, 0]
+    assert golden_votes(shares, 0.5).tolist() == [0, 1, 0, 0]
+
+
+def test_a_block_that_no_head_looks_at_is_not_golden() -> None:
+    # One head looks at block 0 alone, the other everywhere
+    shares = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]])
+    assert golden_votes(shares, 1.0).tolist() == [1, 1, 1, 1]
+    assert golden_votes(shares, 1.0, min_share=0.25).tolist() == [1, 1, 1, 1]
+    assert golden_votes(shares, 1.0, min_share=0.5).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("layers", "votes"), [(1, 1), (5, 1), (6, 2), (20, 3), (36, 5)])

@@ -25,7 +25,7 @@ class Model:
         self.keys = [torch.randn(LAYERS, length, HKV, D, generator=generator) for length in lengths]
         self.pages = torch.full((LAYERS, SLOTS, HKV, BS, D), torch.nan)
         self.slots = torch.randperm(SLOTS, generator=generator).view(len(lengths), -1).int()
-        settings = RecorderSettings(LAYERS, ANCHORS, BS, SCALE, TOP_P, every, layer_mass)
+        settings = RecorderSettings(LAYERS, ANCHORS, BS, SCALE, TOP_P, 0.0, every, layer_mass)
         self.recorder = Recorder(settings, lambda layer, slots: self.pages[layer].index_select(0, slots))
 
     def step(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
@@ -61,7 +61,7 @@ class Model:
         for token in recording.tokens:
             shares = self.shares(index, token.position)
             np.testing.assert_allclose(token.mass, shares.mean((0, 1)), rtol=1e-5)
-            assert token.votes.tolist() == golden_votes(shares.mean(1), TOP_P).tolist()
+            assert token.votes.tolist() == golden_votes(shares, TOP_P).tolist()
             own = self.queries[index][list(ANCHORS), token.position].half()
             assert np.array_equal(token.queries, own.numpy())
             if token.layer_mass is not None:

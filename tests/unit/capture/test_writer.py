@@ -67,6 +67,7 @@ def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
         "softmax_scale": 0.5,
         "dtype": "float32",
         "top_p": 0.6,
+        "min_share": 0.0,
         "min_votes": MIN_VOTES,
         "window": 64,
         "delay": 1,
