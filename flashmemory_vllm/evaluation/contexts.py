@@ -70,7 +70,7 @@ class ContextBatch:
         return start, start + int(self.lengths[item])
 
 
-def _unique_keys(rng: np.random.Generator, batch_size: int, num_keys: int) -> Ids:
+def unique_keys(rng: np.random.Generator, batch_size: int, num_keys: int) -> Ids:
     """Key pairs `[B, P, 2]`, no pair twice in a row."""
     num_pairs = words.NUM_KEY_WORDS**KEY_WORDS
     codes = np.stack([rng.choice(num_pairs, num_keys, replace=False) for _ in range(batch_size)])
@@ -103,7 +103,7 @@ def _spell_items(shape: ContextShape, keys: Ids, values: Ids) -> list[Ids]:
     ]
 
 
-def _scatter_starts(
+def scatter_starts(
     rng: np.random.Generator, batch_size: int, num_tokens: int, lengths: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Random starts `[B, I]` such that the items overlap in no row: random order, random noise gaps."""
@@ -135,13 +135,13 @@ def build_contexts(rng: np.random.Generator, batch_size: int, num_tokens: int, s
     if shape.fact_tokens > num_tokens:
         raise ConfigError(f"context of {num_tokens} tokens is too short: its facts take {shape.fact_tokens} tokens")
     num_plain = shape.num_needles + shape.num_chains
-    keys = _unique_keys(rng, batch_size, num_plain + shape.num_groups + shape.num_chains)
+    keys = unique_keys(rng, batch_size, num_plain + shape.num_groups + shape.num_chains)
     num_values = num_plain + shape.num_groups * VALUES_PER_GROUP
     value_words = rng.integers(0, words.NUM_VALUE_WORDS, (batch_size, num_values, VALUE_WORDS), dtype=np.int32)
     values = words.VALUE_0 + value_words
     items = _spell_items(shape, keys, values)
     lengths = np.concatenate([np.full(kind.shape[1], kind.shape[2], np.int64) for kind in items])
-    starts = _scatter_starts(rng, batch_size, num_tokens, lengths)
+    starts = scatter_starts(rng, batch_size, num_tokens, lengths)
     tokens = words.NOISE_0 + rng.integers(0, words.NUM_NOISE_WORDS, (batch_size, num_tokens), dtype=np.int32)
     rows = np.arange(batch_size)[:, None, None]
     first = 0

@@ -11,6 +11,7 @@ a small model reaches full accuracy with dense attention and each miss of a spar
 
 Modelled on RULER's niah_multikey, niah_multivalue, niah_multiquery and vt (arXiv 2404.06654). `late` asks for
 the value only after more generated tokens than two selection periods of the longest default.
+Two more tasks, which the reference model was not trained on, are in `evaluation/paths.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from flashmemory_vllm.evaluation.contexts import (
 
 TaskName = Literal["multikey", "multivalue", "multiquery", "tracking", "late"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
+PathTaskName = Literal["path", "latepath"]
+AnyTaskName = Literal[TaskName, PathTaskName]
 FactKind = Literal["needle", "group", "chain"]
 
 KEYS_PER_MULTIQUERY = 3
@@ -77,12 +80,12 @@ class Sample:
     Attributes:
         task: name of the task.
         prompt_ids: `[T]` token ids from `<bos>` to the last token before the answer.
-        answer_ids: `[A]` token ids, `<end>` included.
+        answer_ids: `[A]` token ids, `<end>` included where the answer has an end.
         needle_spans: token ranges `[start, stop)` in the prompt of the needles that hold the answer.
         num_shared_tokens: leading prompt tokens that all questions of the same context share.
     """
 
-    task: TaskName
+    task: AnyTaskName
     prompt_ids: Ids
     answer_ids: Ids
     needle_spans: tuple[tuple[int, int], ...]
