@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashmemory_vllm.cli.block_size import add_block_size, block_size_of
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 
@@ -47,7 +48,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--max-gib", type=float, default=64.0, help="GiB that the folder may take. Default: 64")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated documents. Default: 0")
     parser.add_argument("--batch", type=int, default=16, help="requests that run at once. Default: 16")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block. Default: 16")
+    add_block_size(parser)
     parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
     parser.add_argument("--gpu-memory-bytes", type=int, help="device memory for KV. Default: vLLM's share")
     parser.add_argument("--commit", help="commit to name, where git is not there to ask")
@@ -93,13 +94,13 @@ def check(args: argparse.Namespace) -> None:
         "every",
         "window",
         "batch",
-        "block_size",
     ):
         given = getattr(args, option)
         if given is not None and given < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {given}: allowed is 1 or more")
     if args.prompts is not None and args.accuracy_questions is not None:
         raise ConfigError("--accuracy-questions: given with --prompts; allowed is one of them")
+    block_size_of(args)
     if args.delay < 0:
         raise ConfigError(f"--delay is {args.delay}: allowed is 0 or more")
     if not 0 < args.top_p <= 1:
@@ -136,10 +137,10 @@ def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ..
         prompts = reference_prompts(args.documents, args.tokens, args.seed, args.max_output_tokens)
     else:
         prompts = text_prompts(encoder, args.documents, args.tokens, args.max_output_tokens, args.seed)
-    shortest = min(len(prompt.ids) for prompt in prompts)
-    if shortest < args.block_size:
+    shortest, block_size = min(len(prompt.ids) for prompt in prompts), block_size_of(args)
+    if shortest < block_size:
         raise ConfigError(
-            f"a prompt has {shortest} tokens: allowed is --block-size ({args.block_size}) or more, to have a block"
+            f"a prompt has {shortest} tokens: allowed is --block-size ({block_size}) or more, to have a block"
         )
     return prompts, stop_token_ids
 
@@ -184,7 +185,7 @@ def engine_arguments(args: argparse.Namespace, prompts: "Sequence[Prompt]") -> d
     arguments: dict[str, object] = {
         "max_model_len": max(len(prompt.ids) + prompt.max_tokens for prompt in prompts),
         "max_num_seqs": args.batch,
-        "block_size": args.block_size,
+        "block_size": block_size_of(args),
         "dtype": args.dtype,
     }
     if args.gpu_memory_bytes is not None:
