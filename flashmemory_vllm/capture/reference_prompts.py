@@ -5,7 +5,8 @@ from collections.abc import Callable
 from flashmemory_vllm.capture.prompts import Prompt
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation import vocabulary as words
-from flashmemory_vllm.evaluation.accuracy import QUESTIONS_PER_CONTEXT, SEED, max_questions
+from flashmemory_vllm.evaluation.accuracy import QUESTIONS_PER_CONTEXT, SEED
+from flashmemory_vllm.evaluation.questions import max_questions
 from flashmemory_vllm.evaluation.tasks import LATE_COUNT, TASK_NAMES, Sample, make_samples
 
 # Of the longest prompt

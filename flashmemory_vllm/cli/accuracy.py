@@ -1,13 +1,15 @@
-"""`flashmemory accuracy`: what each selector costs in exact match, cell by cell, in one resumable file."""
+"""`flashmemory accuracy`: what each selector costs in accuracy, cell by cell, in one resumable file."""
 
 import argparse
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from flashmemory_vllm.cli.block_size import add_block_size, block_size_of
 from flashmemory_vllm.config import SelectorName
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
@@ -16,32 +18,40 @@ if TYPE_CHECKING:
     from flashmemory_vllm.cli.accuracy_starts import Start
     from flashmemory_vllm.evaluation.accuracy import Cell, Conditions
     from flashmemory_vllm.evaluation.accuracy_plan import CellGroup
+    from flashmemory_vllm.evaluation.accuracy_rows import Setting
+    from flashmemory_vllm.runtime.shape import AttentionShape
 
 T = TypeVar("T")
-NEURAL, ORACLE = "neural", "oracle"
+DENSE, NEURAL, ORACLE = "full", "neural", "oracle"
 UNTRAINED = ",".join(name for name in get_args(SelectorName) if name != NEURAL)
 
 # What a plan says instead: option, default, help
 _CELL_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("selectors", UNTRAINED, "comma-separated; full is dense attention, neural and oracle need what is named below"),
-    ("tasks", None, "comma-separated. Default: all"),
+    ("tasks", None, "comma-separated. Default: all that the model was trained on; path and latepath are the others"),
     ("tokens", "4096,16384,32768", "prompt tokens, comma-separated"),
     ("questions", 200, "questions of each cell"),
-    ("ratio", 0.135, "resident ratio"),
+    ("ratio", 0.135, "resident ratio, with the index keys on top"),
+    ("device-share", None, "share of a request's bytes on the device, index keys included, instead of a ratio"),
     ("tau", 16, "decode steps between selections"),
     ("groups", 1, "layer groups"),
     ("anchor-layers", None, "layers that feed the selector. Default: three, in the middle third"),
     ("score-threshold", None, "score below which a block gets no slot. Default: the selector's own"),
+    ("fallback-share", None, "selected share above which a request keeps all its blocks. Default: never"),
     ("batch", 64, "requests that run at once"),
 )
-_NUMBERS = {"ratio": float, "score-threshold": float, "questions": int, "tau": int, "groups": int, "batch": int}
+_NUMBERS = dict.fromkeys(("ratio", "device-share", "score-threshold", "fallback-share"), float) | dict.fromkeys(
+    ("questions", "tau", "groups", "batch"), int
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `accuracy` command."""
-    parser = subparsers.add_parser("accuracy", help="exact match of each selector, task and prompt length")
+    parser = subparsers.add_parser("accuracy", help="accuracy of each selector, task and prompt length")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows; cells in it are kept")
-    parser.add_argument("--plan", type=Path, help="YAML file of cells, see configs/accuracy, instead of the next ten")
+    parser.add_argument(
+        "--plan", type=Path, help="YAML file of cells, see configs/accuracy, instead of the next twelve"
+    )
     for name, default, text in _CELL_OPTIONS:
         told = text if default is None else f"{text}. Default: {default}"
         parser.add_argument(f"--{name}", type=_NUMBERS.get(name, str), help=told)
@@ -53,7 +63,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--questions-per-context", type=int, default=20, help="questions that share a context. Default: 20"
     )
-    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block. Default: 16")
+    add_block_size(parser)
     parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs: one engine for all")
     parser.add_argument("--gpu-memory-bytes", type=int, help="device memory for KV. Default: vLLM's share")
@@ -82,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> None:
     from flashmemory_vllm.cli.accuracy_starts import Job, measure
-    from flashmemory_vllm.evaluation.accuracy import Conditions
+    from flashmemory_vllm.evaluation.accuracy import Conditions, note_unaffordable
     from flashmemory_vllm.evaluation.accuracy_rows import load_rows
+    from flashmemory_vllm.evaluation.provenance import Provenance
 
     began = time.time()
     if args.time_limit is not None and args.time_limit <= 0:
@@ -92,11 +103,15 @@ def _measure(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     deadline = None if args.time_limit is None else began + args.time_limit
     cells = make_cells(args)
-    conditions = Conditions(args.model.name, args.block_size, args.questions_per_context)
+    shape = read_shape(args)
+    conditions = Conditions(
+        args.model.name, shape.block_size, args.questions_per_context, block_bytes=shape.block_bytes
+    )
     missing = conditions.missing(cells, load_rows(args.out))
     folders = [Path(folder) for folder in (args.oracle_data or "").split(",") if folder]
-    check_recorded(missing, conditions, folders)
     command = ["flashmemory", *sys.argv[1:]]
+    missing = note_unaffordable(missing, conditions, partial(Provenance.collect, command, args.commit), args.out)
+    check_recorded(missing, conditions, folders)
     for start in make_starts(args, missing):
         if deadline is None or time.time() < deadline:
             measure(Job(args.model, start, conditions, folders, args.out, command, args.commit, deadline))
@@ -113,53 +128,81 @@ def make_cells(args: argparse.Namespace) -> "list[Cell]":
     """
     from flashmemory_vllm.evaluation.accuracy_plan import cells_of, load_plan
 
-    for option in ("questions_per_context", "block_size"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}: allowed is 1 or more")
+    if args.questions_per_context < 1:
+        raise ConfigError(f"--questions-per-context is {args.questions_per_context}: allowed is 1 or more")
     given = {name: getattr(args, name.replace("-", "_")) for name, _, _ in _CELL_OPTIONS}
     beside = [f"--{name}" for name, value in given.items() if value is not None]
     if args.plan is not None:
         if beside:
             raise ConfigError(f"{', '.join(beside)}: given with --plan; allowed is one of them")
-        return cells_of(load_plan(args.plan).cells, args.indexer)
+        return cells_of(load_plan(args.plan).cells, args.indexer, partial(_fit, args))
     defaults = {name: default for name, default, _ in _CELL_OPTIONS}
     chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
+    if given["ratio"] is not None and given["device-share"] is not None:
+        raise ConfigError(f"--device-share is {given['device-share']}: given with --ratio; allowed is one of them")
     group = _group(chosen)
     if (NEURAL in group.selectors) != (args.indexer is not None):
         raise ConfigError(
             f"--indexer is {args.indexer!r} and --selectors is {chosen['selectors']!r}: allowed is an indexer with the "
             f"selector {NEURAL}, and with no other"
         )
-    return cells_of([group], args.indexer)
+    return cells_of([group], args.indexer, partial(_fit, args))
+
+
+def _fit(args: argparse.Namespace, setting: "Setting") -> float:
+    """The resident ratio that the share of the device's bytes leaves a setting."""
+    from flashmemory_vllm.cli.accuracy_starts import index_bytes
+    from flashmemory_vllm.evaluation.device_share import ratio_for_share
+
+    assert setting.device_share is not None
+    shape = read_shape(args)
+    return ratio_for_share(setting.device_share, index_bytes(setting, shape), shape.block_bytes)
 
 
 def _group(chosen: Mapping[str, Any]) -> "CellGroup":
     from flashmemory_vllm.evaluation.accuracy_plan import CellGroup
-    from flashmemory_vllm.evaluation.tasks import TASK_NAMES, TaskName
+    from flashmemory_vllm.evaluation.questions import ALL_TASK_NAMES
+    from flashmemory_vllm.evaluation.tasks import TASK_NAMES, AnyTaskName
 
-    for name in ("questions", "tau", "groups", "batch"):
-        if chosen[name] < 1:
-            raise ConfigError(f"--{name} is {chosen[name]}: allowed is 1 or more")
-    if not 0 < chosen["ratio"] <= 1:
-        raise ConfigError(f"--ratio is {chosen['ratio']}: allowed is a number > 0 and <= 1")
-    threshold = chosen["score-threshold"]
-    if threshold is not None and threshold < 0:
-        raise ConfigError(f"--score-threshold is {threshold}: allowed is a number >= 0")
+    _check_numbers(chosen)
     selectors = {name: name for name in (*get_args(SelectorName), ORACLE)}
-    tasks: dict[str, TaskName] = {name: name for name in TASK_NAMES}
-    layers = chosen["anchor-layers"]
+    tasks: dict[str, AnyTaskName] = {name: name for name in ALL_TASK_NAMES}
+    layers, share = chosen["anchor-layers"], chosen["device-share"]
+    sizes: dict[str, Any] = {"ratios": [chosen["ratio"]]} if share is None else {"device_shares": [share]}
     return CellGroup(
         selectors=_choices("--selectors", chosen["selectors"], selectors),
         tasks=_choices("--tasks", chosen["tasks"] or ",".join(TASK_NAMES), tasks),
         tokens=_numbers("--tokens", chosen["tokens"]),
-        ratios=[chosen["ratio"]],
         taus=[chosen["tau"]],
         groups=[chosen["groups"]],
         anchor_layers=[None if layers is None else _numbers("--anchor-layers", layers, smallest=0)],
-        score_thresholds=[threshold],
+        score_thresholds=[chosen["score-threshold"]],
+        fallback_shares=[chosen["fallback-share"]],
         batches=[chosen["batch"]],
         questions=chosen["questions"],
+        **sizes,
     )
+
+
+def _check_numbers(chosen: Mapping[str, Any]) -> None:
+    for name in ("questions", "tau", "groups", "batch"):
+        if chosen[name] < 1:
+            raise ConfigError(f"--{name} is {chosen[name]}: allowed is 1 or more")
+    for name in ("ratio", "device-share"):
+        if chosen[name] is not None and not 0 < chosen[name] <= 1:
+            raise ConfigError(f"--{name} is {chosen[name]}: allowed is a number > 0 and <= 1")
+    threshold, fallback = chosen["score-threshold"], chosen["fallback-share"]
+    if threshold is not None and threshold < 0:
+        raise ConfigError(f"--score-threshold is {threshold}: allowed is a number >= 0")
+    if fallback is None:
+        return
+    if not 0 <= fallback <= 1:
+        raise ConfigError(f"--fallback-share is {fallback}: allowed is a number >= 0 and <= 1")
+    if threshold is None and set(chosen["selectors"].split(",")) - {DENSE, NEURAL}:
+        raise ConfigError(
+            f"--fallback-share is {fallback} and --selectors is {chosen['selectors']!r}: allowed is --score-threshold "
+            f"beside it, or the selector {NEURAL} alone"
+        )
 
 
 def check_recorded(cells: "Sequence[Cell]", conditions: "Conditions", folders: Sequence[Path]) -> None:
@@ -197,6 +240,19 @@ def check_recorded(cells: "Sequence[Cell]", conditions: "Conditions", folders: S
         raise ConfigError(f"--oracle-data: not recorded are {names}; what records them: {commands}")
 
 
+def read_shape(args: argparse.Namespace) -> "AttentionShape":
+    """Sizes of the model's attention layers.
+
+    Raises:
+        ConfigError: the model's configuration cannot be read, or this machine cannot serve blocks of the size given.
+    """
+    from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
+
+    if not (args.model / "config.json").is_file():
+        raise ConfigError(f"--model is {args.model}: it has no config.json, allowed is the folder of a model")
+    return model_sizes(read_model_fields(str(args.model)), args.dtype).shape(block_size_of(args))
+
+
 def make_starts(args: argparse.Namespace, cells: "Sequence[Cell]") -> "list[Start]":
     """The engines that the cells need.
 
@@ -204,13 +260,10 @@ def make_starts(args: argparse.Namespace, cells: "Sequence[Cell]") -> "list[Star
         ConfigError: the model's configuration cannot be read, or a setting does not fit it.
     """
     from flashmemory_vllm.cli.accuracy_starts import EngineChoices, plan_starts
-    from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
 
-    if not (args.model / "config.json").is_file():
-        raise ConfigError(f"--model is {args.model}: it has no config.json, allowed is the folder of a model")
-    sizes = model_sizes(read_model_fields(str(args.model)), args.dtype)
-    choices = EngineChoices(args.block_size, args.dtype, args.eager, args.gpu_memory_bytes, args.host_memory_gib)
-    return plan_starts(cells, sizes.shape(args.block_size), choices)
+    shape = read_shape(args)
+    choices = EngineChoices(shape.block_size, args.dtype, args.eager, args.gpu_memory_bytes, args.host_memory_gib)
+    return plan_starts(cells, shape, choices)
 
 
 def _choices(option: str, text: str, allowed: Mapping[str, T]) -> list[T]:

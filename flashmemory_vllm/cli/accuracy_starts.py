@@ -15,7 +15,7 @@ from flashmemory_vllm.evaluation.accuracy import AccuracyRun, Cell, Conditions, 
 from flashmemory_vllm.evaluation.accuracy_plan import ORACLE
 from flashmemory_vllm.evaluation.accuracy_rows import Setting
 from flashmemory_vllm.evaluation.provenance import Provenance
-from flashmemory_vllm.evaluation.tasks import ANSWER_LENS
+from flashmemory_vllm.evaluation.questions import answer_len
 
 if TYPE_CHECKING:
     from flashmemory_vllm.runtime.shape import AttentionShape
@@ -83,6 +83,22 @@ class Job:
     deadline: float | None
 
 
+def index_bytes(setting: Setting, shape: "AttentionShape") -> int:
+    """Device bytes of a block's index keys under a setting.
+
+    Raises:
+        ConfigError: the setting is not allowed for this model, or its indexer cannot be read or does not fit.
+    """
+    from flashmemory_vllm.runtime.assembly import index_bytes_per_block
+
+    # The oracle has no index, and none can be made here
+    return 0 if setting.selector == ORACLE else index_bytes_per_block(_config(setting), shape)
+
+
+def _config(setting: Setting) -> FlashMemoryConfig:
+    return FlashMemoryConfig.from_additional_config({SECTION: setting.options()})
+
+
 def plan_starts(cells: Sequence[Cell], shape: "AttentionShape", choices: EngineChoices) -> list[Start]:
     """Split cells between two engines at most.
 
@@ -97,29 +113,27 @@ def plan_starts(cells: Sequence[Cell], shape: "AttentionShape", choices: EngineC
     Raises:
         ConfigError: a setting is not allowed for this model, or its indexer cannot be read or does not fit.
     """
-    from flashmemory_vllm.runtime.assembly import anchor_layers, index_bytes_per_block
+    from flashmemory_vllm.runtime.assembly import anchor_layers
 
-    index_bytes: dict[Setting, int] = {}
+    bytes_of: dict[Setting, int] = {}
     by_graphs: dict[object, list[Cell]] = {}
     for cell in cells:
-        config = FlashMemoryConfig.from_additional_config({SECTION: cell.setting.options()})
+        config = _config(cell.setting)
         by_graphs.setdefault((config.layer_groups, anchor_layers(config, shape)), []).append(cell)
-        # The oracle has no index, and none can be made here
-        is_oracle = cell.setting.selector == ORACLE
-        index_bytes[cell.setting] = 0 if is_oracle else index_bytes_per_block(config, shape)
+        bytes_of[cell.setting] = index_bytes(cell.setting, shape)
     with_graphs = [] if choices.eager else max(by_graphs.values(), key=len, default=[])
     without = [cell for group in by_graphs.values() if group is not with_graphs for cell in group]
     split = ((with_graphs, False), (without, True))
-    return [_start(group, index_bytes, choices, eager=eager) for group, eager in split if group]
+    return [_start(group, bytes_of, choices, eager=eager) for group, eager in split if group]
 
 
-def _start(cells: Sequence[Cell], index_bytes: Mapping[Setting, int], choices: EngineChoices, *, eager: bool) -> Start:
+def _start(cells: Sequence[Cell], bytes_of: Mapping[Setting, int], choices: EngineChoices, *, eager: bool) -> Start:
     """The largest of everything, since the scheduler keeps to the budgets of the start for good.
 
     It starts with the setting whose index takes the most device memory, so that what is left for slots is right for
     all.
     """
-    largest = max((cell.setting for cell in cells), key=index_bytes.__getitem__)
+    largest = max((cell.setting for cell in cells), key=bytes_of.__getitem__)
     options = largest.options() | {
         "resident_ratio": max(cell.setting.ratio for cell in cells),
         # Accuracy is to be measured at lengths, too, at which a small model gains nothing
@@ -128,7 +142,7 @@ def _start(cells: Sequence[Cell], index_bytes: Mapping[Setting, int], choices: E
     if choices.host_memory_gib is not None:
         options["host_memory_gib"] = choices.host_memory_gib
     engine: dict[str, object] = {
-        "max_model_len": max(cell.tokens + ANSWER_LENS[cell.task] for cell in cells),
+        "max_model_len": max(cell.tokens + answer_len(cell.task) for cell in cells),
         "max_num_seqs": max(cell.batch for cell in cells),
         "block_size": choices.block_size,
         "dtype": choices.dtype,

@@ -53,7 +53,8 @@ class Sweep:
 
 
 SWEEPS = (
-    Sweep("ratio", "resident blocks asked for", lambda row: row.ratio, lambda x: f"{x:.3g}", "ratio"),
+    Sweep("ratio", "resident blocks asked for", lambda row: row.free_ratio, lambda x: f"{x:.3g}", "free_ratio"),
+    Sweep("bytes", "device bytes asked for", lambda row: row.device_share, lambda x: f"{x:.3g}", "device_share"),
     Sweep("tau", "decode steps between selections (tau)", lambda row: row.tau, lambda x: f"{x:g}", "tau"),
     Sweep("context", "prompt tokens", lambda row: row.tokens, lambda x: f"{x / 1024:.3g}K", "tokens"),
     Sweep("batch", "requests at once", lambda row: row.batch, lambda x: f"{x:g}", "batch"),
@@ -62,7 +63,8 @@ SWEEPS = (
 )
 # Whatever is not swept is the same in all of a picture
 _CONDITIONS = (
-    *("model", "block_size", "questions", "tokens", "ratio", "tau", "groups", "anchors", "score_threshold", "batch"),
+    *("model", "block_size", "questions", "tokens", "free_ratio", "device_share", "tau", "groups", "anchors"),
+    *("score_threshold", "fallback_share", "batch"),
 )
 
 
@@ -85,7 +87,7 @@ def plot_rows(rows: Sequence[AccuracyRow], folder: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install 'flashmemory-vllm[bench]'") from None
-    sparse = [row for row in rows if row.selector != DENSE]
+    sparse = [row for row in rows if row.selector != DENSE and row.accuracy is not None]
     if not sparse:
         raise ConfigError("--plot: there are no rows but of dense attention, allowed are some of another selector")
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def _draw_sweep(figure: Any, rows: Sequence[AccuracyRow], sweep: Sweep) -> None:
     height = -(-len(panels) // columns)
     figure.set_size_inches(columns * PANEL_INCHES[0], height * PANEL_INCHES[1] + LEGEND_INCHES)
     axes = figure.subplots(height, columns, squeeze=False, sharey=True).ravel()
-    figure.supylabel("exact match", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
     for axis, (name, panel) in zip(axes, panels.items(), strict=False):
         for line in lines:
             curve = sorted(panel.get(line, {}).items())
@@ -202,11 +204,11 @@ def _draw_selectors(figure: Any, rows: Sequence[AccuracyRow]) -> None:  # noqa: 
     width_inches = max(2 * PANEL_INCHES[0], len(tasks) * (len(lines) + 2) * BAR_INCHES)
     figure.set_size_inches(width_inches, len(lengths) * PANEL_INCHES[1] + LEGEND_INCHES)
     axes = figure.subplots(len(lengths), squeeze=False)[:, 0]
-    figure.supylabel("exact match", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
     width = 0.85 / len(lines)
     for axis, (length, of_length) in zip(axes, panels.items(), strict=True):
         for place, line in enumerate(lines):
-            heights = {row.task: row.accuracy for row in of_length if _line(row, rows, "tokens") == line}
+            heights = {row.task: row.accuracy or 0.0 for row in of_length if _line(row, rows, "tokens") == line}
             if line == DENSE:
                 heights = {row.task: row.dense_accuracy for row in of_length if row.dense_accuracy is not None}
             left = [tasks.index(task) + (place - (len(lines) - 1) / 2) * width for task in heights]
@@ -237,11 +239,12 @@ def _add_title_and_legend(figure: Any, axis: Any, row: AccuracyRow, but: str) ->
 def _title(row: AccuracyRow, but: str) -> str:
     told = {
         "tokens": f"{row.tokens:,} tokens",
-        "ratio": f"ratio {row.ratio:g}",
+        "free_ratio": f"ratio {row.ratio:g}" if row.device_share is None else "",
+        "device_share": f"{row.device_share:.1%} of the bytes" if row.device_share is not None else "",
         "tau": f"tau {row.tau}",
         "groups": "one layer group" if row.groups == 1 else f"{row.groups} layer groups",
         "questions": f"{row.questions} questions a cell",
         "batch": f"batch {row.batch}",
         "gpu": row.gpu,
     }
-    return ", ".join(text for name, text in told.items() if name != but)
+    return ", ".join(text for name, text in told.items() if text and name != but)

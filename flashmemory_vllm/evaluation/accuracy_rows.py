@@ -7,10 +7,12 @@ from pathlib import Path
 from statistics import fmean
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.evaluation.tasks import TaskName
+from flashmemory_vllm.evaluation.tasks import AnyTaskName
 
 DENSE = "full"
 NEURAL = "neural"
+MIB = 1 << 20
+_HEADS = {"fallbacks": "fallbacks", "device_bytes": "device MiB"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,9 @@ class Setting:
         anchors: layers whose queries and keys feed the selector. Default: what our configuration chooses.
         indexer: trained indexer, for the selector `neural`.
         score_threshold: score below which a block gets no slot. Default: the selector's own, if it has one.
+        fallback_share: selected share above which a request keeps all its blocks. Default: never.
+        device_share: device bytes of a request, index keys included, over those of all its blocks; `ratio` is what
+            the index keys leave of it. Default: the ratio was asked for, and the index keys come on top.
     """
 
     selector: str
@@ -34,6 +39,8 @@ class Setting:
     anchors: tuple[int, ...] | None = None
     indexer: str | None = None
     score_threshold: float | None = None
+    fallback_share: float | None = None
+    device_share: float | None = None
 
     def options(self) -> dict[str, object]:
         """The same as options of our configuration."""
@@ -45,6 +52,7 @@ class Setting:
             "layer_groups": self.groups,
             "anchor_layers": self.anchors,
             "score_threshold": self.score_threshold,
+            "dense_fallback_share": self.fallback_share,
         }
 
 
@@ -63,7 +71,7 @@ class AccuracyRow:
         groups: layer groups.
         anchors: anchor layers, None for the default.
         questions: how many were asked.
-        accuracy: share of answers that are right from the first to the last token.
+        accuracy: mean score of the answers, see `questions.score`; None if the cell was not measured.
         dense_accuracy: that of dense attention on the same questions, if it was measured.
         resident_share: blocks that decode steps attended to over blocks they would have dense, measured.
         recalled_blocks: blocks copied to the device because a step was to read them.
@@ -75,11 +83,18 @@ class AccuracyRow:
         indexer: trained indexer, if the selector has one.
         score_threshold: see `Setting`.
         batch: requests that ran at once; None in rows from before it was told.
+        fallback_share: see `Setting`, as is device_share.
+        device_share: share of a request's bytes that was asked for.
+        device_bytes: device bytes of one prompt while it decodes, for the resident blocks that were measured and the
+            index keys of all its blocks, whether resident or not; None in rows from before it was told.
+        fallbacks: requests that fell back to all their blocks.
+        refused_fallbacks: selections after which a request would have, had there been slots.
+        not_measured: why accuracy is None.
     """
 
     model: str
     block_size: int
-    task: TaskName
+    task: AnyTaskName
     tokens: int
     selector: str
     tau: int
@@ -87,7 +102,7 @@ class AccuracyRow:
     groups: int
     anchors: tuple[int, ...] | None
     questions: int
-    accuracy: float
+    accuracy: float | None
     dense_accuracy: float | None
     resident_share: float | None
     recalled_blocks: int
@@ -99,13 +114,22 @@ class AccuracyRow:
     indexer: str | None = None
     score_threshold: float | None = None
     batch: int | None = None
+    fallback_share: float | None = None
+    device_share: float | None = None
+    device_bytes: int | None = None
+    fallbacks: int | None = None
+    refused_fallbacks: int | None = None
+    not_measured: str | None = None
 
     @property
     def setting(self) -> Setting:
         """What was set for this row."""
-        return Setting(
-            self.selector, self.tau, self.ratio, self.groups, self.anchors, self.indexer, self.score_threshold
-        )
+        return Setting(**{field.name: getattr(self, field.name) for field in fields(Setting)})
+
+    @property
+    def free_ratio(self) -> float | None:
+        """The ratio, unless it follows from a share of the device's bytes."""
+        return self.ratio if self.device_share is None else None
 
     @property
     def questions_key(self) -> tuple[object, ...]:
@@ -170,6 +194,13 @@ def format_tables(rows: Sequence[AccuracyRow]) -> str:
     tables = [f"### {task}\n\n{_table([row for row in rows if row.task == task], rows, 1)}" for task in tasks]
     if len(tasks) > 1:
         tables.append(f"### mean over the tasks\n\n{_table(rows, rows, len(tasks))}")
+    unmeasured = dict.fromkeys(
+        f"- not measured: {row.selector} at {row.tokens:,} tokens: {row.not_measured}"
+        for row in rows
+        if row.not_measured is not None
+    )
+    if unmeasured:
+        tables.append("\n".join(unmeasured))
     return "\n\n".join(tables)
 
 
@@ -177,22 +208,38 @@ def _table(rows: Sequence[AccuracyRow], all_rows: Sequence[AccuracyRow], num_tas
     """One table; a cell is empty unless each of `num_tasks` tasks has a row for it."""
     lengths = sorted({row.tokens for row in rows})
     names = ["selector", "ratio", "tau", "groups", "anchors", *_differing(all_rows)]
-    head = [*names, *(f"{tokens:,}" for tokens in lengths), "resident"]
+    extra = [name for name in ("fallbacks", "device_bytes") if any(getattr(row, name) is not None for row in all_rows)]
+    head = [*names, *(f"{tokens:,}" for tokens in lengths), "resident", *(_HEADS[name] for name in extra)]
     lines = [head, ["---"] * len(head)]
     for way in dict.fromkeys((row.setting, row.batch) for row in rows):
         of_way = [row for row in rows if (row.setting, row.batch) == way]
         line = [_cell(of_way[0], name) for name in names]
         for tokens in lengths:
-            cell = [row.accuracy for row in of_way if row.tokens == tokens]
-            line.append(f"{fmean(cell):.3f}" if len(cell) == num_tasks else "")
+            of_length = [row for row in of_way if row.tokens == tokens]
+            cell = [row.accuracy for row in of_length if row.accuracy is not None]
+            unmeasured = "-" if any(row.not_measured for row in of_length) else ""
+            line.append(f"{fmean(cell):.3f}" if len(cell) == num_tasks else unmeasured)
         shares = [row.resident_share for row in of_way if row.resident_share is not None]
-        lines.append([*line, f"{fmean(shares):.1%}" if shares else ""])
+        line.append(f"{fmean(shares):.1%}" if shares else "")
+        lines.append([*line, *(_by_length(of_way, name) for name in extra)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_length(rows: Sequence[AccuracyRow], name: str) -> str:
+    """What differs with the prompt length and not with the task: a figure for each length, shortest first."""
+    figures = []
+    for tokens in sorted({row.tokens for row in rows}):
+        values = [value for row in rows if row.tokens == tokens and (value := getattr(row, name)) is not None]
+        shown = fmean(values) if values else None
+        if name == "device_bytes" and shown is not None:
+            shown /= MIB
+        figures.append("-" if shown is None else f"{shown:.3g}")
+    return " / ".join(figures)
 
 
 def _differing(rows: Sequence[AccuracyRow]) -> list[str]:
     """What only some tables need a column for: whatever has more than one value."""
-    names = ("batch", "score_threshold", "indexer")
+    names = ("device_share", "batch", "score_threshold", "fallback_share", "indexer")
     without = {"indexer": {row.indexer for row in rows if row.selector != NEURAL}}
     return [name for name in names if len({getattr(row, name) for row in rows} - without.get(name, set())) > 1]
 
@@ -201,4 +248,4 @@ def _cell(row: AccuracyRow, name: str) -> str:
     value = getattr(row, name)
     if name == "anchors":
         return "default" if value is None else " ".join(map(str, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,10 +10,12 @@ from flashmemory_vllm.capture.prompts import prompt_digest
 from flashmemory_vllm.cli.accuracy import check_recorded, make_cells, make_starts, run
 from flashmemory_vllm.cli.accuracy_starts import Start
 from flashmemory_vllm.cli.app import build_parser
+from flashmemory_vllm.cli.block_size import block_size_of
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.accuracy import Conditions
 from flashmemory_vllm.evaluation.accuracy_rows import Setting, save_rows
+from flashmemory_vllm.evaluation.tasks import TASK_NAMES
 from flashmemory_vllm.plugin.recorded_prompts import RecordedPrompts
 from tests.unit.evaluation.rows import make_row
 
@@ -55,6 +57,27 @@ def test_what_is_not_given_has_its_default() -> None:
     assert {(cell.tokens, cell.questions, cell.batch) for cell in cells} == {
         (tokens, 200, 64) for tokens in (4096, 16384, 32768)
     }
+
+
+def test_a_device_share_leaves_each_selector_what_its_index_does_not_take() -> None:
+    args = parse("--device-share", "0.4", "--selectors", "full,streaming,bounds,exact", "--dtype", "float32")
+    cells = {cell.setting.selector: cell.setting for cell in make_cells(args)}
+    ratios = {name: setting.ratio for name, setting in cells.items()}
+    # Three of six layers: of each block all keys, or two vectors a KV head
+    block_size = block_size_of(args)
+    assert ratios == pytest.approx({"full": 1.0, "streaming": 0.4, "bounds": 0.4 - 0.5 / block_size, "exact": 0.15})
+    assert {setting.device_share for name, setting in cells.items() if name != "full"} == {0.4}
+
+
+def test_a_fallback_is_set_where_it_is_asked_for() -> None:
+    cells = make_cells(parse("--fallback-share", "0.3", "--score-threshold", "0.1", "--selectors", "full,h2o"))
+    assert {(cell.setting.selector, cell.setting.fallback_share) for cell in cells} == {("full", None), ("h2o", 0.3)}
+
+
+def test_every_task_can_be_asked_for_and_the_trained_ones_are_the_default() -> None:
+    (start,) = starts("--tasks", "path,latepath", "--tokens", "2048")
+    assert start.engine["max_model_len"] == 2048 + 144 + 2 + 48
+    assert {cell.task for cell in make_cells(parse())} == set(TASK_NAMES)
 
 
 def test_an_indexer_goes_to_the_selector_that_takes_one() -> None:
@@ -121,6 +144,10 @@ def test_a_model_that_does_not_fit_is_refused_before_an_engine_starts(tmp_path: 
         (("--batch", "0"), "--batch is 0"),
         (("--ratio", "1.5"), "--ratio is 1.5"),
         (("--score-threshold", "-1"), "--score-threshold is -1.0"),
+        (("--device-share", "0"), "--device-share is 0.0"),
+        (("--device-share", "0.4", "--ratio", "0.2"), "--device-share is 0.4: given with --ratio"),
+        (("--fallback-share", "1.5"), "--fallback-share is 1.5"),
+        (("--fallback-share", "0.3"), "allowed is --score-threshold beside it, or the selector neural alone"),
         (("--questions-per-context", "-1"), "--questions-per-context is -1"),
         (("--plan", "plan.yaml", "--tau", "4", "--batch", "2"), "--tau, --batch: given with --plan"),
         (("--plan", "none.yaml"), "--plan: none.yaml cannot be read"),

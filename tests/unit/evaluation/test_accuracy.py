@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation import vocabulary as words
-from flashmemory_vllm.evaluation.accuracy import SEED, AccuracyRun, Cell, Conditions, max_questions
+from flashmemory_vllm.evaluation.accuracy import (
+    FALLBACKS_COUNTER,
+    REFUSED_FALLBACKS_COUNTER,
+    SEED,
+    AccuracyRun,
+    Cell,
+    Conditions,
+    note_unaffordable,
+)
 from flashmemory_vllm.evaluation.accuracy_plan import CellGroup
 from flashmemory_vllm.evaluation.accuracy_rows import AccuracyRow, Setting, load_rows, save_rows
 from flashmemory_vllm.evaluation.contexts import VALUE_WORDS
 from flashmemory_vllm.evaluation.provenance import Provenance
-from flashmemory_vllm.evaluation.tasks import ANSWER_LENS, TaskName, make_samples
+from flashmemory_vllm.evaluation.tasks import TaskName
 
 PROVENANCE = Provenance("flashmemory accuracy", "abc", "a device", {"torch": "2"})
 CONDITIONS = Conditions("toy", 16, questions_per_context=4)
@@ -25,7 +32,7 @@ GROUP = CellGroup(
     batches=[64],
     questions=12,
 )
-CELLS = list(GROUP.cells(None))
+CELLS = list(GROUP.cells(None, lambda setting: setting.ratio))
 NUM_CELLS = 3 * 2 * 2
 
 
@@ -227,13 +234,58 @@ def test_a_right_beginning_is_no_right_answer(tmp_path: Path) -> None:
     assert {row.accuracy for row in run(Babbling(), tmp_path / "rows.json")} == {0.0}
 
 
-@pytest.mark.parametrize("task", list(ANSWER_LENS))
-@pytest.mark.parametrize("tokens", [700, 4096])
-def test_a_context_holds_as_many_questions_as_promised(task: TaskName, tokens: int) -> None:
-    most = max_questions(task, tokens)
-    make_samples(task, tokens, most, seed=0, questions_per_context=most)
-    with pytest.raises(ConfigError):
-        make_samples(task, tokens, most + 1, seed=0, questions_per_context=most + 1)
+def test_a_row_tells_the_device_bytes_of_a_prompt_with_the_index_of_all_its_blocks(tmp_path: Path) -> None:
+    class Telling(ReadingGenerator):
+        def counters(self) -> dict[str, float]:
+            return super().counters() | {"index_bytes_per_block": 100.0}
+
+    conditions = replace(CONDITIONS, block_bytes=1000)
+    rows = AccuracyRun(Telling(), conditions, PROVENANCE, tmp_path / "rows.json").run(CELLS)
+    # 600 tokens begin a 38th block of 16, an eighth of which is resident
+    assert row_of(rows, "exact", "multikey", 600).device_bytes == 38 * (125 + 100)
+    assert row_of(rows, "full", "multikey", 600).device_bytes == 38 * (1000 + 100)
+    assert {row.device_bytes for row in run(Telling(), tmp_path / "other.json")} == {None}
+
+
+def test_a_row_counts_fallbacks_where_there_can_be_any(tmp_path: Path) -> None:
+    class Falling(ReadingGenerator):
+        def counters(self) -> dict[str, float]:
+            asked = sum(count for _, count in self.asked)
+            return super().counters() | {FALLBACKS_COUNTER: 2.0 * asked, REFUSED_FALLBACKS_COUNTER: 3.0 * asked}
+
+    setting = Setting("exact", 16, 0.125, 1, score_threshold=0.1)
+    falling = replace(CELLS[-1], setting=replace(setting, fallback_share=0.3))
+    cells = [CELLS[-1], replace(CELLS[-1], setting=setting), falling]
+    rows = run(Falling(), tmp_path / "rows.json", cells)
+    assert [(row.fallback_share, row.fallbacks, row.refused_fallbacks) for row in rows] == [
+        (None, None, None),
+        (None, None, None),
+        (0.3, 24, 36),
+    ]
+
+
+def test_a_share_that_the_index_takes_alone_gets_a_row_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    dense = run(ReadingGenerator({"full": 2}), path, CELLS[:1])
+    # Of 38 blocks a third are 12, but a tenth are 3, and the sink alone has 4
+    settings = [Setting("exact", 16, ratio, 1, device_share=0.5) for ratio in (-0.1, 0.1, 1 / 3)]
+    cells = [replace(CELLS[0], setting=setting) for setting in settings]
+    assert note_unaffordable(cells, CONDITIONS, lambda: PROVENANCE, path) == cells[2:]
+    rows = load_rows(path)[len(dense) :]
+    assert [(row.setting, row.accuracy, row.dense_accuracy, row.commit) for row in rows] == [
+        (setting, None, 0.5, "abc") for setting in settings[:2]
+    ]
+    assert rows[0].not_measured is not None
+    assert "index keys take 60.0%, which leaves 0 of 38 blocks; the smallest resident set has 6" in rows[0].not_measured
+    assert CONDITIONS.missing(cells, load_rows(path)) == cells[2:]
+
+
+def test_nothing_is_written_where_all_can_be_measured(tmp_path: Path) -> None:
+    def origin() -> Provenance:
+        raise AssertionError
+
+    assert note_unaffordable(CELLS, CONDITIONS, origin, tmp_path / "rows.json") == CELLS
+    assert not (tmp_path / "rows.json").exists()
 
 
 def test_the_questions_are_those_of_the_reference_models_own_evaluation() -> None:

@@ -15,47 +15,77 @@ from tests.docs.pages import ROOT
 PLANS = sorted((ROOT / "configs" / "accuracy").glob("*.yaml"))
 
 
+def without_index(setting: Setting) -> float:
+    """The resident ratio of a selector without index keys."""
+    return setting.ratio
+
+
 def group(**fields: object) -> CellGroup:
     return CellGroup.model_validate({"selectors": ["exact"], "tokens": [1024], "tasks": ["late"]} | fields)
 
 
 def test_lists_are_combined() -> None:
-    cells = list(group(ratios=[0.1, 0.2], taus=[4, 8], groups=[1, 3], anchor_layers=[None, [2, 0]]).cells(None))
+    cells = list(
+        group(ratios=[0.1, 0.2], taus=[4, 8], groups=[1, 3], anchor_layers=[None, [2, 0]]).cells(None, without_index)
+    )
     assert len(cells) == len(set(cells)) == 16
     assert cells[-1] == Cell(Setting("exact", 8, 0.2, 3, (0, 2)), "late", 1024, 200, 64)
 
 
 def test_dense_attention_is_asked_once_for_each_load() -> None:
     cells = group(selectors=["exact", "full"], ratios=[0.1, 0.2], taus=[4, 8], tokens=[600, 1024], batches=[1, 2])
-    dense = [cell for cell in cells.cells(None) if cell.setting.selector == "full"]
+    dense = [cell for cell in cells.cells(None, without_index) if cell.setting.selector == "full"]
     assert {cell.setting for cell in dense} == {Setting("full", 4, 1.0, 1)}
     assert [(cell.tokens, cell.batch) for cell in dense] == [(600, 1), (600, 2), (1024, 1), (1024, 2)]
 
 
 def test_all_tasks_are_the_default() -> None:
-    cells = CellGroup(selectors=["exact"], tokens=[1024]).cells(None)
+    cells = CellGroup(selectors=["exact"], tokens=[1024]).cells(None, without_index)
     assert [cell.task for cell in cells] == list(TASK_NAMES)
 
 
 def test_cells_of_several_groups_are_measured_once() -> None:
-    both = cells_of([group(taus=[4, 8]), group(taus=[8, 16])], None)
+    both = cells_of([group(taus=[4, 8]), group(taus=[8, 16])], None, without_index)
     assert [cell.setting.tau for cell in both] == [4, 8, 16]
+
+
+def test_a_device_share_gives_each_selector_the_ratio_that_its_index_leaves() -> None:
+    index = {"exact": 0.25, "streaming": 0.0}
+    shares = group(selectors=["exact", "streaming", "full"], device_shares=[0.125, 0.5])
+    cells = shares.cells(None, lambda setting: setting.ratio - index[setting.selector])
+    assert {(cell.setting.selector, cell.setting.device_share, cell.setting.ratio) for cell in cells} == {
+        ("full", None, 1.0),
+        ("exact", 0.125, -0.125),
+        ("exact", 0.5, 0.25),
+        ("streaming", 0.125, 0.125),
+        ("streaming", 0.5, 0.5),
+    }
+
+
+def test_a_fallback_is_a_setting_of_its_own() -> None:
+    cells = group(fallback_shares=[None, 0.3], score_thresholds=[0.01]).cells(None, without_index)
+    assert [cell.setting.options()["dense_fallback_share"] for cell in cells] == [None, 0.3]
+    trained = group(selectors=["neural", "full"], fallback_shares=[0.3]).cells("x", without_index)
+    assert [cell.setting.fallback_share for cell in trained] == [None, 0.3]
 
 
 def test_an_indexer_goes_to_the_selector_that_takes_one() -> None:
     groups = [group(selectors=["neural", "h2o"]), group(selectors=["neural"], indexer="own", anchor_layers=[[1]])]
-    assert [(cell.setting.selector, cell.setting.indexer, cell.setting.anchors) for cell in cells_of(groups, "x")] == [
+    assert [
+        (cell.setting.selector, cell.setting.indexer, cell.setting.anchors)
+        for cell in cells_of(groups, "x", without_index)
+    ] == [
         ("neural", "x", None),
         ("h2o", None, None),
         ("neural", "own", (1,)),
     ]
     with pytest.raises(ConfigError, match="--indexer is not given"):
-        cells_of(groups, None)
+        cells_of(groups, None, without_index)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_every_published_plan_asks_for_what_our_configuration_allows(path: Path) -> None:
-    cells = cells_of(load_plan(path).cells, "owner/indexer")
+    cells = cells_of(load_plan(path).cells, "owner/indexer", without_index)
     assert cells
     for setting in {cell.setting for cell in cells}:
         FlashMemoryConfig.model_validate(setting.options())
@@ -69,6 +99,14 @@ def test_every_published_plan_asks_for_what_our_configuration_allows(path: Path)
         ("why: x\ncells: [{selectors: [exact], tokens: []}]", "cells.0.tokens: "),
         ("why: x\ncells: [{selectors: [exact], tokens: [1024], ratios: [0]}]", "cells.0.ratios.0: "),
         ("why: x\ncells: [{selectors: [exact], tokens: [1024], tau: 4}]", "cells.0.tau: "),
+        (
+            "why: x\ncells: [{selectors: [exact], tokens: [1024], ratios: [0.1], device_shares: [0.4]}]",
+            "device_shares are [0.4] and ratios [0.1]: allowed is one of them",
+        ),
+        (
+            "why: x\ncells: [{selectors: [neural, h2o], tokens: [1024], fallback_shares: [null, 0.3]}]",
+            "fallback_shares are [0.3] for h2o, whose own scores have no threshold",
+        ),
         ("cells: []", "why: Field required"),
         ("- 1", "file: "),
         ("{", "cannot be read"),

@@ -27,6 +27,15 @@ def test_a_sweep_holds_all_else_fixed() -> None:
     assert rows_of_sweep(RATIOS, SWEEP["tau"]) == []
 
 
+def test_selectors_at_the_same_bytes_are_compared_whatever_ratio_that_leaves_them() -> None:
+    shares = ((0.1, 0.1, "streaming"), (0.4, 0.4, "streaming"), (0.3, 0.35, "neural"), (0.4, 0.45, "neural"))
+    rows = [make_row(ratio=ratio, device_share=share, selector=name) for ratio, share, name in shares]
+    assert rows_of_sweep([*rows, make_row()], SWEEP["bytes"]) == rows
+    assert rows_of_sweep(rows, SWEEP["ratio"]) == []
+    alike = [make_row(selector=name, ratio=ratio, device_share=0.4) for name, ratio in (("exact", 0.1), ("h2o", 0.3))]
+    assert rows_by_selector([*alike, make_row()]) == alike
+
+
 def test_a_single_value_of_another_selector_is_no_curve() -> None:
     assert rows_of_sweep([*RATIOS, make_row(selector="mean")], SWEEP["ratio"]) == RATIOS
 
@@ -105,4 +114,4 @@ def test_a_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_rows_of_dense_attention_alone_make_no_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ConfigError, match="no rows but of dense attention"):
-        plot_rows([make_row(selector="full")], tmp_path)
+        plot_rows([make_row(selector="full"), make_row(accuracy=None)], tmp_path)

@@ -16,7 +16,7 @@ ROWS = [
     for tokens in (600, 1200)
     for task in ("multikey", "tracking")
 ]
-OPTIONAL = ("batch", "score_threshold", "indexer")
+OPTIONAL = ("batch", "score_threshold", "indexer", "fallback_share", "device_share", "device_bytes", "fallbacks")
 
 
 def test_tables_hold_every_figure_and_leave_out_means_of_unfinished_lengths() -> None:
@@ -54,6 +54,22 @@ def test_what_differs_has_a_column_and_a_line_of_its_own() -> None:
     ]
 
 
+def test_device_bytes_have_a_column_with_a_figure_for_each_length() -> None:
+    rows = [make_row(tokens=tokens, device_bytes=tokens << 16, device_share=0.4) for tokens in (1200, 600)]
+    head, _, line, _ = format_tables([*rows, make_row(device_share=0.2)]).splitlines()[2:]
+    assert head == (
+        "| selector | ratio | tau | groups | anchors | device_share | 600 | 1,200 | resident | device MiB |"
+    )
+    assert line == "| exact | 0.125 | 16 | 1 | default | 0.4 | 0.750 | 0.750 | 12.5% | 37.5 / 75 |"
+
+
+def test_what_was_not_measured_is_told_with_its_reason() -> None:
+    unmeasured = make_row(accuracy=None, resident_share=None, not_measured="no room", ratio=-0.1)
+    table = format_tables([make_row(), unmeasured, make_row(tokens=1200)])
+    assert "| exact | -0.1 | 16 | 1 | default | - |  |  |" in table
+    assert table.endswith("- not measured: exact at 600 tokens: no room")
+
+
 def test_indexers_have_a_column_only_if_there_are_several() -> None:
     neural = [make_row(selector="neural", indexer=name) for name in ("a", "b")]
     assert "indexer" not in format_tables([make_row(), neural[0]])
@@ -69,7 +85,7 @@ def test_a_report_keeps_rows_on_other_questions_apart() -> None:
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    rows = [make_row(anchors=(0, 2), indexer="x", score_threshold=0.5), make_row()]
+    rows = [make_row(anchors=(0, 2), indexer="x", score_threshold=0.5), make_row(), make_row(accuracy=None)]
     save_rows(tmp_path / "new" / "rows.json", rows)
     assert load_rows(tmp_path / "new" / "rows.json") == rows
     assert load_rows(tmp_path / "none.json") == []
