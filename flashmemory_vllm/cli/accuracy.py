@@ -110,7 +110,9 @@ def _measure(args: argparse.Namespace) -> None:
     missing = conditions.missing(cells, load_rows(args.out))
     folders = [Path(folder) for folder in (args.oracle_data or "").split(",") if folder]
     command = ["flashmemory", *sys.argv[1:]]
-    missing = note_unaffordable(missing, conditions, partial(Provenance.collect, command, args.commit), args.out)
+    missing = note_unaffordable(
+        missing, conditions, partial(Provenance.collect_elsewhere, command, args.commit), args.out
+    )
     check_recorded(missing, conditions, folders)
     for start in make_starts(args, missing):
         if deadline is None or time.time() < deadline:

@@ -6,7 +6,7 @@ answer goes from link to link, and which link is next is known only once the one
     path        TRACE a a     -> b b c c d d ...
     latepath    LATER a a     -> c0 c1 ... c143 a a b b c c d d ...
 
-RULER's variable tracking (arXiv 2404.06654) with 24 hops. `latepath` counts first, so that there are selections
+RULER's variable tracking (arXiv 2404.06654) with 16 hops. `latepath` counts first, so that there are selections
 before the first link is needed. The ring has no end and neither has the answer: it is cut off after the last hop.
 A model that was trained on one hop (`tracking`) can do this, because each hop is the same induction.
 """
@@ -27,7 +27,7 @@ from flashmemory_vllm.evaluation.tasks import (
     wrap,
 )
 
-HOPS = 24
+HOPS = 16
 QUESTION_LEN = 1 + KEY_WORDS
 _WALK_LEN = HOPS * KEY_WORDS
 # Generated before the first hop

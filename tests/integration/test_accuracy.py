@@ -76,6 +76,7 @@ def test_a_plan_is_measured_once(arguments: list[str]) -> None:
     assert {row.indexer for row in rows_of(rows, "neural")} == {arguments[arguments.index("--indexer") + 1]}
     # What the future is known for, few blocks answer
     for row in (*rows_of(rows, "oracle"), *rows_of(rows, "oracle", groups=3)):
+        assert row.accuracy is not None
         assert row.accuracy >= 0.75
     assert {row.batch for row in rows_of(rows, "oracle", groups=3)} == {3}
     assert all(row.command.startswith("flashmemory accuracy --plan ") for row in rows)

@@ -96,7 +96,8 @@ def test_too_short_reference_prompts_are_refused() -> None:
 
 
 def test_accuracy_prompts_are_those_of_the_accuracy_command() -> None:
-    from flashmemory_vllm.evaluation.accuracy import SEED, max_questions
+    from flashmemory_vllm.evaluation.accuracy import SEED
+    from flashmemory_vllm.evaluation.questions import max_questions
 
     asked = {prompt.ids: prompt for prompt in accuracy_prompts(6, 1024)}
     for task in TASK_NAMES:

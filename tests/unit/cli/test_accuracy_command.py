@@ -76,7 +76,7 @@ def test_a_fallback_is_set_where_it_is_asked_for() -> None:
 
 def test_every_task_can_be_asked_for_and_the_trained_ones_are_the_default() -> None:
     (start,) = starts("--tasks", "path,latepath", "--tokens", "2048")
-    assert start.engine["max_model_len"] == 2048 + 144 + 2 + 48
+    assert start.engine["max_model_len"] == 2048 + 144 + 2 + 32
     assert {cell.task for cell in make_cells(parse())} == set(TASK_NAMES)
 
 

@@ -76,8 +76,8 @@ def test_questions_share_one_context_and_start_at_different_links() -> None:
 
 
 def test_what_a_context_has_no_links_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match=f"path needs {HOPS + 1} links, a prompt of 600 tokens has {num_links(600)}"):
-        make_path_samples("path", 600, 1, seed=0)
+    with pytest.raises(ConfigError, match=f"path needs {HOPS + 1} links, a prompt of 500 tokens has {num_links(500)}"):
+        make_path_samples("path", 500, 1, seed=0)
     most = num_links(NUM_TOKENS)
     assert len(make_path_samples("path", NUM_TOKENS, most, seed=0, questions_per_context=most)) == most
     with pytest.raises(ConfigError, match=f"path needs {most + 1} links"):

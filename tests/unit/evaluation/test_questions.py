@@ -37,5 +37,5 @@ def test_a_right_answer_scores_one_and_only_paths_score_parts() -> None:
         right = sample.answer_ids.tolist()
         assert score(sample, right) == 1.0
         spoilt = [*right[:-1], words.STOP]
-        assert score(sample, spoilt) == (47 / 48 if "path" in task else 0.0)
+        assert score(sample, spoilt) == (31 / 32 if "path" in task else 0.0)
         assert score(sample, []) == 0.0

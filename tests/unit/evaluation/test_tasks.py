@@ -26,7 +26,7 @@ def _spans(sample: Sample) -> list[list[int]]:
 
 def _question(sample: Sample, *, chat: bool = False) -> list[int]:
     stop = len(sample.prompt_ids) - (1 if chat else 0)
-    question: list[int] = sample.prompt_ids[stop - QUESTION_LENS[sample.task] : stop].tolist()
+    question: list[int] = sample.prompt_ids[sample.num_shared_tokens : stop].tolist()
     return question
 
 
