@@ -95,6 +95,13 @@ class FlashMemoryConfig(BaseModel):
         description="A block's score is at least this share of its score in the request's selection before, so that "
         "what a question needed is kept while an answer gets to it. `h2o` adds scores up anyway.",
     )
+    next_block_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="A block's score is at least this share of the score of the block before it: what is read goes on "
+        "there, and may begin at the end of a block.",
+    )
     aggregate: Aggregate = Field(
         default="max", description="How a block's scores over query heads and anchor layers become one."
     )

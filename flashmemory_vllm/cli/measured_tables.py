@@ -160,7 +160,14 @@ def _kernels(folder: Path) -> str:
 
 def _selections(folder: Path) -> str:
     path, rows = _load(folder, SELECTIONS)
-    header = ("selector and context", "µs", "µs of the host", "MiB read", "index bytes a token", "share of a plain copy")
+    header = (
+        "selector and context",
+        "µs",
+        "µs of the host",
+        "MiB read",
+        "index bytes a token",
+        "share of a plain copy",
+    )
     cells = (
         (
             row["measurement"],

@@ -21,7 +21,7 @@ from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
-from flashmemory_vllm.runtime.selection import SelectionQueue
+from flashmemory_vllm.runtime.selection import ScoreRules, SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
@@ -183,7 +183,8 @@ def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuf
     drift = None
     if config.drift_threshold is not None:
         drift = QueryDrift(config.drift_threshold, delay_steps, queries, side_stream)
-    return SelectionQueue(selector, delay_steps, side_stream, config.score_memory, drift)
+    rules = ScoreRules(config.next_block_share, config.score_memory)
+    return SelectionQueue(selector, delay_steps, side_stream, rules, drift)
 
 
 def _buffers(

@@ -20,6 +20,22 @@ class _Pending:
     deliver_step: int
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreRules:
+    """What is made of a selector's scores before they choose blocks.
+
+    Attributes:
+        next_block_share: share of the score of the block before it that a block has at least.
+        memory: share of its score in the request's selection before that a block keeps at least.
+    """
+
+    next_block_share: float = 0.0
+    memory: float = 0.0
+
+
+NO_RULES = ScoreRules()
+
+
 class SelectionQueue:
     """Scores on a stream of its own beside the model, results on the host after a fixed number of steps.
 
@@ -30,7 +46,7 @@ class SelectionQueue:
         selector: scores blocks.
         delay_steps: steps between capturing the queries and using the scores of a later selection.
         side_stream: where the selector runs.
-        memory: share of its score in the selection before that a block keeps at least. Default: none.
+        rules: what is made of the selector's scores. Default: nothing.
         drift: notices requests that should be scored early. Default: nobody does.
     """
 
@@ -39,12 +55,12 @@ class SelectionQueue:
         selector: Selector,
         delay_steps: int,
         side_stream: SideStream,
-        memory: float = 0.0,
+        rules: ScoreRules = NO_RULES,
         drift: QueryDrift | None = None,
     ) -> None:
         self._selector = selector
         self._delay_steps = delay_steps
-        self._memory = memory
+        self._rules = rules
         # Scores [G, n] of each request's last selection; only touched on the side stream
         self._remembered: dict[str, torch.Tensor] = {}
         self._side_stream = side_stream
@@ -83,19 +99,23 @@ class SelectionQueue:
             ids = upload(due.block_ids.astype(np.int64), self._device)
             mask = None if resident is None else upload(resident, self._device)
             scores = self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask, earlier))
-            return scores if self._memory == 0.0 else self._remember(due, scores)
+            return self._revised(due, scores)
 
         delay = 0 if due.first else self._delay_steps
         inputs = [queries] if earlier is None else [queries, earlier]
         self._pending.append(_Pending(due.req_id, self._side_stream.fetch(work, *inputs), step + 1 + delay))
 
-    def _remember(self, due: DueSelection, scores: torch.Tensor) -> torch.Tensor:
-        """Scores that are not much smaller than those of the selection before."""
-        before = None if due.first else self._remembered.get(due.req_id)
-        if before is not None:
-            known = scores[:, : before.shape[1]]
-            torch.maximum(known, before * self._memory, out=known)
-        self._remembered[due.req_id] = scores
+    def _revised(self, due: DueSelection, scores: torch.Tensor) -> torch.Tensor:
+        rules = self._rules
+        if rules.next_block_share:
+            after = torch.maximum(scores[:, 1:], scores[:, :-1] * rules.next_block_share)
+            scores = torch.cat((scores[:, :1], after), dim=1)
+        if rules.memory:
+            before = None if due.first else self._remembered.get(due.req_id)
+            if before is not None:
+                known = scores[:, : before.shape[1]]
+                torch.maximum(known, before * rules.memory, out=known)
+            self._remembered[due.req_id] = scores
         return scores
 
     def deliver(self, step: int) -> list[Selection]:

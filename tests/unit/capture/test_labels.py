@@ -13,7 +13,7 @@ from flashmemory_vllm.capture.labels import block_mass, default_min_votes, golde
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3)),
     data=st.data(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_mass_is_softmax_over_all_tokens_summed_by_block(
     seed: int, sizes: tuple[int, int, int, int], data: st.DataObject
 ) -> None:

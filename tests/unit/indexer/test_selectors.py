@@ -109,7 +109,7 @@ def test_planted_needle_is_ranked_first(name: str) -> None:
     spread=st.floats(0.1, 30),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bounds_are_an_upper_bound_of_every_token(seed: int, spread: float, dtype: torch.dtype) -> None:
     history = History(seed, num_blocks=5)
     history.keys = (history.keys * spread).to(dtype).float()

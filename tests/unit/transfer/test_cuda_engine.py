@@ -90,7 +90,7 @@ class _Plan:
         self.gathered = self.gathered[~np.isin(self.gathered, self.fresh[0])]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), order=st.integers(0, 2**32), by_dma=st.booleans())
 def test_overlap_changes_nothing_that_is_read_or_kept(seed: int, order: int, by_dma: bool) -> None:
     plain = Worker(CpuTransferEngine, None)
