@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.reference import reference_model_path
+from flashmemory_vllm.reference import reference_indexer_path, reference_model_path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,7 +39,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--device", default="cuda", help="torch device. Default: cuda")
         command.add_argument("--questions", type=int, default=200, help="questions of each cell. Default: 200")
         command.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768], help="prompt tokens")
-    commands.add_parser("path", help="print the folder of the shipped model").set_defaults(run=run_path)
+    for name, text, folder in (
+        ("path", "print the folder of the shipped model", reference_model_path()),
+        ("indexer", "print the folder of the indexer trained for it", reference_indexer_path()),
+    ):
+        commands.add_parser(name, help=text).set_defaults(run=run_path, folder=folder)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -73,9 +77,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_path(_args: argparse.Namespace) -> int:
-    """Print where the shipped model lies."""
-    print(reference_model_path())
+def run_path(args: argparse.Namespace) -> int:
+    """Print where the shipped model or its indexer lies."""
+    print(args.folder)
     return 0
 
 
