@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flashmemory_vllm"
 KERNELS = "flashmemory_kernels"
-BASE = frozenset({"errors", "config", "host_memory", "types"})
+BASE = frozenset({"errors", "config", "config_text", "host_memory", "types"})
 
 # Part of the package -> the other parts it may import; everything may import BASE and itself.
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "config": set(),
+    "config_text": set(),
     "host_memory": set(),
     "doctor": set(),
     "residency": set(),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flashmemory_vllm.cli import measured_tables
 from flashmemory_vllm.cli.markdown import table
-from flashmemory_vllm.config import FlashMemoryConfig, describe_allowed
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.config_text import describe_allowed
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.observability.metrics import METRICS
 
@@ -43,6 +44,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "results/core.md": measured_tables.accuracy_tables,
     "results/device.md": measured_tables.device_tables,
     "results/exactness.md": measured_tables.exactness_table,
+    "results/reference.md": measured_tables.equal_bytes_tables,
     "results/speed.md": measured_tables.speed_tables,
 }
 

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from flashmemory_vllm.config import FlashMemoryConfig, describe_allowed
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.config_text import describe_allowed
 from flashmemory_vllm.errors import ConfigError
 
 
