@@ -23,14 +23,27 @@ TUNING_MARK = " | "
 
 
 def accuracy_tables(folder: Path) -> str:
-    """Exact match of every selector by task and length.
+    """Exact match of every selector by task and length, at the same resident ratio.
 
     Args:
         folder: `docs/`; the rows are `results/core.json`.
     """
+    return _accuracy(folder / "results" / "core.json")
+
+
+def equal_bytes_tables(folder: Path) -> str:
+    """Scores of every selector by task and length, at the same device bytes.
+
+    Args:
+        folder: `docs/`; the rows are `results/reference.json`.
+    """
+    return _accuracy(folder / "results" / "reference.json")
+
+
+def _accuracy(path: Path) -> str:
     from flashmemory_vllm.evaluation.accuracy_rows import format_tables, load_rows
 
-    return f"{format_tables(load_rows(folder / 'results' / 'core.json'))}\n"
+    return f"{format_tables(load_rows(path))}\n"
 
 
 def speed_tables(folder: Path) -> str:
