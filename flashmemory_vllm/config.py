@@ -73,18 +73,19 @@ class FlashMemoryConfig(BaseModel):
     indexer: str | None = Field(
         default=None,
         description="Trained indexer: its file, a folder with `indexer.safetensors`, or a Hugging Face id. Makes the "
-        "selector `neural`; anchor layers, score threshold and `tau_steps` are those it was trained with.",
+        "selector `neural`; anchor layers, score threshold, `query_window` and `tau_steps` are those it was trained "
+        "with.",
     )
     anchor_layers: LayerIndices | None = Field(
         default=None,
         description="Layers whose queries and keys feed the selector. Unset: three, at 1/3, 1/2 and 2/3 of the depth.",
     )
-    query_window: int = Field(
-        default=1,
+    query_window: int | None = Field(
+        default=None,
         ge=1,
         description="Newest prompt tokens whose queries a request's first selection is made with, as far as they are "
         "computed in the step that ends the prompt: a block is worth what it is worth to any of them. Later "
-        "selections are made with the last token's.",
+        "selections are made with the last token's. Unset: what a trained indexer was trained with, else 1.",
     )
     score_memory: float = Field(
         default=0.0,

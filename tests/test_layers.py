@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "reference": {"evaluation"},
     "evaluation": {"indexer", "residency", "reference", KERNELS},
     "benchmark": {"evaluation"},
-    "capture": {"evaluation"},
+    "capture": {"evaluation", "indexer"},
     "training": {"indexer", "residency", "evaluation", "reference", KERNELS},
     "plugin": {"runtime", "transfer", "indexer", "residency", "observability", "doctor", "capture", KERNELS},
     "cli": {"runtime", "benchmark", "capture", "doctor", "reference", "evaluation", "training", "observability"},

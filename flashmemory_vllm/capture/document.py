@@ -40,11 +40,13 @@ class Recording:
     """What was seen of one request.
 
     Attributes:
-        keys: float16 [A, n, Hkv, 3, D], pooled keys of its full blocks.
+        keys: float16 [A, n, Hkv, 3, D], pooled keys of the chunks of its full blocks.
+        prompt_queries: float16 [Q, A, Hq, D] after RoPE, of the newest prompt tokens before the last one, in order.
         tokens: the recorded tokens in order.
     """
 
     keys: Half
+    prompt_queries: Half
     tokens: Sequence[Token]
 
 
@@ -88,6 +90,7 @@ class Document:
         massive = [np.flatnonzero(token.mass > LEAST_MASS).astype(np.int32) for token in tokens]
         found: dict[str, Array] = {
             "keys": self.recording.keys,
+            "prompt_queries": self.recording.prompt_queries,
             "queries": np.stack([token.queries for token in tokens]),
             "positions": np.asarray([token.position for token in tokens], np.int32),
             "golden_ptr": _pointers(golden),
@@ -106,7 +109,7 @@ class Document:
         by_layer = [token.layer_mass for token in tokens if token.layer_mass is not None]
         if by_layer:
             found["layer_mass"] = _pad_blocks(by_layer)
-        for name in ("keys", "queries"):
+        for name in ("keys", "prompt_queries", "queries"):
             half: Half = found[name].astype(np.float16, copy=False)
             if not np.isfinite(half).all():
                 raise IntegrityError(f"capture: {name} of the model are beyond float16 (65504), or not finite")

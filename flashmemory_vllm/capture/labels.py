@@ -53,16 +53,3 @@ def golden_votes(shares: torch.Tensor, top_p: float, min_share: float = 0.0) -> 
 def default_min_votes(num_layers: int) -> int:
     """15 % of the layers; at least 2 where there are 6 or more, so that one odd layer decides nothing."""
     return max(2 if num_layers >= 6 else 1, round(0.15 * num_layers))
-
-
-def pooled_keys(keys: torch.Tensor) -> torch.Tensor:
-    """Maximum, minimum and mean over the tokens of each block.
-
-    Args:
-        keys: [n, Hkv, block_size, D] of full blocks.
-
-    Returns:
-        float16 [n, Hkv, 3, D].
-    """
-    exact = keys.float()
-    return torch.stack((exact.amax(2), exact.amin(2), exact.mean(2)), dim=2).half()

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from flashmemory_vllm.capture.document import Array, with_prefix
 from flashmemory_vllm.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 512 << 20
 GIB = 1 << 30
 # Room for the header of a shard, which names every tensor, and for one document's part of it.
@@ -59,6 +59,8 @@ class CaptureMeta:
         model: name of the model.
         model_type: its architecture, as its configuration names it.
         shape: sizes of its attention.
+        chunk_size: tokens in a chunk, over which keys are pooled.
+        query_window: newest tokens of a prompt whose queries are kept, the last one among them.
         top_p: share of a layer's mass that its golden blocks hold.
         min_share: share of a head's attention that each of them holds.
         min_votes: layers that make a block golden.
@@ -70,6 +72,8 @@ class CaptureMeta:
     model: str
     model_type: str
     shape: ModelShape
+    chunk_size: int
+    query_window: int
     top_p: float
     min_share: float
     min_votes: int

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--min-share", type=float, default=0.0, help="share of a head's attention that each of them has. Default: 0"
     )
     parser.add_argument("--min-votes", type=int, help="layers that make a block golden. Default: 15 %% of them")
+    parser.add_argument(
+        "--chunk-size", type=int, default=4, help="tokens that keys are pooled over; divides the block size. Default: 4"
+    )
+    parser.add_argument(
+        "--query-window", type=int, default=16, help="newest prompt tokens to keep the queries of. Default: 16"
+    )
     parser.add_argument("--every", type=int, default=1, help="output tokens between two recorded. Default: 1")
     parser.add_argument("--window", type=int, default=64, help="steps that a selection is to serve. Default: 64")
     parser.add_argument("--delay", type=int, default=1, help="steps that a selection comes late. Default: 1")
@@ -57,6 +63,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Record what the folder lacks."""
+    from flashmemory_vllm.capture.recorder import Choices
     from flashmemory_vllm.capture.run import record
     from flashmemory_vllm.capture.writer import CaptureWriter, is_complete
 
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     longest = max(prompt.max_tokens for prompt in prompts)
     engine = CaptureEngine(args.model, engine_arguments(args, prompts), anchors, longest, stop_token_ids)
     with closing(engine):
-        shape = engine.record(args.top_p, args.min_share, args.every, layer_mass=args.layer_mass)
+        shape = engine.record(Choices(**{field.name: getattr(args, field.name) for field in fields(Choices)}))
         meta = make_meta(args, shape, engine.model_type, prompts)
         writer = CaptureWriter(args.out, meta, int(args.max_gib * GIB))
         record(engine, prompts, writer, args.every, args.batch)
@@ -91,6 +98,8 @@ def check(args: argparse.Namespace) -> None:
         "tokens",
         "max_output_tokens",
         "min_votes",
+        "chunk_size",
+        "query_window",
         "every",
         "window",
         "batch",
@@ -100,7 +109,10 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{option.replace('_', '-')} is {given}: allowed is 1 or more")
     if args.prompts is not None and args.accuracy_questions is not None:
         raise ConfigError("--accuracy-questions: given with --prompts; allowed is one of them")
-    block_size_of(args)
+    if block_size_of(args) % args.chunk_size:
+        raise ConfigError(
+            f"--chunk-size is {args.chunk_size}: allowed is what divides {block_size_of(args)}, the block size"
+        )
     if args.delay < 0:
         raise ConfigError(f"--delay is {args.delay}: allowed is 0 or more")
     if not 0 < args.top_p <= 1:
@@ -171,6 +183,8 @@ def make_meta(
         model=Path(args.model).name if Path(args.model).is_dir() else args.model,
         model_type=model_type,
         shape=shape,
+        chunk_size=args.chunk_size,
+        query_window=args.query_window,
         top_p=args.top_p,
         min_share=args.min_share,
         min_votes=min_votes,

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 # Name, default, smallest value, help
 _INTEGERS = (
-    ("epochs", 4, 1, "passes over the recorded tokens"),
-    ("batch", 64, 1, "tokens of a step, of all processes together"),
-    ("rank", 64, 1, "width of the bottleneck between queries and index heads"),
-    ("heads", 16, 1, "index heads"),
-    ("dim", 128, 1, "elements of a block's code; a block takes this many bytes and 4 for each anchor layer"),
+    ("epochs", 4, 1, "passes over the documents"),
+    ("batch", 4, 1, "documents of a step, of all processes together"),
+    ("tokens", 8, 1, "tokens drawn from each document's answer, beside its question"),
+    ("rank", 0, 0, "width of the bottleneck between queries and index heads; 0 is what --dim has for each query head"),
+    ("heads", 0, 0, "index heads; 0 is one for each query head"),
+    ("dim", 128, 1, "elements of a chunk's code; a chunk takes this many bytes and 4 for each anchor layer"),
+    ("reach", 2, 0, "chunks at the end of a block that speak for the next one, too"),
     ("tau", 64, 1, "decode steps for which a selection is in force, as tau_steps in serving"),
     ("seed", 0, 0, "seed of weights, split, order and negatives"),
     ("validate-every", 0, 0, "steps between two validations; 0 is half an epoch"),
@@ -36,7 +38,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", type=Path, required=True, help="file of the weights, .safetensors; card beside it")
     for name, default, _, text in _INTEGERS:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}. Default: {default}")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate. Default: 0.001")
+    parser.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate. Default: 0.00015")
+    parser.add_argument("--query-window", type=int, help="prompt tokens of a first selection. Default: as recorded")
+    parser.add_argument("--loss", choices=("rank", "focal"), default="rank", help="what is minimised. Default: rank")
     parser.add_argument("--delay", type=int, help="steps until a selection is in force. Default: as recorded")
     parser.add_argument(
         "--aggregate", choices=get_args(Aggregate), default="max", help="how layers are combined. Default: max"
@@ -57,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from flashmemory_vllm.training.dataset import TrainingData
     from flashmemory_vllm.training.finish import finish
     from flashmemory_vllm.training.processes import Processes
-    from flashmemory_vllm.training.trainer import Trainer, TrainSettings
+    from flashmemory_vllm.training.settings import TrainSettings
+    from flashmemory_vllm.training.trainer import Trainer
 
     _check(args)
     require_matplotlib()
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     data = TrainingData(args.data)
     if args.delay is None:
         args.delay = data.meta.delay
+    args.query_window = _query_window(args.query_window, data.meta.query_window)
     settings = TrainSettings(**{field.name: getattr(args, field.name) for field in fields(TrainSettings)})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     state = args.out.with_suffix(".state.pt")
@@ -96,6 +102,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--lr is {args.lr}: allowed is a number above 0")
     if not 0 < args.validation_share < 1:
         raise ConfigError(f"--validation-share is {args.validation_share}: allowed is a number between 0 and 1")
+
+
+def _query_window(given: int | None, recorded: int) -> int:
+    if given is not None and not 1 <= given <= recorded:
+        raise ConfigError(f"--query-window is {given}: allowed is 1 to {recorded}, as many as --data has")
+    return given or recorded
 
 
 def _device(given: str | None) -> "torch.device":

@@ -37,8 +37,10 @@ ANCHOR_LAYERS = (8, 16, 24)
 # Keys and values of all layers, 8 heads of 128 in bf16
 KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * 8 * 128 * torch.bfloat16.itemsize
 RESIDENT_RATIO = 0.135
-# Rank of the neural indexer by name of a measurement: the default of `flashmemory train`, and what an 8B model needs.
-NEURAL_RANKS = {"neural": 64, "neural-512": 512}
+# As `flashmemory capture` records by default
+CHUNK_SIZE = 4
+# Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
+NEURAL_RANKS = {"neural-64": 64, "neural": 512}
 SELECTORS = ("mean", "bounds", "exact", "h2o", *NEURAL_RANKS)
 # Blocks whose index keys are made at once, and calls that the host's time is the median of.
 ADDED_BLOCKS = 1024
@@ -121,9 +123,12 @@ def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         block_size=geometry.block_size,
+        chunk_size=CHUNK_SIZE,
+        reach=2,
+        query_window=1,
         anchor_layers=geometry.anchor_layers,
         rank=rank,
-        num_heads=16,
+        num_heads=geometry.num_query_heads,
         dim=128,
         aggregate="max",
         threshold=0.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,7 @@ from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
 
 # The one key of the metadata: safetensors writes several in any order, and equal weights should make equal files
 METADATA_KEY = "flashmemory_indexer"
-VERSION = 1
+VERSION = 2
 FILE_NAME = "indexer.safetensors"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,12 +59,28 @@ def resolve_indexer(indexer: str) -> Path:
 
 
 def save_indexer(model: NeuralIndexer, path: Path) -> None:
-    """Write weights and spec, whole or not at all."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    """Write weights, in the precision of `round_weights`, and spec, whole or not at all."""
+    half = {name for name, _ in _matrices(model)}
+    weights = {
+        name: value.detach().cpu().contiguous().to(torch.float16 if name in half else value.dtype)
+        for name, value in model.state_dict().items()
+    }
     content = {"version": VERSION, "spec": asdict(model.spec)}
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial, metadata={METADATA_KEY: json.dumps(content)})
     partial.replace(path)
+
+
+@torch.no_grad()
+def round_weights(model: NeuralIndexer) -> None:
+    """Round the large weights to the float16 that they are stored in; what is measured then is what is served."""
+    for _, weight in _matrices(model):
+        weight.copy_(weight.half())
+
+
+def _matrices(model: NeuralIndexer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Weights of three dims; others are few and are scales or offsets of them."""
+    return ((name, weight) for name, weight in model.named_parameters() if weight.dim() == 3)
 
 
 def read_spec(path: Path) -> IndexerSpec:
@@ -157,4 +173,6 @@ def _spec_of(given: Mapping[str, Any]) -> IndexerSpec:
     spec = IndexerSpec(**{**given, "anchor_layers": tuple(given["anchor_layers"])})
     if spec.aggregate not in get_args(Aggregate):
         raise ValueError(f"aggregate is {spec.aggregate!r}")
+    if spec.block_size % spec.chunk_size or not 0 <= spec.reach <= spec.chunks_per_block:
+        raise ValueError(f"chunk_size is {spec.chunk_size} and reach {spec.reach} at the block size {spec.block_size}")
     return spec

@@ -9,19 +9,21 @@ from typing import ClassVar
 import torch
 from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.score_chunks import CODE_DTYPE, quantise_codes, score_chunks
-from flashmemory_kernels.summarise_keys import summarise_keys
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.indexer.checkpoint import check_fits, load_indexer, resolve_indexer
-from flashmemory_vllm.indexer.neural_model import NORM_EPS, ensemble
+from flashmemory_vllm.indexer.neural_model import NORM_EPS, block_logits, ensemble, pooled_keys
 
 
 class NeuralSelector(Selector):
     """Scores a block by the probability that decode needs it until the next selection (arXiv 2606.09079).
 
-    The index holds one fp8 code and one scale per block and anchor layer: `dim + 4` bytes each, whatever the number
-    of heads. Codes of blocks never added are uninitialised.
+    The index holds one fp8 code and one scale per chunk of a block and anchor layer: `dim + 4` bytes each, whatever the
+    number of heads. Codes of blocks never added are uninitialised.
+
+    A request's first selection is made with the newest tokens of its prompt, the question. What they ask for keeps its
+    score for the whole request: the answer may take a while to come to it.
 
     Args:
         geometry: sizes; anchor layers and heads must be those that the indexer was trained for.
@@ -52,9 +54,12 @@ class NeuralSelector(Selector):
                 f"indexer {indexer!r} has the anchor layers {list(self.spec.anchor_layers)}: "
                 f"layer groups {missing} have none of them"
             )
-        size = (len(geometry.anchor_layers), geometry.num_logical_blocks)
+        size = (len(geometry.anchor_layers), geometry.num_logical_blocks * self.spec.chunks_per_block)
         self.codes = torch.empty(*size, self.spec.dim, dtype=CODE_DTYPE, device=geometry.device)
         self.scales = torch.empty(size, dtype=torch.float32, device=geometry.device)
+        self._chunks = torch.arange(self.spec.chunks_per_block, device=geometry.device)
+        # Logits [G, n] that a request's question gave its blocks
+        self._asked: dict[str, torch.Tensor] = {}
 
     @property
     def score_threshold(self) -> float:
@@ -70,42 +75,44 @@ class NeuralSelector(Selector):
         self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor], slots: Sequence[torch.Tensor] | None = None
     ) -> None:
         """Encode blocks that became full; see `Selector.add_blocks`."""
-        layer_slots = repeat(None, len(keys)) if slots is None else slots
-        pooled = [
-            self._pool(pages, in_slots, len(block_ids))
-            for pages, in_slots in zip(keys, layer_slots, strict=slots is not None)
-        ]
+        blocks = keys if slots is None else map(torch.Tensor.index_select, keys, repeat(0), slots)
+        pooled = [pooled_keys(of_layer, self.spec.chunk_size) for of_layer in blocks]
         codes, scales = quantise_codes(self.model.encode_keys(torch.stack(pooled, dim=1)).transpose(0, 1))
+        ids = self._chunk_ids(block_ids)
         # Rows are scattered as bytes: indexing does not know fp8 on every device.
-        self.codes.view(torch.uint8).index_copy_(1, block_ids, codes.contiguous().view(torch.uint8))
-        self.scales.index_copy_(1, block_ids, scales)
+        self.codes.view(torch.uint8).index_copy_(1, ids, codes.contiguous().view(torch.uint8))
+        self.scales.index_copy_(1, ids, scales)
 
     @torch.no_grad()
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Probability of each block, float32 [G, n]; the largest of several tokens'."""
-        last, *earlier = (self._logits(queries, request.block_ids) for queries in request.all_queries(self.name))
-        for logits in earlier:
-            torch.maximum(last, logits, out=last)
-        return self.model.probability(last)
+        ids = self._chunk_ids(request.block_ids)
+        logits, *earlier = (self._logits(queries, ids) for queries in request.all_queries(self.name))
+        for others in earlier:
+            torch.maximum(logits, others, out=logits)
+        if request.step_index == 0:
+            self._asked[request.req_id] = logits
+        elif (asked := self._asked.get(request.req_id)) is not None:
+            known = logits[:, : asked.shape[1]]
+            torch.maximum(known, asked, out=known)
+        return self.model.probability(logits)
+
+    def forget(self, req_id: str) -> None:
+        """Drop what a request's question asked for."""
+        self._asked.pop(req_id, None)
+
+    def _chunk_ids(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the index, int64 [n * C], of blocks."""
+        return (block_ids.unsqueeze(1) * len(self._chunks) + self._chunks).flatten()
 
     def _logits(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Combined logits [G, n] of blocks for queries [A, Hq, D]."""
+        """Combined logits [G, n] of blocks, given the index rows of their chunks, for queries [A, Hq, D]."""
         model = self.model
         weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
         heads, gates = project_queries(queries, model.query_spread, *weights, NORM_EPS)
-        logits = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
+        of_chunks = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
+        logits = block_logits(of_chunks, self.spec.chunks_per_block, self.spec.reach)
         if len(self._anchors_of) == 1:
             return ensemble(logits, self.spec.aggregate).unsqueeze(0)
         groups = (torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of)
         return torch.stack([ensemble(group, self.spec.aggregate) for group in groups])
-
-    def _pool(self, pages: torch.Tensor, slots: torch.Tensor | None, num_blocks: int) -> torch.Tensor:
-        """Maximum, minimum and mean of each block's keys, float32 [n, Hkv, 3, D]."""
-        _, num_heads, _, head_dim = pages.shape
-        rows = torch.arange(num_blocks, device=pages.device)
-        bounds = torch.empty(num_blocks, num_heads, 1, 2 * head_dim, device=pages.device)
-        mean = torch.empty(num_blocks, num_heads, 1, head_dim, device=pages.device)
-        summarise_keys(pages, slots, bounds, rows, "bounds")
-        summarise_keys(pages, slots, mean, rows, "mean")
-        smallest, largest = bounds.chunk(2, dim=-1)
-        return torch.cat((largest, smallest, mean), dim=2)

@@ -11,7 +11,7 @@ from flashmemory_kernels.score_chunks import CODE_DTYPE, dequantise_codes, quant
 from torch import nn
 from torch.nn import functional
 
-# Maximum, minimum and mean over a block's tokens.
+# Maximum, minimum and mean over a chunk's tokens.
 NUM_POOLS = 3
 _SCALE_BYTES = torch.float32.itemsize
 NORM_EPS = 1e-6
@@ -30,10 +30,13 @@ class IndexerSpec:
         num_kv_heads: its KV heads, Hkv.
         head_dim: elements of one key, D.
         block_size: tokens in a block.
+        chunk_size: tokens in a chunk, each of which has a code; divides the block size.
+        reach: chunks at the end of a block that speak for the block after it, too.
+        query_window: newest tokens of a prompt that a request's first selection is made with.
         anchor_layers: attention-layer indices that it reads (A of them).
         rank: width R of the bottleneck between queries and index heads.
         num_heads: index heads, H.
-        dim: elements E of a block's code.
+        dim: elements E of a chunk's code.
         aggregate: how the layers' logits become one, "max" or "mean".
         threshold: probability from which a block is worth a slot.
         tau: steps between two selections that it was trained for.
@@ -47,6 +50,9 @@ class IndexerSpec:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    chunk_size: int
+    reach: int
+    query_window: int
     anchor_layers: tuple[int, ...]
     rank: int
     num_heads: int
@@ -64,21 +70,30 @@ class IndexerSpec:
 
     @property
     def key_width(self) -> int:
-        """Elements of one block's pooled keys in one layer."""
+        """Elements of one chunk's pooled keys in one layer."""
         return self.num_kv_heads * NUM_POOLS * self.head_dim
+
+    @property
+    def chunks_per_block(self) -> int:
+        """Chunks of one block, C."""
+        return self.block_size // self.chunk_size
 
     @property
     def bytes_per_block(self) -> int:
         """Device bytes of one block's codes and scales, all anchor layers together."""
-        return len(self.anchor_layers) * (self.dim * CODE_DTYPE.itemsize + _SCALE_BYTES)
+        return len(self.anchor_layers) * self.chunks_per_block * (self.dim * CODE_DTYPE.itemsize + _SCALE_BYTES)
 
 
 class NeuralIndexer(nn.Module):
-    """Scores blocks as the lightning indexer does (DeepSeek-V3.2; FlashMemory, arXiv 2606.09079).
+    """Scores chunks of blocks as the lightning indexer does (DeepSeek-V3.2; FlashMemory, arXiv 2606.09079).
 
-    Per anchor layer and index head h: `logit(block) = sum_h gate_h * relu(query_h . code(block)) + bias`, and one
-    weight on the logarithm of the block's distance. Queries and keys come after RoPE and already know where they
-    are. The query side sees `q` and `|q|`, and the key side the maximum, minimum and mean of a block's keys: so the
+    Per anchor layer and index head h: `logit(chunk) = sum_h gate_h * relu(query_h . code(chunk)) + bias`, and one
+    weight on the logarithm of the chunk's distance. A block is worth what its best chunk is worth: a fact of a few
+    tokens drowns in one code for a whole block. Who finds a fact reads on, so the last chunks of a block speak for the
+    next block as well.
+
+    Queries and keys come after RoPE and already know where they
+    are. The query side sees `q` and `|q|`, and the key side the maximum, minimum and mean of a chunk's keys: so the
     per-channel bound `max(q * max, q * min) = q (max + min) / 2 + |q| (max - min) / 2` is one of the products it can
     learn (Quest, arXiv 2406.10774; pooled keys as in SeerAttention-R, arXiv 2506.08889).
 
@@ -128,7 +143,7 @@ class NeuralIndexer(nn.Module):
 
         Args:
             queries: [n, A, Hq, D].
-            pooled: [m, A, Hkv, 3, D], maximum, minimum and mean of the keys of m blocks.
+            pooled: [m, A, Hkv, 3, D], maximum, minimum and mean of the keys of m chunks.
         """
         flat_queries, flat_keys = queries.float().flatten(2), pooled.float().flatten(2)
         self.query_spread.copy_(flat_queries.square().mean(0).sqrt().clamp(min=_SMALLEST_SPREAD))
@@ -156,31 +171,34 @@ class NeuralIndexer(nn.Module):
 
         Args:
             products: [..., A, n].
-            distance: [..., n], blocks from a block to the query's, 1 or more.
+            distance: [..., n], chunks from a chunk to the end of the last full block, 1 or more.
         """
         hint = self.distance.unsqueeze(-1) * distance.float().log().unsqueeze(-2)
         return products + self.bias.unsqueeze(-1) + hint
 
-    def forward(
-        self, queries: torch.Tensor, pooled: torch.Tensor, rows: torch.Tensor, distance: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits of K blocks for each of B queries, with codes rounded as they are stored.
+    def forward(self, queries: torch.Tensor, pooled: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Logits of M blocks for each of Q queries of N documents, with codes rounded as they are stored.
 
         Args:
-            queries: [B, A, Hq, D].
-            pooled: [M, A, Hkv, 3, D], blocks of any documents.
-            rows: int64 [B, K], which of the M.
-            distance: [B, K], see `place`.
+            queries: [N, Q, A, Hq, D].
+            pooled: [N, M, R + C, A, Hkv, 3, D], of each block the last R chunks of the block before it, and its own C.
+            distance: [N, Q, M], chunks from a block's first one to the end of the query's last full block.
 
         Returns:
-            float32 [B, A, K].
+            float32 [N, Q, A, M].
         """
-        heads, gates = self.encode_queries(queries)
-        codes = self.encode_keys(pooled)
+        size, blocks = queries.shape[:2], pooled.shape[:3]
+        heads, gates = (part.view(*size, *part.shape[1:]) for part in self.encode_queries(queries.flatten(0, 1)))
+        codes = self.encode_keys(pooled.flatten(0, 2))
         # Forward the rounded codes, backward as if they were not.
         codes = codes + (dequantise_codes(*quantise_codes(codes)) - codes).detach()
-        products = torch.einsum("bahe,bkae->bahk", heads, codes.to(heads.dtype)[rows]).float().relu()
-        return self.place(torch.einsum("bah,bahk->bak", gates.float(), products), distance)
+        codes = codes.to(heads.dtype).view(*blocks, *codes.shape[1:])
+        products = torch.einsum("nqahe,nmcae->nqahmc", heads, codes).float().relu()
+        summed = torch.einsum("nqah,nqahmc->nqamc", gates.float(), products)
+        place_in_block = torch.arange(pooled.shape[2], device=distance.device) - self.spec.reach
+        # Before the first block there is nothing, and a chunk that stands in for it may lie beyond the end
+        distances = (distance.unsqueeze(-1) - place_in_block).clamp(min=1)
+        return self.place(summed.flatten(3), distances.flatten(2)).view_as(summed).amax(-1)
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated probability that a block is needed, from logits of an ensemble, any shape."""
@@ -194,3 +212,28 @@ class NeuralIndexer(nn.Module):
 def ensemble(logits: torch.Tensor, aggregate: Aggregate) -> torch.Tensor:
     """One logit of several layers', [..., A, n] to [..., n]."""
     return logits.amax(-2) if aggregate == "max" else logits.mean(-2)
+
+
+def pooled_keys(keys: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """Maximum, minimum and mean over the tokens of each chunk of each block.
+
+    Args:
+        keys: [n, Hkv, block_size, D] of full blocks.
+        chunk_size: tokens of a chunk; divides the block size.
+
+    Returns:
+        float32 [n * block_size / chunk_size, Hkv, 3, D], chunks in the order of their tokens.
+    """
+    num_blocks, num_heads, _, head_dim = keys.shape
+    by_chunk = keys.float().reshape(num_blocks, num_heads, -1, chunk_size, head_dim).transpose(1, 2).flatten(0, 1)
+    return torch.stack((by_chunk.amax(2), by_chunk.amin(2), by_chunk.mean(2)), dim=2)
+
+
+def block_logits(chunk_logits: torch.Tensor, chunks_per_block: int, reach: int) -> torch.Tensor:
+    """The largest logit of each block's C chunks and of the `reach` chunks before them, [..., n * C] to [..., n]."""
+    by_block = chunk_logits.view(*chunk_logits.shape[:-1], -1, chunks_per_block)
+    logits = by_block.amax(-1)
+    if reach and logits.shape[-1] > 1:
+        before = by_block[..., :-1, chunks_per_block - reach :].amax(-1)
+        logits = torch.cat((logits[..., :1], torch.maximum(logits[..., 1:], before)), dim=-1)
+    return logits

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flashmemory_vllm.capture.document import Recording
 from flashmemory_vllm.capture.prompts import Prompt, prompt_digest
+from flashmemory_vllm.capture.recorder import Choices
 from flashmemory_vllm.capture.writer import ModelShape
 from flashmemory_vllm.indexer.oracle import Future, OracleSelector
 from flashmemory_vllm.plugin.offline import OfflineGenerator
@@ -69,10 +70,9 @@ class CaptureEngine(_StepByStep):
         super().__init__(model, {**engine_args, **recordable}, options, stop_token_ids)
         self._req_ids: dict[str, str] = {}
 
-    def record(self, top_p: float, min_share: float, every: int, *, layer_mass: bool) -> ModelShape:
-        """Record all requests from now on; see `RecorderSettings` for the arguments."""
-        arguments = (top_p, min_share, every)
-        told = self._llm.collective_rpc("flashmemory_record", args=arguments, kwargs={"layer_mass": layer_mass})
+    def record(self, choices: Choices) -> ModelShape:
+        """Record all requests from now on."""
+        told = self._llm.collective_rpc("flashmemory_record", args=(choices,))
         shape: ModelShape = told[0]
         return shape
 

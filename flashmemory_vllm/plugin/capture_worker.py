@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashmemory_vllm.capture.document import Recording
-from flashmemory_vllm.capture.recorder import BatchRow, Recorder, RecorderSettings
+from flashmemory_vllm.capture.recorder import BatchRow, Choices, Recorder, RecorderSettings
 from flashmemory_vllm.capture.writer import ModelShape
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.oracle import OracleSelector
@@ -119,16 +119,11 @@ class TimedRuntime(WatchedRuntime):
 class CaptureExtension:
     """Methods that vLLM adds to our worker, for `collective_rpc`; named as `--worker-extension-cls`."""
 
-    def flashmemory_record(
-        self: "WorkerBase", top_p: float, min_share: float, every: int, *, layer_mass: bool
-    ) -> ModelShape:
+    def flashmemory_record(self: "WorkerBase", choices: Choices) -> ModelShape:
         """Record all requests from now on.
 
         Args:
-            top_p: see `RecorderSettings`, as are the others.
-            min_share: see there.
-            every: see there.
-            layer_mass: see there.
+            choices: what to keep.
 
         Returns:
             Sizes of the model.
@@ -149,10 +144,7 @@ class CaptureExtension:
             anchor_layers=runtime.anchors,
             block_size=shape.block_size,
             softmax_scale=shape.softmax_scale,
-            top_p=top_p,
-            min_share=min_share,
-            every=every,
-            layer_mass=layer_mass,
+            choices=choices,
         )
         self.flashmemory_recorder = Recorder(settings, read_keys)
         _watch(self, layers.values(), RecordedRuntime(runtime, self.flashmemory_recorder))

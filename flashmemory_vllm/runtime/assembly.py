@@ -64,6 +64,17 @@ def tau_steps(config: FlashMemoryConfig) -> int:
     return config.tau(None if config.indexer is None else read_spec(resolve_indexer(config.indexer)).tau)
 
 
+def query_window(config: FlashMemoryConfig) -> int:
+    """Prompt tokens of a first selection: those asked for, a trained indexer's own, or the last one.
+
+    Raises:
+        ConfigError: the indexer cannot be read.
+    """
+    if config.query_window is not None or config.indexer is None:
+        return config.query_window or 1
+    return read_spec(resolve_indexer(config.indexer)).query_window
+
+
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
     """Device bytes of one logical block's index keys, before anything is allocated."""
     return _selector(config, _geometry(config, shape, 1, torch.device("meta"))).bytes_per_block()
@@ -150,7 +161,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             selections=_selections(selector, config, buffers.queries),
             buffers=buffers,
             prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
-            query_window=config.query_window,
+            query_window=query_window(config),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,

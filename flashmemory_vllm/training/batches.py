@@ -1,4 +1,4 @@
-"""Which tokens a training step sees, and what it asks the model about them. Everything follows from the seed."""
+"""Which selections a training step sees, and what it asks the model about them. Everything follows from the seed."""
 
 from __future__ import annotations
 
@@ -9,63 +9,61 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.training.dataset import Document, IntArray, TrainingData
+from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
-NEGATIVES_PER_POSITIVE = 3
 MAX_POSITIVES = 512
-# Also of a token that needs nothing.
-MIN_NEGATIVES = 16
-TRIVIAL_WEIGHT = 0.5
-# Documents whose tokens are mixed in one step: their blocks are encoded once for all of its tokens.
-DOCUMENTS_PER_STEP = 4
+# Other blocks of a document, for each that any of its selections needs, and at least
+NEGATIVES_PER_POSITIVE = 3
+MIN_NEGATIVES = 128
 _OPEN_DOCUMENTS = 64
 
 
 class Batch(NamedTuple):
-    """Inputs of `NeuralIndexer.forward` for B tokens with up to K blocks each, and what is wanted of them.
+    """Inputs of `NeuralIndexer.forward` for N documents, and what is wanted of their selections.
+
+    The first W of a document's Q queries are those of its question, which make its first selection; each of the others
+    makes a later one: S = 1 + Q - W selections.
 
     Attributes:
-        queries: [B, A, Hq, D].
-        pooled: [M, A, Hkv, 3, D].
-        rows: int64 [B, K], blocks as rows of `pooled`.
-        distance: float32 [B, K].
-        labels: float32 [B, K], 1 where the block is needed.
-        weights: float32 [B, K], 0 where there is no block.
+        queries: [N, Q, A, Hq, D].
+        pooled: [N, M, R + C, A, Hkv, 3, D].
+        distance: float32 [N, Q, M].
+        labels: float32 [N, S, M], 1 where the block is needed.
+        weights: float32 [N, S, M], 0 where there is no block to choose.
     """
 
     queries: torch.Tensor
     pooled: torch.Tensor
-    rows: torch.Tensor
     distance: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
 
 
-class _Samples(NamedTuple):
-    """Blocks asked about for one token: ids, labels and weights, [k] each."""
-
-    blocks: IntArray
-    labels: np.ndarray
-    weights: np.ndarray
-
-
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens become samples.
+    """How documents become samples.
 
     Attributes:
-        tokens_per_step: tokens of a step and rank, B.
+        documents: documents of a step and rank, N.
+        tokens: later selections of each.
+        query_window: queries of a first selection, W.
+        reach: chunks R of the block before.
         tau: steps for which a selection is in force.
         delay: steps from a query to the step before its selection is in force.
-        seed: seed of order and negatives.
+        seed: seed of order, tokens and negatives.
         rank: this process.
-        world_size: number of processes; each sees other tokens.
+        world_size: number of processes; each sees other documents.
     """
 
-    tokens_per_step: int
+    documents: int
+    tokens: int
+    query_window: int
+    reach: int
     tau: int
     delay: int
     seed: int
@@ -82,96 +80,94 @@ class TrainingSteps(Dataset[Batch]):
         sampling: how.
 
     Raises:
-        ConfigError: there are not enough tokens for one step.
+        ConfigError: there are not enough documents for one step.
     """
 
     def __init__(self, data: TrainingData, documents: Sequence[int], sampling: Sampling) -> None:
         self.sampling = sampling
         self._data = data
-        self._tokens = {n: usable_tokens(data.load(n), sampling.tau, sampling.delay) for n in documents}
-        self._chunk = max(1, sampling.tokens_per_step // DOCUMENTS_PER_STEP)
-        num_chunks = sum(-(-len(tokens) // self._chunk) for tokens in self._tokens.values())
-        if num_chunks < DOCUMENTS_PER_STEP * sampling.world_size:
+        self._documents = np.asarray(documents)
+        at_once = sampling.documents * sampling.world_size
+        if len(documents) < at_once:
             raise ConfigError(
-                f"--data has too few recorded tokens to train on: {sum(map(len, self._tokens.values()))} in "
-                f"{len(documents)} documents do not make one step of {sampling.tokens_per_step} for each process"
+                f"--data has {len(documents)} documents to train on: allowed is {at_once} or more, "
+                f"--batch for each process"
             )
-        self.steps_per_epoch = num_chunks // (DOCUMENTS_PER_STEP * sampling.world_size)
+        self.steps_per_epoch = len(documents) // at_once
         # A bound method's cache, so that documents are forgotten with this object
-        self._load = lru_cache(_OPEN_DOCUMENTS)(self._load_document)
+        self._load = lru_cache(_OPEN_DOCUMENTS)(data.load)
         self._epoch = lru_cache(1)(self._plan_epoch)
 
     def __getitem__(self, step: int) -> Batch:
         """Make the batch of a step."""
+        sampling = self.sampling
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        chunks = self._epoch(epoch)
-        first = (step_in_epoch * self.sampling.world_size + self.sampling.rank) * DOCUMENTS_PER_STEP
-        generator = np.random.default_rng([self.sampling.seed, step, self.sampling.rank])
-        return self._collate(chunks[first : first + DOCUMENTS_PER_STEP], generator)
+        first = (step_in_epoch * sampling.world_size + sampling.rank) * sampling.documents
+        generator = np.random.default_rng([sampling.seed, step, sampling.rank])
+        numbers = self._epoch(epoch)[first : first + sampling.documents].tolist()
+        parts = [self._sample(self._load(number), generator) for number in numbers]
+        queries = torch.stack([part.queries[0] for part in parts])
+        return Batch(queries, *(_padded([part[place][0] for part in parts]) for place in range(1, len(Batch._fields))))
 
-    def _load_document(self, number: int) -> tuple[Document, np.ndarray]:
-        document = self._data.load(number)
-        return document, document.trivial_blocks()
+    def _plan_epoch(self, epoch: int) -> IntArray:
+        """All documents in random order."""
+        order: IntArray = np.random.default_rng([self.sampling.seed, epoch]).permutation(self._documents)
+        return order
 
-    def _plan_epoch(self, epoch: int) -> list[tuple[int, IntArray]]:
-        """Chunks of each document's tokens, all in random order: document and its token numbers."""
-        generator = np.random.default_rng([self.sampling.seed, epoch])
-        chunks = []
-        for number, usable in self._tokens.items():
-            tokens = generator.permutation(usable)
-            chunks += [(number, tokens[start : start + self._chunk]) for start in range(0, len(tokens), self._chunk)]
-        order = generator.permutation(len(chunks))
-        return [chunks[place] for place in order]
-
-    def _collate(self, chunks: Sequence[tuple[int, IntArray]], generator: np.random.Generator) -> Batch:
-        queries, pooled, rows, distances, samples = [], [], [], [], []
-        offset = 0
-        for number, tokens in chunks:
-            document, trivial = self._load(number)
-            asked = [self._sample(document, trivial, int(token), generator) for token in tokens]
-            used, places = np.unique(np.concatenate([one.blocks for one in asked]), return_inverse=True)
-            ends = np.cumsum([len(one.blocks) for one in asked])
-            rows += np.split(places + offset, ends[:-1])
-            distances += [document.num_candidates(int(t)) - one.blocks for t, one in zip(tokens, asked, strict=True)]
-            samples += asked
-            queries.append(document.queries[torch.from_numpy(tokens)])
-            pooled.append(document.keys[:, torch.from_numpy(used)].transpose(0, 1))
-            offset += len(used)
+    def _sample(self, document: Document, generator: np.random.Generator) -> Batch:
+        """A batch of one document."""
+        sampling = self.sampling
+        usable = later_tokens(document, sampling.tau, sampling.delay)
+        tokens = generator.choice(usable, sampling.tokens) if len(usable) else np.zeros(sampling.tokens, np.int64)
+        asked = [_wanted(document, token, sampling) for token in (0, *tokens.tolist())]
+        blocks = _draw_blocks([needed for needed, _ in asked], [free for _, free in asked], generator)
+        labels = np.stack([np.isin(blocks, needed) for needed, _ in asked])
+        weights = np.stack([(blocks >= free.start) & (blocks < free.stop) for _, free in asked])
+        if not len(usable):
+            weights[1:] = False
+        question = document.question(sampling.query_window)
+        candidates = np.array([document.num_candidates(token) for token in (*[0] * len(question), *tokens.tolist())])
         return Batch(
-            queries=torch.cat(queries),
-            pooled=torch.cat(pooled),
-            rows=torch.from_numpy(_padded(rows, np.int64, 0)),
-            distance=torch.from_numpy(_padded(distances, np.float32, 1)),
-            labels=torch.from_numpy(_padded([one.labels for one in samples], np.float32, 0)),
-            weights=torch.from_numpy(_padded([one.weights for one in samples], np.float32, 0)),
+            queries=torch.cat((question, document.queries[torch.from_numpy(tokens)])).unsqueeze(0),
+            pooled=document.chunks(torch.from_numpy(blocks), sampling.reach).unsqueeze(0),
+            distance=torch.from_numpy((candidates[:, None] - blocks) * document.chunks_per_block).float().unsqueeze(0),
+            labels=torch.from_numpy(labels).float().unsqueeze(0),
+            weights=torch.from_numpy(weights).float().unsqueeze(0),
         )
 
-    def _sample(self, document: Document, trivial: np.ndarray, token: int, generator: np.random.Generator) -> _Samples:
-        num_candidates = document.num_candidates(token)
-        window = document.window(token, self.sampling.tau, self.sampling.delay)
-        needed = document.golden.union(*window, num_candidates)
-        is_needed = np.zeros(num_candidates, np.bool_)
-        is_needed[needed] = True
-        if len(needed) > MAX_POSITIVES:
-            needed = generator.choice(needed, MAX_POSITIVES, replace=False)
-        others = np.flatnonzero(~is_needed)
-        num_others = min(len(others), max(MIN_NEGATIVES, NEGATIVES_PER_POSITIVE * len(needed)))
-        others = generator.choice(others, num_others, replace=False)
-        labels = np.repeat([1.0, 0.0], [len(needed), num_others])
-        blocks = np.concatenate((needed, others))
-        weights = np.where((labels > 0) & trivial[blocks], TRIVIAL_WEIGHT, 1.0)
-        return _Samples(blocks, labels, weights)
 
-
-def usable_tokens(document: Document, tau: int, delay: int) -> IntArray:
-    """Recorded tokens that have candidates and a window with at least one recorded token."""
+def later_tokens(document: Document, tau: int, delay: int) -> IntArray:
+    """Recorded tokens but the first that have a recorded token in the window that a selection of theirs is for."""
     first, end = np.searchsorted(document.positions, document.positions + delay + np.array([[1], [tau + 1]]))
-    return np.flatnonzero((first < end) & (document.positions >= document.block_size))
+    usable = np.flatnonzero(first < end)
+    return usable[usable > 0]
 
 
-def _padded(rows: Sequence[np.ndarray], dtype: type[np.generic], filler: int) -> np.ndarray:
-    """Rows of different lengths as one array."""
-    array = np.full((len(rows), max(map(len, rows))), filler, dtype)
-    for line, row in zip(array, rows, strict=True):
-        line[: len(row)] = row
-    return array
+def _wanted(document: Document, token: int, sampling: Sampling) -> tuple[IntArray, slice]:
+    """Blocks that the selection at a token needs, and those that it has the choice of."""
+    needed = document.needed(token, sampling.tau, sampling.delay)
+    frame, _ = frame_of(int(document.positions[token]) + 1, document.block_size, MAIN_RATIO)
+    stop = min(frame.recent_start, document.num_candidates(token))
+    return needed, slice(frame.sink_end, max(frame.sink_end, stop))
+
+
+def _draw_blocks(needed: Sequence[IntArray], free: Sequence[slice], generator: np.random.Generator) -> IntArray:
+    """What any selection needs, and some of the rest; at least one block, so that there is something to stack."""
+    first, stop = min(part.start for part in free), max(part.stop for part in free)
+    positives = np.unique(np.concatenate(needed))
+    positives = positives[(positives >= first) & (positives < stop)]
+    if len(positives) > MAX_POSITIVES:
+        positives = generator.choice(positives, MAX_POSITIVES, replace=False)
+    others = np.setdiff1d(np.arange(first, stop), positives)
+    wanted = max(MIN_NEGATIVES, NEGATIVES_PER_POSITIVE * len(positives))
+    if len(others) > wanted:
+        others = generator.choice(others, wanted, replace=False)
+    blocks = np.concatenate((positives, others)).astype(np.int64)
+    return blocks if len(blocks) else np.zeros(1, np.int64)
+
+
+def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one document each as one, padded with zeros along the blocks: dim 0, or the last of those by query."""
+    if parts[0].dim() > 2:
+        return pad_sequence(list(parts), batch_first=True)
+    return pad_sequence([part.mT for part in parts], batch_first=True).mT

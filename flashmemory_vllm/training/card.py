@@ -10,7 +10,8 @@ from pathlib import Path
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.indexer.neural_model import IndexerSpec
-from flashmemory_vllm.training.evaluation import MAIN_RATIO, RATIOS
+from flashmemory_vllm.training.evaluation import RATIOS
+from flashmemory_vllm.training.frame import MAIN_RATIO
 
 WIDTH_INCHES = 9.0
 HEIGHT_INCHES = 3.6

@@ -16,11 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from flashmemory_vllm.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 META_NAME = "meta.json"
 INDEX_NAME = "index.json"
-# Blocks that more than this share of a document's tokens need are easy: they say little about the query.
-TRIVIAL_SHARE = 0.8
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -37,6 +35,8 @@ class DataMeta:
         num_kv_heads: its KV heads, Hkv.
         head_dim: elements of one key, D.
         block_size: tokens in a block.
+        chunk_size: tokens in a chunk, over which keys were pooled.
+        query_window: newest tokens of a prompt whose queries were recorded, the last one among them.
         anchor_layers: layers whose queries and keys were recorded (A of them).
         softmax_scale: factor on `q . k` in its attention.
         delay: steps from a query to the step before its selection is in force.
@@ -50,6 +50,8 @@ class DataMeta:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    chunk_size: int
+    query_window: int
     anchor_layers: tuple[int, ...]
     softmax_scale: float
     delay: int
@@ -86,21 +88,26 @@ class Document:
     """One recorded document; large tensors stay in the file until rows of them are asked for.
 
     Attributes:
-        positions: int64 [T], token index of each recorded token, ascending.
+        block_size: tokens in a block.
+        chunks_per_block: chunks in a block, C.
+        positions: int64 [T], token index of each recorded token, ascending; the first is the prompt's last.
         golden: blocks that each token needs.
         mass: attention mass of each token's blocks.
-        keys: float16 [A, n_blocks, Hkv, 3, D].
+        keys: float16 [A, n_blocks * C, Hkv, 3, D].
         queries: float16 [T, A, Hq, D].
+        prompt_queries: float16 [w, A, Hq, D], of the prompt's newest tokens before its last.
+        answer: first recorded token that writes the answer; -1 if it is not known.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], block_size: int) -> None:
-        self.block_size = block_size
-        self.keys, self.queries = tensors["keys"], tensors["queries"]
+    def __init__(self, tensors: dict[str, torch.Tensor], block_size: int, chunk_size: int) -> None:
+        self.block_size, self.chunks_per_block = block_size, block_size // chunk_size
+        self.keys, self.queries, self.prompt_queries = (tensors[n] for n in ("keys", "queries", "prompt_queries"))
         self.positions: IntArray = _integers(tensors["positions"])
         self.golden = Ragged(_integers(tensors["golden_ptr"]), _integers(tensors["golden_ids"]))
         self.mass = Ragged(
             _integers(tensors["mass_ptr"]), _integers(tensors["mass_ids"]), tensors["mass"].numpy().astype(np.float32)
         )
+        self.answer = int(tensors["answer"][0])
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -108,22 +115,44 @@ class Document:
     @property
     def num_blocks(self) -> int:
         """Full blocks of the document."""
-        return self.keys.shape[1]
+        return self.keys.shape[1] // self.chunks_per_block
 
     def num_candidates(self, token: int) -> int:
         """Blocks that are full when this recorded token asks."""
         return int(self.positions[token]) // self.block_size
 
     def window(self, token: int, tau: int, delay: int) -> tuple[int, int]:
-        """Recorded tokens `[first, end)` for which the set that this one asks for is in force."""
+        """Recorded tokens `[first, end)` that the selection at this one is for.
+
+        A first selection is for all of the answer, and whatever precedes that is not its business: what it finds is
+        remembered until then. A later one is for the steps in which it is in force.
+        """
+        if token == 0:
+            return max(1, self.answer), max(2, len(self))
         steps = self.positions[token] + delay + np.array([1, tau + 1])
         first, end = np.searchsorted(self.positions, steps)
         return int(first), int(end)
 
-    def trivial_blocks(self) -> npt.NDArray[np.bool_]:
-        """Which blocks nearly all tokens need, [n_blocks]."""
-        counts = np.bincount(self.golden.ids, minlength=self.num_blocks)[: self.num_blocks]
-        return counts > TRIVIAL_SHARE * len(self)
+    def needed(self, token: int, tau: int, delay: int) -> IntArray:
+        """Candidates, ascending, that any token needs which the selection at this one is for."""
+        first, end = self.window(token, tau, delay)
+        return self.golden.union(first, min(end, len(self)), self.num_candidates(token))
+
+    def question(self, window: int) -> torch.Tensor:
+        """Queries [window, A, Hq, D] of the prompt's newest tokens, the last one last; a short prompt repeats it."""
+        last = self.queries[:1]
+        earlier = self.prompt_queries[max(0, len(self.prompt_queries) - window + 1) :] if window > 1 else last[:0]
+        return torch.cat((earlier, last.expand(window - len(earlier), *last.shape[1:])))
+
+    def chunks(self, blocks: torch.Tensor, reach: int) -> torch.Tensor:
+        """Pooled keys of blocks, float16 [M, reach + C, A, Hkv, 3, D].
+
+        Args:
+            blocks: int64 [M].
+            reach: chunks before each block that come first; the first block repeats its own first one.
+        """
+        rows = blocks.unsqueeze(1) * self.chunks_per_block + torch.arange(-reach, self.chunks_per_block)
+        return self.keys[:, rows.clamp(min=0)].movedim(0, 2)
 
 
 class TrainingData:
@@ -162,22 +191,26 @@ class TrainingData:
             ConfigError: a tensor is missing or does not have the shape that the meta says.
         """
         path, place = self._places[number]
-        names = ("keys", "queries", "positions", "golden_ptr", "golden_ids", "mass_ptr", "mass_ids", "mass")
+        ragged = ("golden_ptr", "golden_ids", "mass_ptr", "mass_ids", "mass")
+        names = ("keys", "queries", "prompt_queries", "positions", "answer", *ragged)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(f"doc{place}.{name}") for name in names}
         except SafetensorError as error:
             raise ConfigError(f"--data: document {place} of {path} cannot be read: {error}") from error
         self._check(tensors, f"document {place} of {path}")
-        return Document(tensors, self.meta.block_size)
+        return Document(tensors, self.meta.block_size, self.meta.chunk_size)
 
     def _check(self, tensors: dict[str, torch.Tensor], where: str) -> None:
         meta, num_tokens = self.meta, len(tensors["positions"])
         anchors = len(meta.anchor_layers)
-        num_blocks = tensors["keys"].shape[1] if tensors["keys"].dim() > 1 else 0
+        num_chunks = tensors["keys"].shape[1] if tensors["keys"].dim() > 1 else 0
+        one = (anchors, meta.num_query_heads, meta.head_dim)
         wanted = {
-            "keys": (anchors, num_blocks, meta.num_kv_heads, 3, meta.head_dim),
-            "queries": (num_tokens, anchors, meta.num_query_heads, meta.head_dim),
+            "keys": (anchors, num_chunks, meta.num_kv_heads, 3, meta.head_dim),
+            "queries": (num_tokens, *one),
+            "prompt_queries": (len(tensors["prompt_queries"]), *one),
+            "answer": (2,),
             "golden_ptr": (num_tokens + 1,),
             "mass_ptr": (num_tokens + 1,),
             "mass": tuple(tensors["mass_ids"].shape),
@@ -185,7 +218,8 @@ class TrainingData:
         for name, shape in wanted.items():
             if tuple(tensors[name].shape) != shape:
                 raise ConfigError(f"--data: {where}: {name} is {list(tensors[name].shape)}, expected {list(shape)}")
-        if num_tokens and int(tensors["positions"].max()) // meta.block_size > num_blocks:
+        num_blocks = num_chunks * meta.chunk_size // meta.block_size
+        if not num_tokens or int(tensors["positions"].max()) // meta.block_size > num_blocks:
             raise ConfigError(f"--data: {where}: has {num_blocks} blocks, fewer than its positions tell")
 
 

@@ -13,18 +13,12 @@ from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.factory import create_selector
 from flashmemory_vllm.indexer.indexed import IndexedSelector
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
-from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.residency.ranking import Frame
-from flashmemory_vllm.training.batches import usable_tokens
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
+from flashmemory_vllm.training.batches import later_tokens
 from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, IntArray
+from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
-RATIOS = (0.10, 0.135, 0.15)
-# The ratio that a training run is stopped and judged by.
-MAIN_RATIO = 0.135
-# As the options of the same names are by default.
-SINK_TOKENS = 64
-RECENT_TOKENS = 256
+RATIOS = (0.10, MAIN_RATIO, 0.15)
 Baseline = Literal["bounds", "mean", "streaming", "random", "oracle"]
 BASELINES: tuple[Baseline, ...] = ("oracle", "bounds", "mean", "streaming", "random")
 
@@ -40,7 +34,7 @@ class Question:
         token: its number in the document.
         num_candidates: n, full blocks at that token.
         num_tokens: tokens of the request, this one included.
-        needed: int64, candidates that any token needs while the set is in force.
+        needed: int64, candidates that any token needs which the selection is for.
         mass: float32 [n or more], attention mass of each block over those tokens.
     """
 
@@ -64,7 +58,7 @@ class Quality(NamedTuple):
 
 
 def ask(document: Document, tau: int, delay: int, limit: int) -> list[Question]:
-    """Questions at evenly spaced tokens of a document.
+    """Questions at the tokens at which serving would select: the prompt's last, and every `tau` steps from there.
 
     Args:
         document: the recording.
@@ -72,39 +66,22 @@ def ask(document: Document, tau: int, delay: int, limit: int) -> list[Question]:
         delay: steps from a query to the step before its selection is in force.
         limit: how many, at most.
     """
-    usable = usable_tokens(document, tau, delay)
-    picked = usable[np.unique(np.linspace(0, len(usable) - 1, min(limit, len(usable))).round().astype(np.int64))]
+    later = later_tokens(document, tau, delay)
+    steps = document.positions - document.positions[0]
+    due = [0, *later[np.flatnonzero(np.diff(steps[later] // tau, prepend=0))].tolist()]
     questions = []
-    for token in picked.tolist():
+    for token in due[:limit]:
         window = document.window(token, tau, delay)
         num_candidates = document.num_candidates(token)
-        needed = document.golden.union(*window, num_candidates)
+        needed = document.needed(token, tau, delay)
         mass = document.mass.sums(*window, num_candidates)
         questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, needed, mass))
     return questions
 
 
-def frame_of(question: Question, block_size: int, ratio: float) -> tuple[Frame, int]:
-    """The blocks that serving forces into the set of a question, and the set's budget."""
-    policy = BudgetPolicy(
-        block_size=block_size,
-        resident_ratio=ratio,
-        min_sparse_tokens=0,
-        sink_tokens=SINK_TOKENS,
-        recent_tokens=RECENT_TOKENS,
-        max_num_batched_tokens=1,
-        max_model_len=question.num_tokens,
-        growth_reserve_tokens=0,
-    )
-    num_blocks = -(-question.num_tokens // block_size)
-    recent_start = num_blocks - policy.recent_blocks(question.num_tokens)
-    frame = Frame(policy.sink_blocks(question.num_tokens), recent_start, num_blocks)
-    return frame, policy.decode_budget(question.num_tokens)
-
-
 def judge(document: Document, question: Question, scores: torch.Tensor, ratio: float) -> Quality:
     """What a selection by these scores keeps; recall is NaN if nothing is needed."""
-    frame, budget = frame_of(question, document.block_size, ratio)
+    frame, budget = frame_of(question.num_tokens, document.block_size, ratio)
     kept = np.zeros(frame.num_blocks, np.bool_)
     kept[frame.with_best(frame.candidates(), scores.cpu().numpy(), budget)] = True
     recall = float(kept[question.needed].mean()) if len(question.needed) else float("nan")
@@ -128,16 +105,31 @@ class IndexerScorer:
         with torch.no_grad():
             pooled = document.keys.transpose(0, 1).to(self._device)
             self._codes, self._scales = quantise_codes(model.encode_keys(pooled).transpose(0, 1).contiguous())
+            question = document.question(model.spec.query_window)
+            self._asked: torch.Tensor = self._logits(question, document.num_candidates(0)).amax(0)
 
     @torch.no_grad()
     def __call__(self, token: int) -> torch.Tensor:
-        """Logits of the ensemble, float32 [n]."""
-        num_candidates = self._document.num_candidates(token)
-        ids = torch.arange(num_candidates, device=self._device)
+        """Logits of the ensemble, float32 [n], what the question asked for among them."""
+        if token == 0:
+            return self._asked
+        queries = self._document.queries[token].unsqueeze(0)
+        logits = self._logits(queries, self._document.num_candidates(token))[0]
+        known = logits[: len(self._asked)]
+        torch.maximum(known, self._asked, out=known)
+        return logits
+
+    def _logits(self, queries: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        """Float32 [Q, n] for queries [Q, A, Hq, D]."""
         model = self._model
-        heads, gates = model.encode_queries(self._document.queries[token].unsqueeze(0).to(self._device))
-        logits = score_chunks(heads[0], gates[0], self._codes, self._scales, ids, model.bias, model.distance)
-        return ensemble(logits, model.spec.aggregate)
+        ids = torch.arange(num_blocks * model.spec.chunks_per_block, device=self._device)
+        heads, gates = model.encode_queries(queries.to(self._device))
+        scored = []
+        for of_query, weights in zip(heads, gates, strict=True):
+            logits = score_chunks(of_query, weights, self._codes, self._scales, ids, model.bias, model.distance)
+            by_block = block_logits(logits, model.spec.chunks_per_block, model.spec.reach)
+            scored.append(ensemble(by_block, model.spec.aggregate))
+        return torch.stack(scored)
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:
@@ -147,8 +139,11 @@ def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, question
         return lambda token: masses[token][: document.num_candidates(token)]
     selector = create_selector(name, _geometry(document, meta))
     if isinstance(selector, IndexedSelector):
-        largest, smallest, mean = document.keys.float().unbind(3)  # [A, n, Hkv, D] each
-        rows = torch.cat((smallest, largest), dim=-1) if name == "bounds" else mean
+        keys = document.keys.float()
+        by_block = keys.view(len(keys), document.num_blocks, document.chunks_per_block, *keys.shape[2:])
+        largest, smallest, mean = by_block.unbind(4)  # [A, n, C, Hkv, D] each
+        bounds = torch.cat((smallest.amin(2), largest.amax(2)), dim=-1)
+        rows = bounds if name == "bounds" else mean.mean(2)
         selector.index.copy_(rows.unsqueeze(3))
 
     def score(token: int) -> torch.Tensor:

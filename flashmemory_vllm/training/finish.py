@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashmemory_vllm.evaluation.provenance import Provenance
-from flashmemory_vllm.indexer.checkpoint import save_indexer
+from flashmemory_vllm.indexer.checkpoint import round_weights, save_indexer
 from flashmemory_vllm.training.card import TrainingReport, write_report
 from flashmemory_vllm.training.processes import Processes
 from flashmemory_vllm.training.trainer import TrainResult
@@ -29,6 +29,7 @@ def finish(result: TrainResult, validation: Validation, provenance: Provenance, 
     """
     alone = Processes()
     model = result.model.eval()
+    round_weights(model)
     validation.calibrate(model)
     save_indexer(model, out)
     scores = {"neural": alone.mean(validation.run(model))}

@@ -11,10 +11,10 @@ from flashmemory_vllm.training.batches import Batch
 from flashmemory_vllm.training.calibration import fit_platt
 from flashmemory_vllm.training.dataset import TrainingData
 
-# Documents, and of each the tokens and blocks, that the statistics are taken from
-_SAMPLED_DOCUMENTS = 16
+# Documents, and of each the tokens and chunks, that the statistics are taken from
+_SAMPLED_DOCUMENTS = 24
 _SAMPLED_TOKENS = 64
-_SAMPLED_BLOCKS = 256
+_SAMPLED_CHUNKS = 256
 # Of the mean eigenvalue; keeps directions that the samples hardly have from being blown up
 _RIDGE = 1e-2
 # Beside the products that are wanted, so that equal heads can part
@@ -29,8 +29,8 @@ def start_from_data(model: NeuralIndexer, data: TrainingData, documents: Sequenc
     A random start has to learn from examples alone that a query looks for keys like itself, and with few documents
     learns the documents by heart instead. For each KV head the weights here are the two factors of rank r whose product
     is closest to `q . k` over sampled queries q and mean keys k, in the least squares sense. Their width is what
-    the code has for each KV head and the bottleneck for each query head. The rest of the weights stays as drawn,
-    but smaller.
+    the code has for each KV head and the bottleneck for each query head: with the sizes that `train` chooses by itself
+    it is all of a small head. The rest of the weights stays as drawn, but smaller.
 
     Args:
         model: with drawn weights; is changed.
@@ -64,13 +64,20 @@ def calibrate_layers(model: NeuralIndexer, batches: Sequence[Batch]) -> None:
     logits, labels = [], []
     for batch in batches:
         is_sample = batch.weights > 0
-        asked = model(batch.queries, batch.pooled, batch.rows, batch.distance)
+        by_layer = model(batch.queries, batch.pooled, batch.distance).transpose(1, 2)  # [N, A, Q, M]
+        asked = by_selection(by_layer, model.spec.query_window)
         logits.append(asked.transpose(0, 1)[:, is_sample])
         labels.append(batch.labels[is_sample])
     for anchor, of_layer in enumerate(torch.cat(logits, dim=1)):
         slope, offset = fit_platt(of_layer, torch.cat(labels))
         model.gate_bias[anchor] *= slope
         model.bias[anchor] = offset
+
+
+def by_selection(logits: torch.Tensor, query_window: int) -> torch.Tensor:
+    """Logits of selections [..., S, M] of those of queries [..., Q, M]: the first takes the best of the question's."""
+    first = logits[..., :query_window, :].amax(-2, keepdim=True)
+    return torch.cat((first, logits[..., query_window:, :]), dim=-2)
 
 
 def _replace(drawn: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -132,11 +139,12 @@ def _root(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(data: TrainingData, documents: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [n, A, Hq, D] and pooled keys [m, A, Hkv, 3, D], evenly spaced over the first documents."""
+    """Queries [n, A, Hq, D] and pooled keys [m, A, Hkv, 3, D] of chunks, evenly spaced over the first documents."""
     queries, pooled = [], []
     for document in map(data.load, documents[:_SAMPLED_DOCUMENTS]):
         tokens = torch.linspace(0, len(document) - 1, min(len(document), _SAMPLED_TOKENS)).long()
-        blocks = torch.linspace(0, document.num_blocks - 1, min(document.num_blocks, _SAMPLED_BLOCKS)).long()
+        num_chunks = document.keys.shape[1]
+        chunks = torch.linspace(0, num_chunks - 1, min(num_chunks, _SAMPLED_CHUNKS)).long()
         queries.append(document.queries[tokens])
-        pooled.append(document.keys[:, blocks].transpose(0, 1))
+        pooled.append(document.keys[:, chunks].transpose(0, 1))
     return torch.cat(queries), torch.cat(pooled)

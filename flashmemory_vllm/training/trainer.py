@@ -11,67 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flashmemory_kernels.ensemble_scores import Aggregate
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, ensemble
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
 from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps
 from flashmemory_vllm.training.dataset import TrainingData, split_documents
-from flashmemory_vllm.training.evaluation import MAIN_RATIO
+from flashmemory_vllm.training.frame import MAIN_RATIO
+from flashmemory_vllm.training.losses import focal_loss, rank_loss
 from flashmemory_vllm.training.processes import Processes
-from flashmemory_vllm.training.start import calibrate_layers, start_from_data
+from flashmemory_vllm.training.settings import TrainSettings, make_spec
+from flashmemory_vllm.training.start import by_selection, calibrate_layers, start_from_data
 from flashmemory_vllm.training.validation import Validation
 
-FOCAL_GAMMA = 2
 WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
-THRESHOLD = 0.5
+# Of the loss of first selections, which most answers depend on
+LATER_SHARE = 0.5
 # What the first logits are calibrated on
 _FIRST_BATCHES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """What a training run may choose; see `flashmemory train --help`.
-
-    Attributes:
-        epochs: passes over the recorded tokens.
-        lr: peak learning rate.
-        batch: tokens of a step, of all processes together.
-        rank: width of the query bottleneck.
-        heads: index heads.
-        dim: elements of a block's code.
-        aggregate: how the layers' logits become one.
-        tau: decode steps for which a selection is in force.
-        delay: steps from a query to the step before its selection is in force.
-        seed: seed of weights, split, order and negatives.
-        validation_share: share of the documents that is kept back.
-        validate_every: steps between two validations; 0 is half an epoch.
-        patience: validations without a better recall after which training ends.
-        questions: validation tokens of a document, at most.
-        save_every: steps between two saved states.
-    """
-
-    epochs: int = 4
-    lr: float = 1e-3
-    batch: int = 64
-    rank: int = 64
-    heads: int = 16
-    dim: int = 128
-    aggregate: Aggregate = "max"
-    tau: int = 64
-    delay: int = 1
-    seed: int = 0
-    validation_share: float = 0.1
-    validate_every: int = 0
-    patience: int = 6
-    questions: int = 32
-    save_every: int = 500
+_LOSSES = {"rank": rank_loss, "focal": focal_loss}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,35 +57,12 @@ class TrainResult:
     train_documents: int
 
 
-def focal_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of the focal loss with gamma 2 (arXiv 1708.02002), all tensors of one shape."""
-    entropy = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    # exp(-entropy) is the probability given to the right label
-    return ((1 - torch.exp(-entropy)) ** FOCAL_GAMMA * entropy * weights).sum() / weights.sum()
-
-
 def learning_rate_share(step: int, num_steps: int) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine to zero."""
     num_warmup = max(1, round(WARMUP_SHARE * num_steps))
     if step < num_warmup:
         return (step + 1) / num_warmup
     return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
-
-
-def make_spec(data: TrainingData, settings: TrainSettings) -> IndexerSpec:
-    """The indexer that these settings make for the recorded model."""
-    shape = ("model", "num_layers", "num_query_heads", "num_kv_heads", "head_dim", "block_size", "anchor_layers")
-    return IndexerSpec(
-        **{name: getattr(data.meta, name) for name in shape},
-        rank=settings.rank,
-        num_heads=settings.heads,
-        dim=settings.dim,
-        aggregate=settings.aggregate,
-        threshold=THRESHOLD,
-        tau=settings.tau,
-        delay=settings.delay,
-        data=data.meta.digest,
-    )
 
 
 class Trainer:
@@ -155,13 +96,21 @@ class Trainer:
         train, held_back = split_documents(len(data), settings.validation_share, settings.seed)
         self._num_train = len(train)
         per_process = max(1, settings.batch // processes.world_size)
+        self.model = NeuralIndexer(make_spec(data, settings))
         sampling = Sampling(
-            per_process, settings.tau, settings.delay, settings.seed, processes.rank, processes.world_size
+            documents=per_process,
+            tokens=settings.tokens,
+            query_window=settings.query_window,
+            reach=self.model.spec.reach,
+            tau=settings.tau,
+            delay=settings.delay,
+            seed=settings.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
         )
         self.steps = TrainingSteps(data, train, sampling)
         self.num_steps = settings.epochs * self.steps.steps_per_epoch
         self.validation = Validation(data, held_back, settings.tau, settings.delay, settings.questions)
-        self.model = NeuralIndexer(make_spec(data, settings))
         self.model.init_weights(torch.Generator().manual_seed(settings.seed))
         start_from_data(self.model, data, train)
         calibrate_layers(self.model, [self.steps[step] for step in range(min(_FIRST_BATCHES, self.num_steps))])
@@ -240,10 +189,11 @@ class Trainer:
         batch = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with half:
-            logits = forward(batch.queries, batch.pooled, batch.rows, batch.distance).float()
-        # Each layer on its own and all together: a layer that cannot know learns to stay silent.
-        alone = focal_loss(logits, *(part.unsqueeze(1).expand_as(logits) for part in (batch.labels, batch.weights)))
-        loss = alone + focal_loss(ensemble(logits, self.settings.aggregate), batch.labels, batch.weights)
+            by_layer = forward(batch.queries, batch.pooled, batch.distance).float()
+        logits = by_selection(ensemble(by_layer, self.settings.aggregate), self.settings.query_window)
+        parts = logits, batch.labels, batch.weights
+        lose = _LOSSES[self.settings.loss]
+        loss = lose(*(part[:, :1] for part in parts)) + LATER_SHARE * lose(*(part[:, 1:] for part in parts))
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)

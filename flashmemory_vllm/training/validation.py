@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,6 @@ from flashmemory_vllm.training.calibration import fit_platt
 from flashmemory_vllm.training.dataset import Document, TrainingData
 from flashmemory_vllm.training.evaluation import (
     BASELINES,
-    MAIN_RATIO,
     RATIOS,
     Baseline,
     IndexerScorer,
@@ -21,10 +21,13 @@ from flashmemory_vllm.training.evaluation import (
     ask,
     baseline_scorer,
     evaluate,
-    frame_of,
 )
+from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
 Columns = dict[str, list[float]]
+# As likely needed as not
+THRESHOLD = 0.5
+KEPT_SHARE = 0.995
 
 
 class Validation:
@@ -77,6 +80,9 @@ class Validation:
     def calibrate(self, model: NeuralIndexer) -> None:
         """Fit the model's probability on all candidates that serving could leave out; mutates the model.
 
+        A slot is cheap and a block that is missing is not: so the threshold is not where a block is as likely needed as
+        not, but where `KEPT_SHARE` of the needed ones are above it, if that is less.
+
         Raises:
             ConfigError: the documents are so short that serving leaves out nothing.
         """
@@ -84,6 +90,9 @@ class Validation:
         if not len(labels):
             raise ConfigError("--data: validation documents have no block beside those that are always resident")
         model.calibrate(*fit_platt(logits, labels))
+        if labels.any():
+            lowest = model.probability(logits[labels].to(model.bias.device)).float().quantile(1 - KEPT_SHARE)
+            model.spec = replace(model.spec, threshold=min(THRESHOLD, float(lowest)))
 
     def threshold_share(self, model: NeuralIndexer) -> tuple[float, float]:
         """Share of the candidates that reach the model's threshold, and the share of those that are needed."""
@@ -98,7 +107,7 @@ class Validation:
             document = self._data.load(number)
             scorer = IndexerScorer(model, document)
             for question in questions:
-                frame, _ = frame_of(question, document.block_size, MAIN_RATIO)
+                frame, _ = frame_of(question.num_tokens, document.block_size, MAIN_RATIO)
                 free = slice(frame.sink_end, min(frame.recent_start, question.num_candidates))
                 needed = torch.zeros(question.num_candidates, dtype=torch.bool)
                 needed[torch.from_numpy(question.needed)] = True

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 MODEL = reference_model_path()
-BLOCK_SIZE, TOP_P, MIN_VOTES, ANCHORS = 32, 0.6, 2, (1, 3, 4)
+BLOCK_SIZE, CHUNK_SIZE, TOP_P, MIN_VOTES, ANCHORS = 32, 4, 0.6, 2, (1, 3, 4)
 DOCUMENTS, TOKENS, SEED = 10, 1024, 5
 PROMPTS = reference_prompts(DOCUMENTS, TOKENS, SEED, 512)
 # Half a unit in the last place of a float16 that is just below 1
@@ -182,8 +182,9 @@ def test_golden_blocks_are_those_of_transformers(documents: list[Tensors], truth
 def test_keys_and_queries_are_those_of_the_anchor_layers(documents: list[Tensors], truths: list[Truth]) -> None:
     for document, truth in zip(documents, truths, strict=True):
         num_full = truth.keys.shape[2] // BLOCK_SIZE
-        full = _blocks(truth.keys[list(ANCHORS), :, : num_full * BLOCK_SIZE])
-        pooled = torch.stack((full.amax(3), full.amin(3), full.mean(3)), dim=3)
+        full = truth.keys[list(ANCHORS), :, : num_full * BLOCK_SIZE]
+        chunks = full.view(*full.shape[:2], -1, CHUNK_SIZE, full.shape[-1]).transpose(1, 2)  # [A, n * C, Hkv, 4, D]
+        pooled = torch.stack((chunks.amax(3), chunks.amin(3), chunks.mean(3)), dim=3)
         torch.testing.assert_close(torch.from_numpy(document["keys"]).float(), pooled, rtol=2e-3, atol=2e-3)
         # Queries that lead to the attention of the model are its queries
         token = len(document["positions"]) - 1

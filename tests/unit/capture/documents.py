@@ -6,12 +6,12 @@ from flashmemory_vllm.capture.document import Document, Recording, Token
 from flashmemory_vllm.capture.prompts import Prompt
 from flashmemory_vllm.capture.writer import CaptureMeta, ModelShape
 
-BLOCK_SIZE, NUM_LAYERS, MIN_VOTES = 4, 3, 2
+BLOCK_SIZE, CHUNK_SIZE, NUM_LAYERS, MIN_VOTES = 4, 2, 3, 2
 SHAPE = ModelShape(NUM_LAYERS, 4, 2, 8, BLOCK_SIZE, (0, 2), 0.5, "float32")
 
 
 def make_meta(**provenance: object) -> CaptureMeta:
-    return CaptureMeta("m", "llama", SHAPE, 0.6, 0.0, MIN_VOTES, 64, 1, {"prompts": "p", "every": 1, **provenance})
+    return CaptureMeta("m", "llama", SHAPE, CHUNK_SIZE, 3, 0.6, 0.0, MIN_VOTES, 64, 1, {"prompts": "p", "every": 1, **provenance})
 
 
 def make_document(
@@ -27,10 +27,12 @@ def make_document(
     rng = np.random.default_rng(number)
     recorded = -(-num_outputs // every) if num_recorded is None else num_recorded
     tokens = [_token(rng, prompt_len - 1 + every * index) for index in range(recorded)]
-    keys = rng.normal(size=(2, (prompt_len + num_outputs - 1) // BLOCK_SIZE, 2, 3, 8)).astype(np.float16)
+    num_chunks = (prompt_len + num_outputs - 1) // BLOCK_SIZE * (BLOCK_SIZE // CHUNK_SIZE)
+    keys = rng.normal(size=(2, num_chunks, 2, 3, 8)).astype(np.float16)
+    prompt_queries = rng.normal(size=(2, 2, 4, 8)).astype(np.float16)
     ids = tuple(int(token) for token in rng.integers(0, 100, prompt_len))
     outputs = [int(token) for token in rng.integers(0, 100, num_outputs)]
-    return Document(Prompt(ids, num_outputs, number, answer), outputs, Recording(keys, tokens), every)
+    return Document(Prompt(ids, num_outputs, number, answer), outputs, Recording(keys, prompt_queries, tokens), every)
 
 
 def _token(rng: np.random.Generator, position: int) -> Token:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashmemory_vllm.capture.document import LEAST_MASS, Document, Recording
+from flashmemory_vllm.capture.document import LEAST_MASS, Document
 from flashmemory_vllm.errors import IntegrityError
 from tests.unit.capture.documents import BLOCK_SIZE, MIN_VOTES, make_document
 
@@ -31,6 +31,7 @@ def test_rows_come_back_out_of_the_joined_arrays() -> None:
     types = {name: str(tensor.dtype) for name, tensor in tensors.items()}
     assert types == {
         "keys": "float16",
+        "prompt_queries": "float16",
         "queries": "float16",
         "positions": "int32",
         "golden_ptr": "int32",
@@ -72,6 +73,6 @@ def test_numbers_beyond_float16_are_refused() -> None:
     document: Document = make_document(4)
     keys = document.recording.keys.copy()
     keys[0, 0, 0, 0, 0] = np.inf
-    broken = replace(document, recording=Recording(keys, document.recording.tokens))
+    broken = replace(document, recording=replace(document.recording, keys=keys))
     with pytest.raises(IntegrityError, match="keys of the model"):
         broken.tensors(BLOCK_SIZE, MIN_VOTES)

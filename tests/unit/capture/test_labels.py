@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmemory_vllm.capture.labels import block_mass, default_min_votes, golden_votes, pooled_keys
+from flashmemory_vllm.capture.labels import block_mass, default_min_votes, golden_votes
 
 
 @given(
@@ -73,12 +73,3 @@ def test_a_block_that_no_head_looks_at_is_not_golden() -> None:
 @pytest.mark.parametrize(("layers", "votes"), [(1, 1), (5, 1), (6, 2), (20, 3), (36, 5)])
 def test_default_votes(layers: int, votes: int) -> None:
     assert default_min_votes(layers) == votes
-
-
-def test_pooled_keys_are_bounds_and_mean() -> None:
-    keys = torch.randn(3, 2, 16, 4)
-    pooled = pooled_keys(keys)
-    assert (pooled.dtype, pooled.shape) == (torch.float16, (3, 2, 3, 4))
-    torch.testing.assert_close(pooled[1, 0, 0], keys[1, 0].max(0).values.half())
-    torch.testing.assert_close(pooled[1, 0, 1], keys[1, 0].min(0).values.half())
-    torch.testing.assert_close(pooled[1, 0, 2], keys[1, 0].mean(0).half())

@@ -7,25 +7,29 @@ import pytest
 import torch
 
 from flashmemory_vllm.capture.document import Recording
-from flashmemory_vllm.capture.labels import block_mass, golden_votes, pooled_keys
-from flashmemory_vllm.capture.recorder import BatchRow, Recorder, RecorderSettings
+from flashmemory_vllm.capture.labels import block_mass, golden_votes
+from flashmemory_vllm.capture.recorder import BatchRow, Choices, Recorder, RecorderSettings
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.indexer.neural_model import pooled_keys
 
 LAYERS, HQ, HKV, D, BS, SLOTS = 3, 4, 2, 8, 4, 64
 ANCHORS = (0, 2)
-SCALE, TOP_P = 0.4, 0.6
+SCALE, TOP_P, CHUNK = 0.4, 0.6, 2
 
 
 class Model:
     """Requests with random queries and keys, whose pages lie anywhere among the slots."""
 
-    def __init__(self, lengths: Sequence[int], every: int = 1, *, layer_mass: bool = True) -> None:
+    def __init__(self, lengths: Sequence[int], every: int = 1, *, window: int = 6, layer_mass: bool = True) -> None:
         generator = torch.Generator().manual_seed(3)
         self.queries = [torch.randn(LAYERS, length, HQ, D, generator=generator) * 2 for length in lengths]
         self.keys = [torch.randn(LAYERS, length, HKV, D, generator=generator) for length in lengths]
         self.pages = torch.full((LAYERS, SLOTS, HKV, BS, D), torch.nan)
         self.slots = torch.randperm(SLOTS, generator=generator).view(len(lengths), -1).int()
-        settings = RecorderSettings(LAYERS, ANCHORS, BS, SCALE, TOP_P, 0.0, every, layer_mass)
+        self.window = window
+        settings = RecorderSettings(
+            LAYERS, ANCHORS, BS, SCALE, Choices(TOP_P, 0.0, every, CHUNK, window, layer_mass=layer_mass)
+        )
         self.recorder = Recorder(settings, lambda layer, slots: self.pages[layer].index_select(0, slots))
 
     def step(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
@@ -67,9 +71,12 @@ class Model:
             if token.layer_mass is not None:
                 both = torch.stack((shares.mean(1), shares.amax(1))).half()
                 np.testing.assert_allclose(token.layer_mass, both, rtol=1e-3, atol=1e-6)
+        asked = range(max(0, expected[0] + 1 - self.window), expected[0])
+        earlier = self.queries[index][list(ANCHORS)][:, asked].transpose(0, 1).half()
+        assert np.array_equal(recording.prompt_queries, earlier.numpy())
         num_full = (expected[-1] + 1) // BS
         full = self.keys[index][list(ANCHORS), : num_full * BS].view(len(ANCHORS), num_full, BS, HKV, D)
-        pooled = torch.stack([pooled_keys(layer.transpose(1, 2)) for layer in full])
+        pooled = torch.stack([pooled_keys(layer.transpose(1, 2), CHUNK) for layer in full])
         np.testing.assert_allclose(recording.keys, pooled.numpy(), rtol=1e-3)
 
 
@@ -84,8 +91,15 @@ def test_two_requests_in_chunks_and_batches() -> None:
     model.check(1, model.recorder.take("1"), iter(range(8, 17)))
 
 
+def test_a_window_longer_than_the_prompt_is_all_of_it() -> None:
+    model = Model([40], window=16)
+    for done, new in ((0, 5), (5, 1), (6, 3), (9, 1), (10, 1), (11, 1)):
+        model.step([(0, 9, done, new)])
+    model.check(0, model.recorder.take("0"), iter(range(8, 12)))
+
+
 def test_every_third_output_token() -> None:
-    model = Model([40], every=3, layer_mass=False)
+    model = Model([40], every=3, window=1, layer_mass=False)
     model.step([(0, 11, 0, 11)])
     for step in range(7):
         model.step([(0, 11, 11 + step, 1)])

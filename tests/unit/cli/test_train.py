@@ -13,7 +13,7 @@ from flashmemory_vllm.cli import app
 from flashmemory_vllm.indexer.checkpoint import load_indexer
 from tests.unit.training.recordings import Toy, write_recordings
 
-SIZES = ["--rank", "16", "--heads", "4", "--dim", "32", "--tau", "6", "--batch", "16", "--questions", "8"]
+SIZES = ["--rank", "16", "--heads", "4", "--dim", "32", "--tau", "6", "--batch", "2", "--questions", "8"]
 FILES = {"indexer.safetensors", "indexer.state.pt", "indexer.md", "indexer.curves.json", "indexer.png"}
 
 
@@ -47,7 +47,7 @@ def test_weights_card_and_curves_are_written(data: Path, tmp_path: Path, capsys:
     assert curves["selectors"]["neural"]["recall@0.135"] == best
     assert f"| neural | {curves['selectors']['neural']['recall@0.1']:.3f} |" in card
     assert f"| parameters | {sum(weight.numel() for weight in model.parameters()):,} |" in card
-    assert f"| index bytes of a block | {2 * (32 + 4)} |" in card
+    assert f"| index bytes of a block | {2 * 4 * (32 + 4)} |" in card
     assert "commit abc123" in card
     assert str(out.parent / "indexer.md") in capsys.readouterr().out
 
@@ -75,7 +75,7 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert load_indexer(out, torch.device("cpu")).spec.tau == 6
-    # Both take the same steps, each with half of the tokens: only the first tells of it.
+    # Both take the same steps, each with half of the documents: only the first tells of it.
     assert done.stdout.count("step 0: ") == 1
 
 
@@ -84,6 +84,8 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
     [
         (["--epochs", "0"], "--epochs is 0: allowed is 1 or more"),
         (["--validate-every", "-1"], "--validate-every is -1: allowed is 0 or more"),
+        (["--query-window", "5"], "--query-window is 5: allowed is 1 to 4, as many as --data has"),
+        (["--reach", "-1"], "--reach is -1: allowed is 0 or more"),
         (["--delay", "-1"], "--delay is -1: allowed is 0 or more"),
         (["--lr", "nan"], "--lr is nan: allowed is a number above 0"),
         (["--validation-share", "1"], "--validation-share is 1.0: allowed is a number between 0 and 1"),

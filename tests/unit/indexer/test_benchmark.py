@@ -12,13 +12,14 @@ CPU = torch.device("cpu")
 TOKENS = 512
 NUM_BLOCKS = TOKENS // 16
 FACTS = {"gpu": "g", "versions": {"torch": "2"}, "commit": "c", "command": "python -m m"}
-# Three anchor layers; a head has one row of 128, one of 256, and 16 of 128 in bf16. A code is 128 bytes and a scale.
+# Three anchor layers; a head has one row of 128, one of 256, and 16 of 128 in bf16. A chunk of 4
+# tokens has a code of 128 bytes and a scale.
 INDEX_BYTES = {
     "mean": 3 * 8 * 256,
     "bounds": 3 * 8 * 512,
     "exact": 3 * 8 * 4096,
     "h2o": 3 * 8 * 4096,
-    "neural": 3 * 132,
+    "neural": 3 * 4 * 132,
 }
 
 
@@ -46,7 +47,7 @@ def test_a_row_relates_bytes_time_and_ceiling(name: str) -> None:
 
 def test_a_neural_indexer_reads_the_weights_of_its_query_side() -> None:
     selector = benchmark.make_selector("neural", benchmark.make_geometry(TOKENS, CPU))
-    rank, heads, dim = 64, 16, 128
+    rank, heads, dim = 512, 32, 128
     per_layer = 2 * 32 * 128 * rank + rank + rank * heads * dim + rank * heads + heads + 2
     assert benchmark.bytes_read(selector, 0) == 3 * 4 * per_layer
 

@@ -19,8 +19,10 @@ from flashmemory_vllm.indexer.checkpoint import (
     load_indexer,
     read_spec,
     resolve_indexer,
+    round_weights,
     save_indexer,
 )
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from tests.unit.indexer.test_neural import SPEC, make_model
 
 CPU = torch.device("cpu")
@@ -42,6 +44,17 @@ def test_what_is_saved_comes_back(path: Path) -> None:
     assert not any(weight.requires_grad for weight in model.parameters())
     for name, weight in make_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_the_large_weights_are_rounded_as_they_are_stored(path: Path) -> None:
+    model = NeuralIndexer(SPEC)
+    model.init_weights(torch.Generator().manual_seed(3))
+    save_indexer(model, path)
+    stored = load_indexer(path, CPU).state_dict()
+    assert not torch.equal(stored["query_up"], model.query_up)
+    round_weights(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(stored[name], weight)
 
 
 def test_a_truncated_file_is_refused(path: Path) -> None:
@@ -76,11 +89,13 @@ def test_other_weights_are_refused(path: Path) -> None:
     [
         ({"format": "pt"}, "has no 'flashmemory_indexer' in its metadata: it is another kind of file"),
         (None, "has no 'flashmemory_indexer' in its metadata"),
-        (_metadata(version=2), "has the format version 2: allowed is 1"),
+        (_metadata(version=1), "has the format version 1: allowed is 2"),
         ({METADATA_KEY: "{"}, "has no valid spec"),
         ({METADATA_KEY: "{}"}, "has no valid spec in its metadata: KeyError"),
         (_metadata(other=3), r"fields \['other'\] are missing or unknown"),
         (_metadata(aggregate="sum"), "aggregate is 'sum'"),
+        (_metadata(chunk_size=3), "chunk_size is 3 and reach 1 at the block size 8"),
+        (_metadata(reach=3), "chunk_size is 4 and reach 3 at the block size 8"),
     ],
 )
 def test_other_metadata_are_refused(path: Path, metadata: dict[str, str] | None, message: str) -> None:

@@ -13,9 +13,9 @@ from flashmemory_kernels.score_chunks import dequantise_codes
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, create_selector
-from flashmemory_vllm.indexer.checkpoint import save_indexer
+from flashmemory_vllm.indexer.checkpoint import round_weights, save_indexer
 from flashmemory_vllm.indexer.neural import NeuralSelector
-from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, ensemble
+from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, block_logits, ensemble, pooled_keys
 
 SPEC = IndexerSpec(
     model="toy",
@@ -24,6 +24,9 @@ SPEC = IndexerSpec(
     num_kv_heads=2,
     head_dim=16,
     block_size=8,
+    chunk_size=4,
+    reach=1,
+    query_window=3,
     anchor_layers=(1, 3, 4),
     rank=12,
     num_heads=3,
@@ -38,7 +41,7 @@ N, NUM_BLOCKS, NUM_SLOTS = 30, 23, 25
 
 
 def make_model(spec: IndexerSpec = SPEC) -> NeuralIndexer:
-    """Drawn weights with every part of the formula at work."""
+    """Drawn weights, as they are stored, with every part of the formula at work."""
     generator = torch.Generator().manual_seed(0)
     model = NeuralIndexer(spec)
     model.init_weights(generator)
@@ -46,6 +49,7 @@ def make_model(spec: IndexerSpec = SPEC) -> NeuralIndexer:
         torch.nn.init.normal_(weight, generator=generator)
     model.standardise(torch.randn(9, 3, 4, 16, generator=generator), torch.randn(9, 3, 2, 3, 16, generator=generator))
     model.calibrate(0.7, -0.3)
+    round_weights(model)
     return model.eval()
 
 
@@ -76,15 +80,17 @@ class History:
 
     @property
     def pooled(self) -> torch.Tensor:
-        """As the data format has it, [n, A, Hkv, 3, D]."""
-        keys = self.keys.transpose(0, 1)
-        return torch.stack((keys.amax(3), keys.amin(3), keys.mean(3)), dim=3)
+        """Of all chunks, [n * C, A, Hkv, 3, D]."""
+        return torch.stack([pooled_keys(keys, SPEC.chunk_size) for keys in self.keys], dim=1)
 
     def expected(self, model: NeuralIndexer) -> torch.Tensor:
         """Logits of the module, [A, n]."""
-        rows = torch.arange(NUM_BLOCKS).unsqueeze(0)
+        per_block, reach = model.spec.chunks_per_block, model.spec.reach
+        rows = torch.arange(NUM_BLOCKS).unsqueeze(1) * per_block + torch.arange(-reach, per_block)
+        distance = (NUM_BLOCKS - torch.arange(NUM_BLOCKS).float()) * per_block
         with torch.no_grad():
-            logits: torch.Tensor = model(self.queries.unsqueeze(0), self.pooled, rows, NUM_BLOCKS - rows.float())[0]
+            pooled = self.pooled[rows.clamp(min=0)].unsqueeze(0)
+            logits: torch.Tensor = model(self.queries[None, None], pooled, distance[None, None])[0, 0]
         return logits
 
 
@@ -111,7 +117,7 @@ def test_score_is_the_modules_probability(tmp_path: Path, aggregate: str, layer_
     score = selector.score(ScoringRequest("r", history.ids, history.queries, 0))
     assert score.dtype == torch.float32
     # fp8 codes may round the other way where two sums differ in their last bit.
-    torch.testing.assert_close(score, model.probability(torch.stack(rows)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(score, model.probability(torch.stack(rows)), rtol=2e-3, atol=2e-4)
 
 
 def test_a_block_is_worth_what_it_is_worth_to_any_of_several_tokens(checkpoint: str) -> None:
@@ -122,6 +128,43 @@ def test_a_block_is_worth_what_it_is_worth_to_any_of_several_tokens(checkpoint: 
     alone = [selector.score(ScoringRequest("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
     together = selector.score(ScoringRequest("r", history.ids, history.queries, 0, earlier=earlier))
     assert torch.equal(together, torch.stack(alone).amax(0))
+
+
+def test_what_the_question_asked_for_keeps_its_score(checkpoint: str) -> None:
+    history = History()
+    selector = NeuralSelector(make_geometry(), checkpoint)
+    selector.add_blocks(history.ids, list(history.keys))
+    other = torch.randn(history.queries.shape, generator=torch.Generator().manual_seed(7))
+    first = selector.score(ScoringRequest("r", history.ids[:-3], history.queries, 0)).clone()
+    alone = selector.score(ScoringRequest("another", history.ids, other, 1))
+    later = selector.score(ScoringRequest("r", history.ids, other, 1))
+    assert torch.equal(later[:, :-3], torch.maximum(first, alone[:, :-3]))
+    assert torch.equal(later[:, -3:], alone[:, -3:])
+    # A third selection forgets the second's tokens, not the question
+    third = selector.score(ScoringRequest("r", history.ids, -other, 2))
+    assert bool((third[:, :-3] >= first).all())
+    assert not bool((third[:, :-3] >= later[:, :-3]).all())
+    selector.forget("r")
+    assert torch.equal(selector.score(ScoringRequest("r", history.ids, other, 3)), alone)
+
+
+def test_the_last_chunks_of_a_block_speak_for_the_next() -> None:
+    chunks = torch.tensor([[5.0, 1.0, 0.0, 2.0, 0.0, 3.0]])
+    assert block_logits(chunks, 2, 0).tolist() == [[5, 2, 3]]
+    assert block_logits(chunks, 2, 1).tolist() == [[5, 2, 3]]
+    assert block_logits(chunks, 2, 2).tolist() == [[5, 5, 3]]
+    assert block_logits(chunks, 3, 2).tolist() == [[5, 3]]
+    assert block_logits(torch.tensor([7.0, 9.0, 0.0, 0.0, 0.0, 0.0]), 3, 2).tolist() == [9, 9]
+    assert block_logits(torch.tensor([7.0, 9.0, 0.0, 0.0, 0.0, 0.0]), 3, 1).tolist() == [9, 0]
+    assert block_logits(torch.zeros(2, 0), 2, 1).shape == (2, 0)
+
+
+def test_pooled_keys_are_bounds_and_mean_of_each_chunk() -> None:
+    keys = torch.randn(3, 2, 16, 4)
+    pooled = pooled_keys(keys, 8)
+    assert (pooled.dtype, pooled.shape) == (torch.float32, (6, 2, 3, 4))
+    chunk = keys[1, 0, 8:]
+    torch.testing.assert_close(pooled[3, 0], torch.stack((chunk.amax(0), chunk.amin(0), chunk.mean(0))))
 
 
 def test_pages_give_the_codes_of_gathered_keys(checkpoint: str) -> None:
@@ -142,7 +185,8 @@ def test_pages_give_the_codes_of_gathered_keys(checkpoint: str) -> None:
 def test_stored_codes_are_the_rounded_ones(checkpoint: str) -> None:
     selector, history = NeuralSelector(make_geometry(), checkpoint), History()
     selector.add_blocks(history.ids, list(history.keys))
-    stored = dequantise_codes(selector.codes, selector.scales)[:, history.ids]
+    per_block = dequantise_codes(selector.codes, selector.scales).view(3, N, SPEC.chunks_per_block, -1)
+    stored = per_block[:, history.ids].flatten(1, 2)
     with torch.no_grad():
         codes = make_model().encode_keys(history.pooled).transpose(0, 1)
     # Three bits of mantissa; the smallest numbers of a row have fewer.
@@ -152,7 +196,7 @@ def test_stored_codes_are_the_rounded_ones(checkpoint: str) -> None:
 def test_bytes_per_block_are_known_before_anything_is_allocated(checkpoint: str) -> None:
     selector = NeuralSelector(make_geometry(), checkpoint)
     allocated = selector.codes.untyped_storage().nbytes() + selector.scales.untyped_storage().nbytes()
-    assert selector.bytes_per_block() * N == allocated == 3 * (20 + 4) * N
+    assert selector.bytes_per_block() * N == allocated == 3 * 2 * (20 + 4) * N
     meta = NeuralSelector(replace(make_geometry(), device=torch.device("meta")), checkpoint)
     assert meta.bytes_per_block() == selector.bytes_per_block()
     assert meta.codes.is_meta

@@ -13,13 +13,18 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Toy:
-    """Sizes of the toy. One head of the last anchor layer looks blocks up, the others attend to anything."""
+    """Sizes of the toy. One head of the last anchor layer looks blocks up, the others attend to anything.
+
+    The prompt's newest tokens look up what later segments of the answer will.
+    """
 
     documents: int = 24
     prompt_blocks: int = 100
     tokens: int = 48
     segment: int = 12
     block_size: int = 16
+    chunk_size: int = 4
+    query_window: int = 4
     anchors: int = 2
     num_query_heads: int = 4
     num_kv_heads: int = 2
@@ -38,7 +43,7 @@ def write_recordings(folder: Path, toy: Toy) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(toy.seed)
     meta = {
-        "format": 1,
+        "format": 2,
         "model": "toy",
         "model_type": "toy",
         "num_layers": 6,
@@ -46,6 +51,8 @@ def write_recordings(folder: Path, toy: Toy) -> None:
         "num_kv_heads": toy.num_kv_heads,
         "head_dim": toy.head_dim,
         "block_size": toy.block_size,
+        "chunk_size": toy.chunk_size,
+        "query_window": toy.query_window,
         "anchor_layers": [2, 4, 5, 1][: toy.anchors],
         "softmax_scale": toy.head_dim**-0.5,
         "dtype": "float32",
@@ -85,19 +92,21 @@ def make_document(toy: Toy, bias: torch.Tensor, generator: torch.Generator) -> d
     content *= _slow_channels(toy.head_dim)
     keys = rotate(content * 1.5 + bias.unsqueeze(2), torch.arange(num_all))
     full = num_all // toy.block_size
-    blocks = keys[:, :, : full * toy.block_size].view(toy.anchors, toy.num_kv_heads, full, toy.block_size, toy.head_dim)
-    pooled = torch.stack((blocks.amax(3), blocks.amin(3), blocks.mean(3)), dim=3)  # [A, Hkv, n, 3, D]
+    chunks = keys[:, :, : full * toy.block_size].reshape(*shape[:2], -1, toy.chunk_size, toy.head_dim)
+    pooled = torch.stack((chunks.amax(3), chunks.amin(3), chunks.mean(3)), dim=3)  # [A, Hkv, n * C, 3, D]
 
-    positions = torch.arange(num_prompt, num_all)
-    noise = torch.randn(toy.tokens, toy.anchors, toy.num_query_heads, toy.head_dim, generator=generator)
+    earlier = toy.query_window - 1
+    positions = torch.arange(num_prompt - earlier, num_all)
+    noise = torch.randn(len(positions), toy.anchors, toy.num_query_heads, toy.head_dim, generator=generator)
     # What the other heads want is louder, and of no use
     queries = 3 * noise * _slow_channels(toy.head_dim)
     num_segments = -(-toy.tokens // toy.segment)
     targets = torch.randint(0, num_prompt, (num_segments,), generator=generator)[
         torch.arange(toy.tokens) // toy.segment
     ]
+    asked = targets[torch.arange(earlier, 0, -1) * toy.segment % toy.tokens]
     kv_head = LOOKING_HEAD // (toy.num_query_heads // toy.num_kv_heads)
-    queries[:, -1, LOOKING_HEAD] = 0.1 * queries[:, -1, LOOKING_HEAD] + 2 * content[-1, kv_head, targets]
+    queries[:, -1, LOOKING_HEAD] = 0.1 * queries[:, -1, LOOKING_HEAD] + 2 * content[-1, kv_head, torch.cat((asked, targets))]
     queries = rotate(queries.movedim(0, 2), positions).movedim(2, 0)
 
     golden = (targets // toy.block_size).tolist()
@@ -105,8 +114,9 @@ def make_document(toy: Toy, bias: torch.Tensor, generator: torch.Generator) -> d
     mass = [[0.2, *([FOUND_MASS] if len(ids) > 2 else []), 0.1] for ids in mass_ids]
     return {
         "keys": pooled.transpose(1, 2).half(),
-        "queries": queries.half(),
-        "positions": positions.int(),
+        "queries": queries[earlier:].half(),
+        "prompt_queries": queries[:earlier].half(),
+        "positions": positions[earlier:].int(),
         # every fourth token needs nothing, every token the first block
         **_ragged("golden", [[0] if token % 4 == 3 else [0, block] for token, block in enumerate(golden)]),
         "golden_votes": torch.ones(sum(1 if token % 4 == 3 else 2 for token in range(toy.tokens)), dtype=torch.uint8),

@@ -22,12 +22,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _document(positions: list[int], golden: list[list[int]], block_size: int = 2, num_blocks: int = 40) -> Document:
+def _document(positions: list[int], golden: list[list[int]], answer: tuple[int, int] = (-1, -1)) -> Document:
+    block_size, num_blocks = 2, 40
     pointers = torch.tensor([0, *np.cumsum([len(ids) for ids in golden])], dtype=torch.int32)
     ids = torch.tensor([block for blocks in golden for block in blocks], dtype=torch.int32)
     tensors = {
-        "keys": torch.zeros(1, num_blocks, 1, 3, 2),
-        "queries": torch.zeros(len(positions), 1, 1, 2),
+        "keys": torch.arange(num_blocks * 2.0).view(1, -1, 1, 1, 1).expand(1, -1, 1, 3, 2),
+        "prompt_queries": torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2),
+        "answer": torch.tensor(answer, dtype=torch.int32),
+        "queries": torch.full((len(positions), 1, 1, 2), 9.0),
         "positions": torch.tensor(positions, dtype=torch.int32),
         "golden_ptr": pointers,
         "golden_ids": ids,
@@ -35,7 +38,7 @@ def _document(positions: list[int], golden: list[list[int]], block_size: int = 2
         "mass_ids": ids,
         "mass": torch.full((len(ids),), 0.25, dtype=torch.float16),
     }
-    return Document(tensors, block_size)
+    return Document(tensors, block_size, chunk_size=1)
 
 
 @given(
@@ -49,22 +52,37 @@ def test_union_and_mass_of_a_window_are_those_of_its_tokens(
 ) -> None:
     positions = (10 + np.cumsum(steps)).tolist()
     document = _document(positions, [sorted(ids) for ids in golden[: len(positions)]])
-    for token, position in enumerate(positions):
+    for token, position in list(enumerate(positions))[1:]:
         in_force = [
             other for other, later in enumerate(positions) if position + 1 + delay <= later <= position + tau + delay
         ]
         window = document.window(token, tau, delay)
         assert list(range(*window)) == in_force
         needed = sorted({block for other in in_force for block in golden[other] if block < position // 2})
-        assert document.golden.union(*window, document.num_candidates(token)).tolist() == needed
+        assert document.needed(token, tau, delay).tolist() == needed
         mass = document.mass.sums(*window, 31)
         assert mass.tolist() == [0.25 * sum(block in golden[other] for other in in_force) for block in range(31)]
 
 
-def test_blocks_that_nearly_all_tokens_need_are_trivial() -> None:
-    golden = [[0, 3]] * 8 + [[0]] * 2
-    assert np.flatnonzero(_document(list(range(20, 30)), golden).trivial_blocks()).tolist() == [0]
+def test_a_first_selection_is_for_the_whole_answer() -> None:
+    golden = [[1], [2], [3], [4], [90]]
+    assert _document([20, 21, 22, 23, 24], golden).needed(0, tau=1, delay=1).tolist() == [2, 3, 4]
+    assert _document([20, 21, 22, 23, 24], golden, answer=(2, 4)).needed(0, tau=1, delay=1).tolist() == [3, 4]
+    assert _document([20], [[1]]).needed(0, tau=64, delay=1).tolist() == []
     assert len(Ragged(np.zeros(1, np.int64), np.zeros(0, np.int64)).union(0, 0, 5)) == 0
+
+
+def test_a_question_is_the_newest_queries_and_a_short_one_repeats_its_last() -> None:
+    document = _document([20, 21], [[], []])
+    assert document.question(3)[:, 0, 0, 0].tolist() == [1, 2, 9]
+    assert document.question(6)[:, 0, 0, 0].tolist() == [0, 1, 2, 9, 9, 9]
+    assert document.question(1)[:, 0, 0, 0].tolist() == [9]
+
+
+def test_a_block_comes_with_the_last_chunks_of_the_one_before() -> None:
+    chunks = _document([20], [[]]).chunks(torch.tensor([5, 0]), reach=2)
+    assert chunks.shape == (2, 4, 1, 1, 3, 2)
+    assert chunks[:, :, 0, 0, 0, 0].tolist() == [[8, 9, 10, 11], [0, 0, 0, 1]]
 
 
 def test_documents_are_found_in_their_shards(folder: Path) -> None:
@@ -72,7 +90,8 @@ def test_documents_are_found_in_their_shards(folder: Path) -> None:
     assert (len(data), data.meta.anchor_layers, data.meta.block_size) == (3, (2, 4), 16)
     first, last = data.load(0), data.load(2)
     assert first.queries.shape == (10, 2, 4, 16)
-    assert first.keys.shape == (2, 8, 2, 3, 16)
+    assert first.keys.shape == (2, 32, 2, 3, 16)
+    assert (first.num_blocks, first.prompt_queries.shape) == (8, (3, 2, 4, 16))
     assert not torch.equal(first.keys, last.keys)
 
 
@@ -111,7 +130,7 @@ def test_a_wrong_shard_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2: allowed is 1"),
+        ({"format": 1}, "has format 1: allowed is 2"),
         ({"documents": 4}, "has 3 documents, its meta says 4"),
     ],
 )

@@ -8,9 +8,10 @@ import torch
 
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
 from flashmemory_vllm.training.dataset import TrainingData
-from flashmemory_vllm.training.evaluation import MAIN_RATIO, IndexerScorer, Question, ask, frame_of, judge
+from flashmemory_vllm.training.evaluation import IndexerScorer, Question, ask, judge
+from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 from flashmemory_vllm.training.processes import Processes
-from flashmemory_vllm.training.trainer import TrainSettings, make_spec
+from flashmemory_vllm.training.settings import TrainSettings, make_spec
 from flashmemory_vllm.training.validation import Validation
 from tests.unit.training.recordings import Toy, write_recordings
 
@@ -28,7 +29,7 @@ def test_a_selection_is_judged_by_what_it_keeps(data: TrainingData) -> None:
     mass = np.zeros(100, np.float32)
     mass[[0, 40, 50]] = [0.5, 0.25, 0.25]
     question = Question(0, 100, 1601, needed=np.array([0, 40, 50]), mass=mass)
-    frame, budget = frame_of(question, document.block_size, MAIN_RATIO)
+    frame, budget = frame_of(question.num_tokens, document.block_size, MAIN_RATIO)
     assert (frame.sink_end, frame.recent_start, budget) == (4, 98, 13)
     scores = torch.zeros(100)
     scores[40:46] = 1
@@ -45,27 +46,35 @@ def test_attention_to_newer_blocks_is_never_missed(data: TrainingData) -> None:
 
 
 def test_the_oracle_is_the_best_and_random_is_not_good(data: TrainingData) -> None:
-    validation = Validation(data, range(4), tau=4, delay=1, limit=12)
+    validation = Validation(data, range(4), tau=2, delay=1, limit=12)
     scores = {name: Processes().mean(columns) for name, columns in validation.run_baselines().items()}
     for key in scores["oracle"]:
         assert scores["oracle"][key] == max(values[key] for values in scores.values())
     assert scores["oracle"]["mass@0.135"] > 0.99
     assert scores["random"]["mass@0.135"] < 0.6
-    assert len(validation) == 4 * 12
+    assert len(validation) == 4 * 11
 
 
-def test_questions_are_spread_over_a_document(data: TrainingData) -> None:
-    tokens = [question.token for question in ask(data.load(1), tau=4, delay=1, limit=5)]
-    assert (len(tokens), tokens[0], tokens[-1]) == (5, 0, 21)
+def test_questions_are_asked_when_serving_would_select(data: TrainingData) -> None:
+    document = data.load(1)
+    assert [question.token for question in ask(document, tau=4, delay=1, limit=9)] == [0, 4, 8, 12, 16, 20]
+    assert [question.token for question in ask(document, tau=4, delay=1, limit=2)] == [0, 4]
+    assert [question.token for question in ask(document, tau=64, delay=1, limit=2)] == [0]
 
 
 def test_a_document_is_scored_as_the_model_does(data: TrainingData) -> None:
     model = NeuralIndexer(make_spec(data, TrainSettings(rank=16, heads=4, dim=32))).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     torch.nn.init.normal_(model.distance)
-    document = data.load(0)
-    num_candidates = document.num_candidates(3)
-    blocks = torch.arange(num_candidates).unsqueeze(0)
+    document, window = data.load(0), model.spec.query_window
+    blocks = torch.arange(document.num_candidates(0))
+    queries = torch.cat((document.question(window), document.queries[3:4])).unsqueeze(0)
+    distance = (len(blocks) - blocks.float()) * document.chunks_per_block
     with torch.no_grad():
-        logits = model(document.queries[3:4], document.keys.transpose(0, 1), blocks, num_candidates - blocks.float())
-    torch.testing.assert_close(IndexerScorer(model, document)(3), ensemble(logits, "max")[0], rtol=1e-4, atol=1e-5)
+        pooled = document.chunks(blocks, model.spec.reach).unsqueeze(0)
+        logits = ensemble(model(queries, pooled, distance.expand(1, window + 1, -1)), "max")[0]
+    scorer = IndexerScorer(model, document)
+    asked = logits[:window].amax(0)
+    torch.testing.assert_close(scorer(0), asked, rtol=1e-3, atol=1e-4)
+    # What the question asked for is not forgotten
+    torch.testing.assert_close(scorer(3), torch.maximum(asked, logits[window]), rtol=1e-3, atol=1e-4)

@@ -8,7 +8,7 @@ from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.dataset import TrainingData
 from flashmemory_vllm.training.processes import Processes
 from flashmemory_vllm.training.start import factors, start_from_data
-from flashmemory_vllm.training.trainer import TrainSettings, make_spec
+from flashmemory_vllm.training.settings import TrainSettings, make_spec
 from flashmemory_vllm.training.validation import Validation
 from tests.unit.training.recordings import Toy, write_recordings
 
