@@ -82,7 +82,7 @@ class BatchRow:
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What is known of a request so far, by anchor layer: pooled keys of some blocks each, queries of some tokens each."""
+    """What is known of a request: by anchor layer pooled keys of some blocks each, and queries of some tokens each."""
 
     keys: dict[int, list[torch.Tensor]]
     prompt_queries: dict[int, list[torch.Tensor]]

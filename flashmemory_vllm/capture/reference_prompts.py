@@ -10,7 +10,7 @@ from flashmemory_vllm.evaluation.questions import max_questions
 from flashmemory_vllm.evaluation.tasks import LATE_COUNT, TASK_NAMES, Sample, make_samples
 
 # Of the longest prompt
-LENGTH_SHARES = (0.25, 0.5, 1.0)
+LENGTH_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 # In shorter ones there is no fact of every kind.
 LEAST_TOKENS = 600
 

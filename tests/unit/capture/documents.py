@@ -11,7 +11,9 @@ SHAPE = ModelShape(NUM_LAYERS, 4, 2, 8, BLOCK_SIZE, (0, 2), 0.5, "float32")
 
 
 def make_meta(**provenance: object) -> CaptureMeta:
-    return CaptureMeta("m", "llama", SHAPE, CHUNK_SIZE, 3, 0.6, 0.0, MIN_VOTES, 64, 1, {"prompts": "p", "every": 1, **provenance})
+    return CaptureMeta(
+        "m", "llama", SHAPE, CHUNK_SIZE, 3, 0.6, 0.0, MIN_VOTES, 64, 1, {"prompts": "p", "every": 1, **provenance}
+    )
 
 
 def make_document(

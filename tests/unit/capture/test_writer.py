@@ -55,7 +55,7 @@ def test_documents_come_back_from_several_shards(tmp_path: Path) -> None:
 def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
     CaptureWriter(tmp_path, make_meta(seed=3), PLENTY).finish()
     assert json.loads((tmp_path / "meta.json").read_text()) == {
-        "format": 1,
+        "format": 2,
         "model": "m",
         "model_type": "llama",
         "num_layers": 3,
@@ -63,6 +63,8 @@ def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
         "num_kv_heads": 2,
         "head_dim": 8,
         "block_size": BLOCK_SIZE,
+        "chunk_size": 2,
+        "query_window": 3,
         "anchor_layers": [0, 2],
         "softmax_scale": 0.5,
         "dtype": "float32",

@@ -106,7 +106,9 @@ def make_document(toy: Toy, bias: torch.Tensor, generator: torch.Generator) -> d
     ]
     asked = targets[torch.arange(earlier, 0, -1) * toy.segment % toy.tokens]
     kv_head = LOOKING_HEAD // (toy.num_query_heads // toy.num_kv_heads)
-    queries[:, -1, LOOKING_HEAD] = 0.1 * queries[:, -1, LOOKING_HEAD] + 2 * content[-1, kv_head, torch.cat((asked, targets))]
+    queries[:, -1, LOOKING_HEAD] = (
+        0.1 * queries[:, -1, LOOKING_HEAD] + 2 * content[-1, kv_head, torch.cat((asked, targets))]
+    )
     queries = rotate(queries.movedim(0, 2), positions).movedim(2, 0)
 
     golden = (targets // toy.block_size).tolist()

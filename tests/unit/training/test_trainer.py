@@ -18,10 +18,10 @@ from flashmemory_vllm.training.validation import Validation
 from tests.unit.training.recordings import Toy, write_recordings
 
 SETTINGS = TrainSettings(
-    epochs=20,
+    epochs=40,
     lr=1e-3,
     batch=2,
-    dim=32,
+    dim=64,
     query_window=4,
     tau=6,
     patience=100,
@@ -77,7 +77,7 @@ def _assert_equal(one: TrainResult, other: TrainResult) -> None:
 
 
 def test_training_finds_needed_blocks(tmp_path: Path) -> None:
-    write_recordings(tmp_path / "data", Toy(documents=20, tokens=96))
+    write_recordings(tmp_path / "data", Toy(documents=20))
     data = TrainingData(tmp_path / "data")
     trainer = _trainer(data, tmp_path / "state.pt", SETTINGS)
     drawn = NeuralIndexer(make_spec(data, SETTINGS)).eval()
@@ -87,7 +87,7 @@ def test_training_finds_needed_blocks(tmp_path: Path) -> None:
     bounds = Processes().mean(trainer.validation.run_baseline("bounds"))
     history = trainer.run().history
     best = max(history, key=lambda row: row[RECALL])
-    assert history[-1]["loss"] < 0.7 * history[1]["loss"]
+    assert history[-1]["loss"] < 0.5 * history[1]["loss"]
     # Block 0, which is forced, is half of what most questions need: recall starts at one half.
     for other in (random, untrained, bounds):
         assert best[RECALL] > other[RECALL] + 0.05
@@ -104,7 +104,7 @@ def test_equal_seeds_give_equal_weights(small: TrainingData, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("killed_before", [8, 14, 18])
 def test_a_killed_run_goes_on_as_if_never_stopped(small: TrainingData, tmp_path: Path, killed_before: int) -> None:
-    settings = replace(SHORT, epochs=4)
+    settings = replace(SHORT, epochs=6)
     whole = _trainer(small, tmp_path / "whole.pt", settings).run()
     assert whole.steps > killed_before
     killed = _trainer(small, tmp_path / "killed.pt", settings)
@@ -134,7 +134,15 @@ def test_training_ends_when_recall_no_longer_rises(small: TrainingData, tmp_path
 
 
 def test_the_best_weights_are_kept_not_the_last(small: TrainingData, tmp_path: Path) -> None:
-    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, lr=1.0))
+    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, lr=0.003, tau=3))
+    train = trainer._train
+
+    def break_late(*args: object) -> None:
+        train(*args)  # type: ignore[arg-type]
+        if trainer.step > 10:
+            trainer.model.key_project.data.zero_()
+
+    trainer._train = break_late  # type: ignore[method-assign, assignment]
     result = trainer.run()
     best = max(row[RECALL] for row in result.history)
     assert Processes().mean(trainer.validation.run(result.model.eval()))[RECALL] == best
@@ -145,13 +153,16 @@ def test_calibration_makes_a_probability(small: TrainingData, tmp_path: Path) ->
     trainer = _trainer(small, tmp_path / "state.pt")
     model = trainer.run().model.eval()
     validation: Validation = trainer.validation
-    before = validation.threshold_share(model)
     validation.calibrate(model)
     logits, labels = validation._candidates(model)
     probabilities = model.probability(logits)
     # The maximum-likelihood offset makes the mean probability the share of needed blocks.
     assert float(probabilities.mean()) == pytest.approx(float(labels.float().mean()), abs=1e-3)
-    assert validation.threshold_share(model)[0] <= before[0]
+    # The threshold is where nearly all needed blocks are above it, or one half if that is lower
+    assert 0 < model.spec.threshold <= 0.5
+    kept = float((probabilities[labels] >= model.spec.threshold).float().mean())
+    assert kept >= 0.99
+    assert validation.threshold_share(model)[0] == float((probabilities >= model.spec.threshold).float().mean())
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
