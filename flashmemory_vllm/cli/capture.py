@@ -57,6 +57,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_block_size(parser)
     parser.add_argument("--dtype", default="auto", help="dtype of the model. Default: auto")
     parser.add_argument("--gpu-memory-bytes", type=int, help="device memory for KV. Default: vLLM's share")
+    parser.add_argument("--host-memory-gib", type=float, help="GiB of host memory for KV. Default: half")
     parser.add_argument("--commit", help="commit to name, where git is not there to ask")
     parser.set_defaults(run=run)
 
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     anchors = None if args.anchor_layers is None else tuple(args.anchor_layers)
     prompts, stop_token_ids = make_prompts(args)
     longest = max(prompt.max_tokens for prompt in prompts)
-    engine = CaptureEngine(args.model, engine_arguments(args, prompts), anchors, longest, stop_token_ids)
+    arguments = engine_arguments(args, prompts)
+    engine = CaptureEngine(args.model, arguments, anchors, longest, stop_token_ids, args.host_memory_gib)
     with closing(engine):
         shape = engine.record(Choices(**{field.name: getattr(args, field.name) for field in fields(Choices)}))
         meta = make_meta(args, shape, engine.model_type, prompts)

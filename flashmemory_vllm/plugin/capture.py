@@ -48,6 +48,7 @@ class CaptureEngine(_StepByStep):
         anchor_layers: layers whose queries and pooled keys are recorded. None for our default.
         max_output_tokens: most tokens of an answer.
         stop_token_ids: tokens that end an answer, beside the model's own.
+        host_memory_gib: host memory for KV. Default: our default.
     """
 
     def __init__(
@@ -57,14 +58,17 @@ class CaptureEngine(_StepByStep):
         anchor_layers: tuple[int, ...] | None,
         max_output_tokens: int,
         stop_token_ids: Sequence[int] = (),
+        host_memory_gib: float | None = None,
     ) -> None:
-        options = {
+        options: dict[str, object] = {
             "resident_ratio": 1.0,
             "selector": "full",
             "anchor_layers": anchor_layers,
             # Slots for all of a request from its admission on: none is ever preempted.
             "growth_reserve_tokens": max_output_tokens,
         }
+        if host_memory_gib is not None:
+            options["host_memory_gib"] = host_memory_gib
         # A block that is found, not computed, would have no recorded keys; a replayed graph would pass by the recorder.
         recordable = {"enable_prefix_caching": False, "enforce_eager": True}
         super().__init__(model, {**engine_args, **recordable}, options, stop_token_ids)
