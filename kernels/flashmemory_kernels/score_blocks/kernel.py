@@ -20,7 +20,7 @@ MIN_DOT = 16
 LOW_PRECISION = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 CONFIGS = {
-    (1, 128): TileConfig(tile_rows=64, programs=0, num_warps=8, num_stages=1),
+    (1, 128): TileConfig(tile_rows=128, programs=0, num_warps=8, num_stages=1),
     (1, 256): TileConfig(tile_rows=128, programs=0, num_warps=8, num_stages=1),
     (16, 128): TileConfig(tile_rows=128, programs=0, num_warps=8, num_stages=1),
 }
