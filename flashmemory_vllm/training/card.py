@@ -93,7 +93,7 @@ def _draw(report: TrainingReport, path: Path) -> None:
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(steps, [row["loss"] for row in report.history], color="#8c8c8c", marker=".")
-    left.set_title("focal loss", loc="left", fontsize=10)
+    left.set_title("loss", loc="left", fontsize=10)
     for what, color in (("recall", "#1f6fb2"), ("mass", "#c9a66b")):
         name = f"{what}@{MAIN_RATIO}"
         right.plot(steps, [row[name] for row in report.history], color=color, marker=".", label=what)
@@ -117,6 +117,9 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
         rank=spec.rank,
         aggregate=spec.aggregate,
         bytes_per_block=spec.bytes_per_block,
+        chunk_size=spec.chunk_size,
+        reach=spec.reach,
+        query_window=spec.query_window,
         block_size=spec.block_size,
         query_heads=spec.num_query_heads,
         kv_heads=spec.num_kv_heads,
@@ -172,6 +175,7 @@ Chooses the KV blocks that stay on the device while {model} decodes. It reads qu
 | --- | --- |
 | parameters | {parameters:,} |
 | index bytes of a block | {bytes_per_block:,} |
+| tokens of a chunk, chunks that speak for the next block, tokens of a question | {chunk_size}, {reach}, {query_window} |
 | index heads, code, bottleneck | {heads}, {dim}, {rank} |
 | layers combined by | {aggregate} |
 | selections in force | {tau} steps, from {delay} after the query's own |
@@ -187,12 +191,12 @@ recording {data}. {held_back:,} other documents were kept back; {questions:,} of
 
 ## What it keeps
 
-Share of the blocks needed during the {tau} steps (recall), and of the attention paid during them (mass), that is in \
-the resident set, over all candidates, with sink and recent blocks as in serving. `oracle` knows the attention to \
+Share of the blocks needed by the answer, or after its beginning during {tau} steps (recall), and of the attention \
+paid then (mass), that is in the resident set, over all candidates, with sink and recent blocks as in serving. `oracle` knows the attention to \
 come; the others need no training. All numbers are in `{curves}`.
 
 {table}
 
-A probability of {threshold} is reached by {reached:.1%} of the blocks that are not forced; {precise:.1%} of those \
+A probability of {threshold:.2g} is reached by {reached:.1%} of the blocks that are not forced; {precise:.1%} of those \
 are needed.
 """
