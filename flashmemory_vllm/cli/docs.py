@@ -44,6 +44,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "results/core.md": measured_tables.accuracy_tables,
     "results/device.md": measured_tables.device_tables,
     "results/exactness.md": measured_tables.exactness_table,
+    "results/indexer.md": measured_tables.indexer_tables,
     "results/reference.md": measured_tables.equal_bytes_tables,
     "results/speed.md": measured_tables.speed_tables,
 }

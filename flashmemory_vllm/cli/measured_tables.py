@@ -31,6 +31,15 @@ def accuracy_tables(folder: Path) -> str:
     return _accuracy(folder / "results" / "core.json")
 
 
+def indexer_tables(folder: Path) -> str:
+    """Scores of the trained indexer by task and length, beside every other selector's.
+
+    Args:
+        folder: `docs/`; the rows are `results/indexer.json`.
+    """
+    return _accuracy(folder / "results" / "indexer.json")
+
+
 def equal_bytes_tables(folder: Path) -> str:
     """Scores of every selector by task and length, at the same device bytes.
 

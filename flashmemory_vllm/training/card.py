@@ -175,7 +175,8 @@ Chooses the KV blocks that stay on the device while {model} decodes. It reads qu
 | --- | --- |
 | parameters | {parameters:,} |
 | index bytes of a block | {bytes_per_block:,} |
-| tokens of a chunk, chunks that speak for the next block, tokens of a question | {chunk_size}, {reach}, {query_window} |
+| tokens of a chunk, chunks that speak for the next block, tokens of a question | {chunk_size}, {reach}, \
+{query_window} |
 | index heads, code, bottleneck | {heads}, {dim}, {rank} |
 | layers combined by | {aggregate} |
 | selections in force | {tau} steps, from {delay} after the query's own |
@@ -192,8 +193,8 @@ recording {data}. {held_back:,} other documents were kept back; {questions:,} of
 ## What it keeps
 
 Share of the blocks needed by the answer, or after its beginning during {tau} steps (recall), and of the attention \
-paid then (mass), that is in the resident set, over all candidates, with sink and recent blocks as in serving. `oracle` knows the attention to \
-come; the others need no training. All numbers are in `{curves}`.
+paid then (mass), that is in the resident set, over all candidates, with sink and recent blocks as in serving. \
+`oracle` knows the attention to come; the others need no training. All numbers are in `{curves}`.
 
 {table}
 

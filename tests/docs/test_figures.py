@@ -1,4 +1,4 @@
-"""Every figure of the README's table of speeds is a value of the rows that its line names."""
+"""Every figure of the README's tables is a value of the rows that the table names."""
 
 import json
 import re
@@ -55,3 +55,33 @@ def test_the_table_is_read() -> None:
 
 def test_a_figure_without_a_row_is_found() -> None:
     assert _unmeasured("| x ([p1](docs/benchmarks/p1.json)) | 17.8 ms | 3.3 ms |") == ["3.3"]
+
+
+# What the README's table of accuracies calls a task
+TASKS = {
+    "one needle": "multikey",
+    "one key, three values": "multivalue",
+    "three keys": "multiquery",
+    "one needle, asked for after 144 generated tokens": "late",
+    "two hops": "tracking",
+}
+TRIPLE = re.compile(r"\d\.\d\d / \d\.\d\d / \d\.\d\d")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_accuracies_are_those_of_the_rows(name: str) -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "indexer.json").read_text(encoding="utf-8"))
+    of_task = [row for row in rows if row["task"] == TASKS[name]]
+    lengths = (4096, 16384, 32768)
+
+    def best(*selectors: str) -> str:
+        return " / ".join(
+            f"{max(row['accuracy'] for row in of_task if row['selector'] in selectors and row['tokens'] == tokens):.2f}"
+            for tokens in lengths
+        )
+
+    (line,) = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
+    untrained = {row["selector"] for row in of_task} - {"full", "oracle", "neural"}
+    assert len(untrained) == 6
+    assert TRIPLE.findall(line) == [best(*untrained), best("neural")]
+    assert {row["accuracy"] for row in of_task if row["selector"] == "full"} == {1.0}

@@ -27,6 +27,8 @@ def parse(*arguments: str) -> argparse.Namespace:
         (("--min-votes", "0"), "--min-votes is 0"),
         (("--every", "-1"), "--every is -1"),
         (("--delay", "-1"), "--delay is -1"),
+        (("--chunk-size", "5"), "--chunk-size is 5: allowed is what divides"),
+        (("--query-window", "0"), "--query-window is 0"),
         (("--top-p", "0"), "--top-p is 0.0"),
         (("--top-p", "1.5"), "--top-p is 1.5"),
         (("--max-gib", "nan"), "--max-gib is nan"),

@@ -117,7 +117,7 @@ def test_score_is_the_modules_probability(tmp_path: Path, aggregate: str, layer_
     score = selector.score(ScoringRequest("r", history.ids, history.queries, 0))
     assert score.dtype == torch.float32
     # fp8 codes may round the other way where two sums differ in their last bit.
-    # The first block has no chunks before it; what stands in for them in training is no matter, as it is never a sample.
+    # What stands in for the chunks before the first block in training is no matter: that is never a sample
     expected = model.probability(torch.stack(rows))
     torch.testing.assert_close(score[:, 1:], expected[:, 1:], rtol=2e-3, atol=2e-4)
 

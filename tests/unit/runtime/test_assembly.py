@@ -7,7 +7,7 @@ import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.runtime.assembly import plan_staging, tau_steps
+from flashmemory_vllm.runtime.assembly import plan_staging, query_window, tau_steps
 from flashmemory_vllm.runtime.shape import AttentionShape
 from tests.helpers.indexers import save_untrained
 
@@ -24,6 +24,14 @@ def test_staging_follows_the_device_memory(device_bytes: int, blocks: int) -> No
 
 def test_staging_asked_for_is_taken() -> None:
     assert plan_staging(FlashMemoryConfig(staging_blocks=7), SHAPE_8B, 80 * GIB).blocks == 7
+
+
+def test_the_question_is_as_long_as_trained_unless_another_is_asked_for(tmp_path: Path) -> None:
+    indexer = str(save_untrained(tmp_path / "toy.safetensors", query_window=12))
+    assert query_window(FlashMemoryConfig()) == 1
+    assert query_window(FlashMemoryConfig(query_window=7)) == 7
+    assert query_window(FlashMemoryConfig(indexer=indexer)) == 12
+    assert query_window(FlashMemoryConfig(indexer=indexer, query_window=3)) == 3
 
 
 def test_tau_is_the_trained_one_unless_another_is_asked_for(tmp_path: Path) -> None:
