@@ -1,4 +1,4 @@
-"""The start: factors are the best of their rank, and an index head's products are nearly those of a query head with mean keys."""
+"""The start: factors are the best of their rank; an index head's products are nearly a query head's with mean keys."""
 
 from pathlib import Path
 
