@@ -17,7 +17,7 @@ from tests.helpers import worst_selector
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CUDA build has no CPU backend")
 
 TOKENS, DEPTHS, QUESTIONS, RATIO = 4096, 4, 2, 0.3
-OPTIONS = f'{{"flashmemory": {{"selector": "exact", "resident_ratio": {RATIO}}}}}'
+OPTIONS = f'{{"flashmemory": {{"selector": "exact", "indexer": null, "resident_ratio": {RATIO}}}}}'
 ASKED = ["--lengths", str(TOKENS), "--depths", str(DEPTHS), "--questions", str(QUESTIONS)]
 ASKED += ["--parity-prompts", "2", "--parity-tokens", "8", "--concurrency", "2"]
 # So that the slots of that file have room for a request's budget at this ratio
