@@ -49,7 +49,7 @@ def test_the_plan_is_what_the_server_has(server: Server, capsys: pytest.CaptureF
 def test_the_plan_for_two_ranks_is_what_each_has(
     environment: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a number of slots, so that it follows from all other sizes, and without an indexer, which wants all heads."""
+    """Without a number of slots, so that it follows from all other sizes; an indexer would want all heads."""
     given = ENGINE["additional-config"]["flashmemory"]
     options = {name: value for name, value in given.items() if name not in {"device_slots", "indexer"}}
     changed = {"tensor-parallel-size": 2, "additional-config": {"flashmemory": options}}
