@@ -90,8 +90,8 @@ class TrainingSteps(Dataset[Batch]):
         at_once = sampling.documents * sampling.world_size
         if len(documents) < at_once:
             raise ConfigError(
-                f"--data has {len(documents)} documents to train on: allowed is {at_once} or more, "
-                f"--batch for each process"
+                f"--batch: a step takes {at_once} documents and --data has {len(documents)} to train on; "
+                f"allowed is at most that"
             )
         self.steps_per_epoch = len(documents) // at_once
         # A bound method's cache, so that documents are forgotten with this object
