@@ -109,5 +109,7 @@ def test_tokens_without_a_future_are_not_used(data: TrainingData) -> None:
 
 
 def test_too_little_data_is_told(data: TrainingData) -> None:
-    with pytest.raises(ConfigError, match="--batch: a step takes 2 documents and --data has 1 to train on; allowed is at most that"):
+    with pytest.raises(
+        ConfigError, match="--batch: a step takes 2 documents and --data has 1 to train on; allowed is at most that"
+    ):
         TrainingSteps(data, [0], SAMPLING)
