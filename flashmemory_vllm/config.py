@@ -73,8 +73,8 @@ class FlashMemoryConfig(BaseModel):
     indexer: str | None = Field(
         default=None,
         description="Trained indexer: its file, a folder with `indexer.safetensors`, or a Hugging Face id. Makes the "
-        "selector `neural`; anchor layers, score threshold, `query_window` and `tau_steps` are those it was trained "
-        "with.",
+        "selector `neural`; anchor layers, score threshold, `query_window`, `opening_steps` and `tau_steps` are those "
+        "it was trained with.",
     )
     anchor_layers: LayerIndices | None = Field(
         default=None,
@@ -87,19 +87,12 @@ class FlashMemoryConfig(BaseModel):
         "computed in the step that ends the prompt: a block is worth what it is worth to any of them. Later "
         "selections are made with the last token's. Unset: what a trained indexer was trained with, else 1.",
     )
-    score_memory: float = Field(
-        default=0.0,
+    opening_steps: int | None = Field(
+        default=None,
         ge=0,
-        le=1,
-        description="A block's score is at least this share of its score in the request's selection before, so that "
-        "what a question needed is kept while an answer gets to it. `h2o` adds scores up anyway.",
-    )
-    next_block_share: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="A block's score is at least this share of the score of the block before it: what is read goes on "
-        "there, and may begin at the end of a block.",
+        description="Decode steps at the start of a request that each end with a selection of their own, in force in "
+        "the very next step: the first generated tokens may ask for what the prompt did not. Each waits for its scores "
+        "and blocks. Unset: what a trained indexer was trained with, else 0.",
     )
     aggregate: Aggregate = Field(
         default="max", description="How a block's scores over query heads and anchor layers become one."

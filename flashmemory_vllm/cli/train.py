@@ -22,6 +22,7 @@ _INTEGERS = (
     ("heads", 0, 0, "index heads; 0 is one for each query head"),
     ("dim", 128, 1, "elements of a chunk's code; a chunk takes this many bytes and 4 for each anchor layer"),
     ("reach", 2, 0, "chunks at the end of a block that speak for the next one, too"),
+    ("opening-steps", 2, 0, "decode steps that each end with a selection that is in force in the next one"),
     ("tau", 64, 1, "decode steps for which a selection is in force, as tau_steps in serving"),
     ("seed", 0, 0, "seed of weights, split, order and negatives"),
     ("validate-every", 0, 0, "steps between two validations; 0 is half an epoch"),

@@ -48,6 +48,10 @@ class CellGroup(_Strict):
         score_thresholds: scores below which a block gets no slot, null for the selector's own. Default: that alone.
         fallback_shares: selected shares above which a request keeps all its blocks, null for never; with a score
             threshold or the selector `neural` only. Default: never.
+        query_windows: prompt tokens that a first selection is made with, null for a trained indexer's own number, and
+            1 without. Default: that alone.
+        opening_steps: decode steps that each end with a selection of their own, null for as many as trained, and none
+            without. Default: that alone.
         batches: requests that run at once. Default: 64.
         questions: questions of each cell. Default: 200.
         indexer: trained indexer, for the selector `neural`. Default: that of the command line.
@@ -63,6 +67,8 @@ class CellGroup(_Strict):
     anchor_layers: Annotated[list[Layers | None], Field(min_length=1)] = [None]
     score_thresholds: Annotated[list[Threshold | None], Field(min_length=1)] = [None]
     fallback_shares: Annotated[list[Share | None], Field(min_length=1)] = [None]
+    query_windows: Annotated[list[Positive | None], Field(min_length=1)] = [None]
+    opening_steps: Annotated[list[Annotated[int, Field(ge=0)] | None], Field(min_length=1)] = [None]
     batches: Annotated[list[Positive], Field(min_length=1)] = [64]
     questions: Positive = 200
     indexer: str | None = None
@@ -104,13 +110,17 @@ class CellGroup(_Strict):
             yield Setting(DENSE, self.taus[0], 1.0, 1)
         shares = self.device_shares
         sizes = [(ratio, None) for ratio in self.ratios] if shares is None else [(share, share) for share in shares]
-        ways = product(sizes, self.taus, self.groups, self.anchor_layers, self.score_thresholds, self.fallback_shares)
-        for (ratio, share), tau, groups, layers, threshold, fallback in ways:
+        ways = product(
+            *(sizes, self.taus, self.groups, self.anchor_layers, self.score_thresholds, self.fallback_shares),
+            *(self.query_windows, self.opening_steps),
+        )
+        for (ratio, share), tau, groups, layers, threshold, fallback, window, opening in ways:
             anchors = None if layers is None else tuple(sorted(set(layers)))
             for selector in dict.fromkeys(self.selectors):
                 if selector != DENSE:
                     own = indexer if selector == NEURAL else None
-                    yield Setting(selector, tau, ratio, groups, anchors, own, threshold, fallback, share)
+                    limits = threshold, fallback, share
+                    yield Setting(selector, tau, ratio, groups, anchors, own, *limits, window, opening)
 
 
 class AccuracyPlan(_Strict):

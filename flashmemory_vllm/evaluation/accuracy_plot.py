@@ -64,7 +64,7 @@ SWEEPS = (
 # Whatever is not swept is the same in all of a picture
 _CONDITIONS = (
     *("model", "block_size", "questions", "tokens", "free_ratio", "device_share", "tau", "groups", "anchors"),
-    *("score_threshold", "fallback_share", "batch"),
+    *("score_threshold", "fallback_share", "batch", "query_window", "opening_steps"),
 )
 
 

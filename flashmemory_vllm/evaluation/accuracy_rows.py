@@ -30,6 +30,8 @@ class Setting:
         fallback_share: selected share above which a request keeps all its blocks. Default: never.
         device_share: device bytes of a request, index keys included, over those of all its blocks; `ratio` is what
             the index keys leave of it. Default: the ratio was asked for, and the index keys come on top.
+        query_window: prompt tokens that a first selection is made with. Default: a trained indexer's own, else 1.
+        opening_steps: decode steps that each end with a selection of their own. Default: as trained, else none.
     """
 
     selector: str
@@ -41,6 +43,8 @@ class Setting:
     score_threshold: float | None = None
     fallback_share: float | None = None
     device_share: float | None = None
+    query_window: int | None = None
+    opening_steps: int | None = None
 
     def options(self) -> dict[str, object]:
         """The same as options of our configuration."""
@@ -53,6 +57,8 @@ class Setting:
             "anchor_layers": self.anchors,
             "score_threshold": self.score_threshold,
             "dense_fallback_share": self.fallback_share,
+            "query_window": self.query_window,
+            "opening_steps": self.opening_steps,
         }
 
 
@@ -90,6 +96,7 @@ class AccuracyRow:
         fallbacks: requests that fell back to all their blocks.
         refused_fallbacks: selections after which a request would have, had there been slots.
         not_measured: why accuracy is None.
+        query_window: see `Setting`, as is opening_steps.
     """
 
     model: str
@@ -120,6 +127,8 @@ class AccuracyRow:
     fallbacks: int | None = None
     refused_fallbacks: int | None = None
     not_measured: str | None = None
+    query_window: int | None = None
+    opening_steps: int | None = None
 
     @property
     def setting(self) -> Setting:
@@ -239,7 +248,10 @@ def _by_length(rows: Sequence[AccuracyRow], name: str) -> str:
 
 def _differing(rows: Sequence[AccuracyRow]) -> list[str]:
     """What only some tables need a column for: whatever has more than one value."""
-    names = ("device_share", "batch", "score_threshold", "fallback_share", "indexer")
+    names = (
+        *("device_share", "batch", "query_window", "opening_steps"),
+        *("score_threshold", "fallback_share", "indexer"),
+    )
     without = {"indexer": {row.indexer for row in rows if row.selector != NEURAL}}
     return [name for name in names if len({getattr(row, name) for row in rows} - without.get(name, set())) > 1]
 

@@ -69,6 +69,7 @@ class ScoringRequest:
         resident: bool [G, n], blocks of the set in force; None when there is no set yet.
         earlier: [Q, A, Hq, D], the same of prompt tokens before the last one, with a first selection; None otherwise.
             A block is worth what it is worth to any of these tokens.
+        num_tokens: tokens of the request, the last one included; 0 if nobody tells.
     """
 
     req_id: str
@@ -77,6 +78,7 @@ class ScoringRequest:
     step_index: int
     resident: torch.Tensor | None = None
     earlier: torch.Tensor | None = None
+    num_tokens: int = 0
 
     def all_queries(self, selector: str) -> list[torch.Tensor]:
         """Queries [A, Hq, D] of each token, the last one's first.

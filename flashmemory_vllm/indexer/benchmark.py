@@ -126,6 +126,7 @@ def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
         chunk_size=CHUNK_SIZE,
         reach=2,
         query_window=1,
+        opening_steps=0,
         anchor_layers=geometry.anchor_layers,
         rank=rank,
         num_heads=geometry.num_query_heads,

@@ -20,7 +20,7 @@ from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
 
 # The one key of the metadata: safetensors writes several in any order, and equal weights should make equal files
 METADATA_KEY = "flashmemory_indexer"
-VERSION = 2
+VERSION = 3
 FILE_NAME = "indexer.safetensors"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import ClassVar
 
@@ -14,6 +15,15 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.indexer.checkpoint import check_fits, load_indexer, resolve_indexer
 from flashmemory_vllm.indexer.neural_model import NORM_EPS, block_logits, ensemble, pooled_keys
+from flashmemory_vllm.residency.budget import cdiv
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Question:
+    """What is kept of a request's question: logits [G, n] that it gave the blocks, and the blocks that it lies in."""
+
+    logits: torch.Tensor
+    blocks: slice
 
 
 class NeuralSelector(Selector):
@@ -23,7 +33,7 @@ class NeuralSelector(Selector):
     number of heads. Codes of blocks never added are uninitialised.
 
     A request's first selection is made with the newest tokens of its prompt, the question. What they ask for keeps its
-    score for the whole request: the answer may take a while to come to it.
+    score for the whole request: the answer may take a while to come to it. So do the blocks that the question lies in.
 
     Args:
         geometry: sizes; anchor layers and heads must be those that the indexer was trained for.
@@ -58,8 +68,7 @@ class NeuralSelector(Selector):
         self.codes = torch.empty(*size, self.spec.dim, dtype=CODE_DTYPE, device=geometry.device)
         self.scales = torch.empty(size, dtype=torch.float32, device=geometry.device)
         self._chunks = torch.arange(self.spec.chunks_per_block, device=geometry.device)
-        # Logits [G, n] that a request's question gave its blocks
-        self._asked: dict[str, torch.Tensor] = {}
+        self._questions: dict[str, _Question] = {}
 
     @property
     def score_threshold(self) -> float:
@@ -91,15 +100,24 @@ class NeuralSelector(Selector):
         for others in earlier:
             torch.maximum(logits, others, out=logits)
         if request.step_index == 0:
-            self._asked[request.req_id] = logits
-        elif (asked := self._asked.get(request.req_id)) is not None:
-            known = logits[:, : asked.shape[1]]
-            torch.maximum(known, asked, out=known)
-        return self.model.probability(logits)
+            self._questions[request.req_id] = _Question(logits, self._question_blocks(request.num_tokens))
+        question = self._questions.get(request.req_id)
+        if question is None:
+            return self.model.probability(logits)
+        known = logits[:, : question.logits.shape[1]]
+        torch.maximum(known, question.logits, out=known)
+        scores = self.model.probability(logits)
+        scores[:, question.blocks] = 1.0
+        return scores
 
     def forget(self, req_id: str) -> None:
-        """Drop what a request's question asked for."""
-        self._asked.pop(req_id, None)
+        """Drop what is kept of a request's question."""
+        self._questions.pop(req_id, None)
+
+    def _question_blocks(self, num_tokens: int) -> slice:
+        """Blocks that the last tokens of a prompt of so many lie in."""
+        size = self.geometry.block_size
+        return slice(max(0, num_tokens - self.spec.query_window) // size, cdiv(num_tokens, size))
 
     def _chunk_ids(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the index, int64 [n * C], of blocks."""
@@ -111,7 +129,7 @@ class NeuralSelector(Selector):
         weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
         heads, gates = project_queries(queries, model.query_spread, *weights, NORM_EPS)
         of_chunks = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
-        logits = block_logits(of_chunks, self.spec.chunks_per_block, self.spec.reach)
+        logits = block_logits(of_chunks, self.spec.chunks_per_block, model.reach_offset)
         if len(self._anchors_of) == 1:
             return ensemble(logits, self.spec.aggregate).unsqueeze(0)
         groups = (torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of)

@@ -33,6 +33,7 @@ class IndexerSpec:
         chunk_size: tokens in a chunk, each of which has a code; divides the block size.
         reach: chunks at the end of a block that speak for the block after it, too.
         query_window: newest tokens of a prompt that a request's first selection is made with.
+        opening_steps: decode steps of a request that each end with a selection of their own, as trained.
         anchor_layers: attention-layer indices that it reads (A of them).
         rank: width R of the bottleneck between queries and index heads.
         num_heads: index heads, H.
@@ -53,6 +54,7 @@ class IndexerSpec:
     chunk_size: int
     reach: int
     query_window: int
+    opening_steps: int
     anchor_layers: tuple[int, ...]
     rank: int
     num_heads: int
@@ -90,7 +92,7 @@ class NeuralIndexer(nn.Module):
     Per anchor layer and index head h: `logit(chunk) = sum_h gate_h * relu(query_h . code(chunk)) + bias`, and one
     weight on the logarithm of the chunk's distance. A block is worth what its best chunk is worth: a fact of a few
     tokens drowns in one code for a whole block. Who finds a fact reads on, so the last chunks of a block speak for the
-    next block as well.
+    next block as well, with an offset that depends on how far they are from it.
 
     Queries and keys come after RoPE and already know where they
     are. The query side sees `q` and `|q|`, and the key side the maximum, minimum and mean of a chunk's keys: so the
@@ -122,6 +124,7 @@ class NeuralIndexer(nn.Module):
         self.key_norm = nn.Parameter(torch.empty(layers, dim))
         self.bias = nn.Parameter(torch.empty(layers))
         self.distance = nn.Parameter(torch.empty(layers))
+        self.reach_offset = nn.Parameter(torch.empty(layers, spec.reach))
         self.register_buffer("query_spread", torch.ones(layers, spec.query_width))
         self.register_buffer("key_center", torch.zeros(layers, spec.key_width))
         self.register_buffer("key_spread", torch.ones(layers, spec.key_width))
@@ -133,7 +136,7 @@ class NeuralIndexer(nn.Module):
             nn.init.normal_(weight, std=1 / sqrt(weight.shape[1]), generator=generator)
         for weight in (self.query_norm, self.key_norm):
             nn.init.ones_(weight)
-        for weight in (self.gate, self.bias, self.distance):
+        for weight in (self.gate, self.bias, self.distance, self.reach_offset):
             nn.init.zeros_(weight)
         # A product has the standard deviation sqrt(dim): start with logits of about one.
         nn.init.constant_(self.gate_bias, 1 / sqrt(self.spec.dim * self.spec.num_heads))
@@ -196,9 +199,11 @@ class NeuralIndexer(nn.Module):
         products = torch.einsum("nqahe,nmcae->nqahmc", heads, codes).float().relu()
         summed = torch.einsum("nqah,nqahmc->nqamc", gates.float(), products)
         place_in_block = torch.arange(pooled.shape[2], device=distance.device) - self.spec.reach
-        # Before the first block there is nothing, and a chunk that stands in for it may lie beyond the end
+        # Before the first block, which is sink, there is nothing; what stands in for it may lie beyond the end
         distances = (distance.unsqueeze(-1) - place_in_block).clamp(min=1)
-        return self.place(summed.flatten(3), distances.flatten(2)).view_as(summed).amax(-1)
+        logits = self.place(summed.flatten(3), distances.flatten(2)).view_as(summed)
+        offset = functional.pad(self.reach_offset, (0, self.spec.chunks_per_block))
+        return (logits + offset.unsqueeze(1)).amax(-1)
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated probability that a block is needed, from logits of an ensemble, any shape."""
@@ -229,11 +234,20 @@ def pooled_keys(keys: torch.Tensor, chunk_size: int) -> torch.Tensor:
     return torch.stack((by_chunk.amax(2), by_chunk.amin(2), by_chunk.mean(2)), dim=2)
 
 
-def block_logits(chunk_logits: torch.Tensor, chunks_per_block: int, reach: int) -> torch.Tensor:
-    """The largest logit of each block's C chunks and of the `reach` chunks before them, [..., n * C] to [..., n]."""
-    by_block = chunk_logits.view(*chunk_logits.shape[:-1], -1, chunks_per_block)
-    logits = by_block.amax(-1)
+def block_logits(chunk_logits: torch.Tensor, chunks_per_block: int, reach_offset: torch.Tensor) -> torch.Tensor:
+    """The largest logit of each block's C chunks and, with their offsets, of the R chunks before them.
+
+    Args:
+        chunk_logits: [A, n * C].
+        chunks_per_block: C.
+        reach_offset: [A, R], the offset of the nearest chunk last.
+
+    Returns:
+        [A, n].
+    """
+    by_block = chunk_logits.view(len(chunk_logits), -1, chunks_per_block)
+    logits, reach = by_block.amax(-1), reach_offset.shape[1]
     if reach and logits.shape[-1] > 1:
-        before = by_block[..., :-1, chunks_per_block - reach :].amax(-1)
+        before = (by_block[:, :-1, chunks_per_block - reach :] + reach_offset.unsqueeze(1)).amax(-1)
         logits = torch.cat((logits[..., :1], torch.maximum(logits[..., 1:], before)), dim=-1)
     return logits

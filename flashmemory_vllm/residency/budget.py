@@ -100,12 +100,12 @@ class BudgetPolicy:
     def recent_blocks(self, num_tokens: int) -> int:
         """Newest blocks, the one being written included, that are always in the resident set.
 
-        At most a quarter of the budget, and never so many that sink and recent leave no block to choose; at
-        least one.
+        At most a quarter of the budget, but two where there is room: a block that was just begun holds nothing of
+        the question. Never so many that sink and recent leave no block to choose; at least one.
         """
         budget = self.decode_budget(num_tokens)
         wanted = cdiv(self.recent_tokens, self.block_size)
-        return max(1, min(wanted, budget // 4, budget - self.sink_blocks(num_tokens) - 1))
+        return max(1, min(wanted, max(2, budget // 4), budget - self.sink_blocks(num_tokens) - 1))
 
     def need(self, num_tokens: int, prefill_end: int) -> int:
         """Slots that the planner may use for a request in a step.

@@ -14,13 +14,20 @@ from flashmemory_vllm.residency.types import DueSelection
 class Cadence:
     """Finds the requests to score after a step: at their first sparse step, then every `tau` decode steps.
 
+    Between the two, each of a request's first decode steps may end with a selection that is in force in the next one.
+
     The second time comes earlier, at the step of the cycle that is farthest from those of the other requests, so
     that requests which start together come due one by one. `hasten` makes one due at once. At most one in `tau` of the
-    sparse rows, rounded up, is scored again in one step, the longest waiting first.
+    sparse rows, rounded up, is scored again in one step, the longest waiting first. Opening selections do not count.
+
+    Args:
+        tau: decode steps between two selections of a request.
+        opening_steps: first decode steps of a request that each end with a selection of their own.
     """
 
-    def __init__(self, tau: int) -> None:
+    def __init__(self, tau: int, opening_steps: int) -> None:
         self._tau = tau
+        self._opening_steps = opening_steps
 
     def due(self, rows: Sequence[ScheduledRequest], known: Iterable[RequestState]) -> tuple[DueSelection, ...]:
         """The requests to score after this step. Counts the step for each row: call it once a step.
@@ -30,6 +37,7 @@ class Cadence:
             known: all known requests, scheduled or not.
         """
         first: list[ScheduledRequest] = []
+        opening: list[ScheduledRequest] = []
         waiting: list[tuple[int, ScheduledRequest]] = []
         num_sparse = 0
         for row in rows:
@@ -40,7 +48,11 @@ class Cadence:
                 continue
             num_sparse += 1
             state.steps_since_due += 1
-            if state.steps_since_due >= self._tau:
+            if state.opening_steps:
+                state.opening_steps -= 1
+                state.at_once = True
+                opening.append(row)
+            elif state.steps_since_due >= self._tau:
                 waiting.append((state.steps_since_due, row))
         waiting.sort(key=itemgetter(0), reverse=True)
         again = [row for _, row in waiting[: cdiv(num_sparse, self._tau)]]
@@ -48,7 +60,13 @@ class Cadence:
             row.state.steps_since_due = 0
         if first:
             self._spread(first, known)
-        return tuple(_due(row, first=True) for row in first) + tuple(_due(row, first=False) for row in again)
+        for row in first:
+            row.state.opening_steps = self._opening_steps
+        return (
+            *(_due(row, first=True, at_once=True) for row in first),
+            *(_due(row, first=False, at_once=True) for row in opening),
+            *(_due(row, first=False, at_once=False) for row in again),
+        )
 
     def hasten(self, state: RequestState) -> bool:
         """Make a request due with its next step; false if it is anyway, or has not been due before."""
@@ -90,6 +108,7 @@ def _turns_sparse(row: ScheduledRequest) -> bool:
     return not state.policy.keeps_all(after + 1)
 
 
-def _due(row: ScheduledRequest, *, first: bool) -> DueSelection:
+def _due(row: ScheduledRequest, *, first: bool, at_once: bool) -> DueSelection:
     # A copy: the scores may come many steps later, when the request and its list of blocks are long gone.
-    return DueSelection(row.state.req_id, row.num_full, first, row.state.blocks.ids[: row.num_full].copy())
+    block_ids = row.state.blocks.ids[: row.num_full].copy()
+    return DueSelection(row.state.req_id, row.num_tokens_after, row.num_full, first, at_once, block_ids)

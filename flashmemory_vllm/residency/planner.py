@@ -58,6 +58,7 @@ class StepPlanner:
         score_threshold: blocks that a selection scores below get no slot, though there may be room. Default: none.
         max_prefetches: most blocks that one step prefetches in each layer group. Default: all that are wanted.
         fallback_share: selected share above which a request keeps all its blocks while there are slots. Default: never.
+        opening_steps: first decode steps of a request that each end with a selection of their own. Default: none.
 
     Raises:
         ConfigError: `tau` or `max_prefetches` is below 1, or geometry and policy disagree on the block size.
@@ -71,6 +72,7 @@ class StepPlanner:
         score_threshold: float = -inf,
         max_prefetches: int | None = None,
         fallback_share: float | None = None,
+        opening_steps: int = 0,
     ) -> None:
         for name, given in (("tau", tau), ("max_prefetches", max_prefetches)):
             if given is not None and given < 1:
@@ -79,7 +81,7 @@ class StepPlanner:
             raise ConfigError(f"block_size: the geometry has {geometry.block_size}, the policy {policy.block_size}")
         self._geometry = geometry
         self._max_prefetches = geometry.num_slots if max_prefetches is None else max_prefetches
-        self._cadence = Cadence(tau)
+        self._cadence = Cadence(tau, opening_steps)
         self._slots = SlotTable(geometry)
         self._counters = Counters(self._slots.lifetime_steps, self._slots.idle_steps)
         self._requests = RequestRegistry(geometry, self._slots, policy)

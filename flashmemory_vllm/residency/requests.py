@@ -79,6 +79,8 @@ class RequestState:
         num_worth: blocks that its selections scored at the threshold or above, of those that they could do without.
         num_evictable: all that they could do without.
         asked_at: for each selection on its way, when its scores were asked for; seconds of a monotonic clock.
+        opening_steps: decode steps to come that each end with a selection of their own.
+        at_once: the selection that was asked for last is not to wait for the blocks that it lacks.
         steps_since_due: decode steps since the request was last due, tau or more if it waits; None before the first.
         table: table of the last decode row, None if the next one differs in any case.
         settled_until: length up to which a decode row reads `table`, unless a selection is offered.
@@ -100,6 +102,8 @@ class RequestState:
     num_worth: int = 0
     num_evictable: int = 0
     asked_at: list[float] = field(default_factory=list)
+    opening_steps: int = 0
+    at_once: bool = False
     steps_since_due: int | None = None
     table: Table | None = None
     settled_until: int = 0

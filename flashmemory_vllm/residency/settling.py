@@ -127,12 +127,13 @@ class Settler:
                 candidates = self._readable(row, group, candidates)
             target = frame.with_best(candidates, state.scores_of(group), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
-            joining = self._change_set(row, group, target, demand, may_wait=state.is_decoding)
+            joining = self._change_set(row, group, target, demand, may_wait=state.is_decoding and not state.at_once)
             if is_selected:
                 self._counters.selection_candidates += frame.recent_start - frame.sink_end
                 self._counters.selected_blocks += frame.num_chosen(target)
             if is_reselected and not state.falls_back:
                 self._judge(frame, target, joining, prefetched)
+        state.at_once = False
 
     def _judge(self, frame: Frame, target: IntArray, joining: IntArray, prefetched: list[IntArray]) -> None:
         """Count what the set before was good for, by the scores of the new selection.

@@ -195,15 +195,19 @@ class DueSelection:
 
     Attributes:
         req_id: the request.
+        num_tokens: tokens of the request after this step.
         num_history_blocks: full blocks of the request after this step.
-        first: the request has no selection yet, and its next step needs one: the selection is to be offered
-            before the next plan. Otherwise it may be offered any number of steps later.
+        first: the request has no selection yet, and its next step needs one.
+        at_once: the selection is to be offered before the next plan, as first ones always are. Otherwise it may be
+            offered any number of steps later.
         block_ids: int32 `[num_history_blocks]` logical blocks to score, by position.
     """
 
     req_id: str
+    num_tokens: int
     num_history_blocks: int
     first: bool
+    at_once: bool
     block_ids: IntArray
 
 

@@ -21,7 +21,7 @@ from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
-from flashmemory_vllm.runtime.selection import ScoreRules, SelectionQueue
+from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
@@ -73,6 +73,17 @@ def query_window(config: FlashMemoryConfig) -> int:
     if config.query_window is not None or config.indexer is None:
         return config.query_window or 1
     return read_spec(resolve_indexer(config.indexer)).query_window
+
+
+def opening_steps(config: FlashMemoryConfig) -> int:
+    """Decode steps that each end with a selection of their own: those asked for, a trained indexer's own, or none.
+
+    Raises:
+        ConfigError: the indexer cannot be read.
+    """
+    if config.opening_steps is not None or config.indexer is None:
+        return config.opening_steps or 0
+    return read_spec(resolve_indexer(config.indexer)).opening_steps
 
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
@@ -186,6 +197,7 @@ def _planner(
         -inf if threshold is None else threshold,
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
         fallback_share=config.dense_fallback_share,
+        opening_steps=opening_steps(config),
     )
 
 
@@ -194,8 +206,7 @@ def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuf
     drift = None
     if config.drift_threshold is not None:
         drift = QueryDrift(config.drift_threshold, delay_steps, queries, side_stream)
-    rules = ScoreRules(config.next_block_share, config.score_memory)
-    return SelectionQueue(selector, delay_steps, side_stream, rules, drift)
+    return SelectionQueue(selector, delay_steps, side_stream, drift)
 
 
 def _buffers(

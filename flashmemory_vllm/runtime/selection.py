@@ -20,33 +20,16 @@ class _Pending:
     deliver_step: int
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreRules:
-    """What is made of a selector's scores before they choose blocks.
-
-    Attributes:
-        next_block_share: share of the score of the block before it that a block has at least.
-        memory: share of its score in the request's selection before that a block keeps at least.
-    """
-
-    next_block_share: float = 0.0
-    memory: float = 0.0
-
-
-NO_RULES = ScoreRules()
-
-
 class SelectionQueue:
     """Scores on a stream of its own beside the model, results on the host after a fixed number of steps.
 
     A fixed delay, not "as soon as it has landed", so that equal requests give equal text however fast the copies
-    are. A request's first selection is never delayed: it has no set to decode with yet.
+    are. A request's first selection is never delayed, it has no set to decode with yet; nor are those of its opening.
 
     Args:
         selector: scores blocks.
         delay_steps: steps between capturing the queries and using the scores of a later selection.
         side_stream: where the selector runs.
-        rules: what is made of the selector's scores. Default: nothing.
         drift: notices requests that should be scored early. Default: nobody does.
     """
 
@@ -55,14 +38,10 @@ class SelectionQueue:
         selector: Selector,
         delay_steps: int,
         side_stream: SideStream,
-        rules: ScoreRules = NO_RULES,
         drift: QueryDrift | None = None,
     ) -> None:
         self._selector = selector
         self._delay_steps = delay_steps
-        self._rules = rules
-        # Scores [G, n] of each request's last selection; only touched on the side stream
-        self._remembered: dict[str, torch.Tensor] = {}
         self._side_stream = side_stream
         self._drift = drift
         self._device = selector.geometry.device
@@ -98,25 +77,11 @@ class SelectionQueue:
         def work() -> torch.Tensor:
             ids = upload(due.block_ids.astype(np.int64), self._device)
             mask = None if resident is None else upload(resident, self._device)
-            scores = self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask, earlier))
-            return self._revised(due, scores)
+            return self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask, earlier, due.num_tokens))
 
-        delay = 0 if due.first else self._delay_steps
+        delay = 0 if due.at_once else self._delay_steps
         inputs = [queries] if earlier is None else [queries, earlier]
         self._pending.append(_Pending(due.req_id, self._side_stream.fetch(work, *inputs), step + 1 + delay))
-
-    def _revised(self, due: DueSelection, scores: torch.Tensor) -> torch.Tensor:
-        rules = self._rules
-        if rules.next_block_share:
-            after = torch.maximum(scores[:, 1:], scores[:, :-1] * rules.next_block_share)
-            scores = torch.cat((scores[:, :1], after), dim=1)
-        if rules.memory:
-            before = None if due.first else self._remembered.get(due.req_id)
-            if before is not None:
-                known = scores[:, : before.shape[1]]
-                torch.maximum(known, before * rules.memory, out=known)
-            self._remembered[due.req_id] = scores
-        return scores
 
     def deliver(self, step: int) -> list[Selection]:
         """The selections whose scores are used from `step` on."""
@@ -146,7 +111,6 @@ class SelectionQueue:
         self._pending = [pending for pending in self._pending if pending.req_id not in gone]
         for req_id in gone:
             self._num_selections.pop(req_id, None)
-            self._remembered.pop(req_id, None)
             self._selector.forget(req_id)
         if self._drift is not None:
             self._drift.forget(req_ids)
@@ -161,7 +125,12 @@ class SelectionQueue:
         null_block = np.zeros(1, np.int32)
         for step, first in enumerate((True, False)):
             resident = None if first else np.ones((num_groups, 1), np.bool_)
-            self.score(step, DueSelection("", 1, first, null_block), queries, resident)
+            self.score(
+                step,
+                DueSelection("", self._selector.geometry.block_size, 1, first, first, null_block),
+                queries,
+                resident,
+            )
         self.deliver(self._delay_steps + 2)
         if self._drift is not None:
             self._drift.warm_up()

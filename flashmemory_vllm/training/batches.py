@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.training.dataset import Document, IntArray, TrainingData
+from flashmemory_vllm.training.dataset import Document, IntArray, Schedule, TrainingData
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
 MAX_POSITIVES = 512
@@ -50,11 +50,10 @@ class Sampling:
 
     Attributes:
         documents: documents of a step and rank, N.
-        tokens: later selections of each.
+        tokens: later selections of each, those of its opening steps not counted.
         query_window: queries of a first selection, W.
         reach: chunks R of the block before.
-        tau: steps for which a selection is in force.
-        delay: steps from a query to the step before its selection is in force.
+        schedule: when serving selects.
         seed: seed of order, tokens and negatives.
         rank: this process.
         world_size: number of processes; each sees other documents.
@@ -64,8 +63,7 @@ class Sampling:
     tokens: int
     query_window: int
     reach: int
-    tau: int
-    delay: int
+    schedule: Schedule
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -117,12 +115,19 @@ class TrainingSteps(Dataset[Batch]):
     def _sample(self, document: Document, generator: np.random.Generator) -> Batch:
         """A batch of one document."""
         sampling = self.sampling
-        usable = later_tokens(document, sampling.tau, sampling.delay)
-        tokens = generator.choice(usable, sampling.tokens) if len(usable) else np.zeros(sampling.tokens, np.int64)
+        usable = later_tokens(document, sampling.schedule)
+        num_opening = sampling.schedule.opening_steps
+        tokens = np.zeros(num_opening + sampling.tokens, np.int64)
+        if len(usable):
+            # Those of a document that ends sooner, or was not recorded token by token, come up again
+            tokens[:num_opening] = np.resize(usable[:num_opening], num_opening)
+            tokens[num_opening:] = generator.choice(usable, sampling.tokens)
         asked = [_wanted(document, token, sampling) for token in (0, *tokens.tolist())]
         blocks = _draw_blocks([needed for needed, _ in asked], [free for _, free in asked], generator)
         labels = np.stack([np.isin(blocks, needed) for needed, _ in asked])
         weights = np.stack([(blocks >= free.start) & (blocks < free.stop) for _, free in asked])
+        kept = document.question_blocks(sampling.query_window)
+        weights &= (blocks < kept.start) | (blocks >= kept.stop)
         if not len(usable):
             weights[1:] = False
         question = document.question(sampling.query_window)
@@ -136,16 +141,16 @@ class TrainingSteps(Dataset[Batch]):
         )
 
 
-def later_tokens(document: Document, tau: int, delay: int) -> IntArray:
+def later_tokens(document: Document, schedule: Schedule) -> IntArray:
     """Recorded tokens but the first that have a recorded token in the window that a selection of theirs is for."""
-    first, end = np.searchsorted(document.positions, document.positions + delay + np.array([[1], [tau + 1]]))
+    first, end = document.windows(schedule)
     usable = np.flatnonzero(first < end)
     return usable[usable > 0]
 
 
 def _wanted(document: Document, token: int, sampling: Sampling) -> tuple[IntArray, slice]:
     """Blocks that the selection at a token needs, and those that it has the choice of."""
-    needed = document.needed(token, sampling.tau, sampling.delay)
+    needed = document.needed(token, sampling.schedule)
     frame, _ = frame_of(int(document.positions[token]) + 1, document.block_size, MAIN_RATIO)
     stop = min(frame.recent_start, document.num_candidates(token))
     return needed, slice(frame.sink_end, max(frame.sink_end, stop))

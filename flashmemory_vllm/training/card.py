@@ -120,6 +120,7 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
         chunk_size=spec.chunk_size,
         reach=spec.reach,
         query_window=spec.query_window,
+        opening_steps=spec.opening_steps,
         block_size=spec.block_size,
         query_heads=spec.num_query_heads,
         kv_heads=spec.num_kv_heads,
@@ -175,8 +176,8 @@ Chooses the KV blocks that stay on the device while {model} decodes. It reads qu
 | --- | --- |
 | parameters | {parameters:,} |
 | index bytes of a block | {bytes_per_block:,} |
-| tokens of a chunk, chunks that speak for the next block, tokens of a question | {chunk_size}, {reach}, \
-{query_window} |
+| tokens of a chunk, chunks that speak for the next block, tokens of a question, opening steps | {chunk_size}, \
+{reach}, {query_window}, {opening_steps} |
 | index heads, code, bottleneck | {heads}, {dim}, {rank} |
 | layers combined by | {aggregate} |
 | selections in force | {tau} steps, from {delay} after the query's own |

@@ -59,6 +59,21 @@ class DataMeta:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When serving selects, and for how long.
+
+    Attributes:
+        tau: steps for which a selection is in force.
+        delay: steps from a query to the step before its selection is in force; none for the first ones.
+        opening_steps: decode steps after the prompt that each end with a selection that is in force in the next one.
+    """
+
+    tau: int
+    delay: int
+    opening_steps: int = 0
+
+
 class Ragged:
     """Block ids of each recorded token, and a value with each, in one flat array.
 
@@ -121,21 +136,21 @@ class Document:
         """Blocks that are full when this recorded token asks."""
         return int(self.positions[token]) // self.block_size
 
-    def window(self, token: int, tau: int, delay: int) -> tuple[int, int]:
-        """Recorded tokens `[first, end)` that the selection at this one is for.
+    def windows(self, schedule: Schedule) -> tuple[IntArray, IntArray]:
+        """Recorded tokens `[first, end)` that the selection at each recorded token is for, int64 [T] each.
 
         A first selection is for all of the answer, and whatever precedes that is not its business: what it finds is
         remembered until then. A later one is for the steps in which it is in force.
         """
-        if token == 0:
-            return max(1, self.answer), max(2, len(self))
-        steps = self.positions[token] + delay + np.array([1, tau + 1])
-        first, end = np.searchsorted(self.positions, steps)
-        return int(first), int(end)
+        steps = self.positions - self.positions[0]
+        start = self.positions + 1 + np.where(steps <= schedule.opening_steps, 0, schedule.delay)
+        first, end = (np.searchsorted(self.positions, at) for at in (start, start + schedule.tau))
+        first[0], end[0] = max(1, self.answer), max(2, len(self))
+        return first, end
 
-    def needed(self, token: int, tau: int, delay: int) -> IntArray:
+    def needed(self, token: int, schedule: Schedule) -> IntArray:
         """Candidates, ascending, that any token needs which the selection at this one is for."""
-        first, end = self.window(token, tau, delay)
+        first, end = (int(bounds[token]) for bounds in self.windows(schedule))
         return self.golden.union(first, min(end, len(self)), self.num_candidates(token))
 
     def question(self, window: int) -> torch.Tensor:
@@ -143,6 +158,11 @@ class Document:
         last = self.queries[:1]
         earlier = self.prompt_queries[max(0, len(self.prompt_queries) - window + 1) :] if window > 1 else last[:0]
         return torch.cat((earlier, last.expand(window - len(earlier), *last.shape[1:])))
+
+    def question_blocks(self, window: int) -> slice:
+        """Blocks that the prompt's newest tokens lie in, which serving keeps."""
+        prompt_len = int(self.positions[0]) + 1
+        return slice(max(0, prompt_len - window) // self.block_size, -(-prompt_len // self.block_size))
 
     def chunks(self, blocks: torch.Tensor, reach: int) -> torch.Tensor:
         """Pooled keys of blocks, float16 [M, reach + C, A, Hkv, 3, D].

@@ -15,7 +15,7 @@ from flashmemory_vllm.indexer.factory import create_selector
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
 from flashmemory_vllm.training.batches import later_tokens
-from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, IntArray
+from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, IntArray, Schedule
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
 RATIOS = (0.10, MAIN_RATIO, 0.15)
@@ -57,24 +57,25 @@ class Quality(NamedTuple):
     mass: float
 
 
-def ask(document: Document, tau: int, delay: int, limit: int) -> list[Question]:
-    """Questions at the tokens at which serving would select: the prompt's last, and every `tau` steps from there.
+def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
+    """Questions at the tokens at which serving would select: the prompt's last, and every tau steps from there.
+
+    The opening steps' are among them.
 
     Args:
         document: the recording.
-        tau: steps for which a selection is in force.
-        delay: steps from a query to the step before its selection is in force.
+        schedule: when serving selects.
         limit: how many, at most.
     """
-    later = later_tokens(document, tau, delay)
-    steps = document.positions - document.positions[0]
-    due = [0, *later[np.flatnonzero(np.diff(steps[later] // tau, prepend=0))].tolist()]
+    later = later_tokens(document, schedule)
+    steps = (document.positions - document.positions[0])[later]
+    is_due = (np.diff(steps // schedule.tau, prepend=0) > 0) | (steps <= schedule.opening_steps)
+    first, end = document.windows(schedule)
     questions = []
-    for token in due[:limit]:
-        window = document.window(token, tau, delay)
+    for token in [0, *later[is_due].tolist()][:limit]:
         num_candidates = document.num_candidates(token)
-        needed = document.needed(token, tau, delay)
-        mass = document.mass.sums(*window, num_candidates)
+        needed = document.needed(token, schedule)
+        mass = document.mass.sums(int(first[token]), int(end[token]), num_candidates)
         questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, needed, mass))
     return questions
 
@@ -110,13 +111,14 @@ class IndexerScorer:
 
     @torch.no_grad()
     def __call__(self, token: int) -> torch.Tensor:
-        """Logits of the ensemble, float32 [n], what the question asked for among them."""
+        """Logits of the ensemble, float32 [n], what the question asked for among them; of its own blocks infinite."""
         if token == 0:
             return self._asked
         queries = self._document.queries[token].unsqueeze(0)
         logits = self._logits(queries, self._document.num_candidates(token))[0]
         known = logits[: len(self._asked)]
         torch.maximum(known, self._asked, out=known)
+        logits[self._document.question_blocks(self._model.spec.query_window)] = torch.inf
         return logits
 
     def _logits(self, queries: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -127,7 +129,7 @@ class IndexerScorer:
         scored = []
         for of_query, weights in zip(heads, gates, strict=True):
             logits = score_chunks(of_query, weights, self._codes, self._scales, ids, model.bias, model.distance)
-            by_block = block_logits(logits, model.spec.chunks_per_block, model.spec.reach)
+            by_block = block_logits(logits, model.spec.chunks_per_block, model.reach_offset)
             scored.append(ensemble(by_block, model.spec.aggregate))
         return torch.stack(scored)
 

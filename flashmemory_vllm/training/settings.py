@@ -8,7 +8,7 @@ from typing import Literal
 from flashmemory_kernels.ensemble_scores import Aggregate
 
 from flashmemory_vllm.indexer.neural_model import IndexerSpec
-from flashmemory_vllm.training.dataset import TrainingData
+from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.validation import THRESHOLD
 
 Loss = Literal["rank", "focal"]
@@ -28,6 +28,7 @@ class TrainSettings:
         dim: elements of a chunk's code.
         reach: chunks at the end of a block that speak for the next one, too.
         query_window: newest prompt tokens that a first selection is made with.
+        opening_steps: decode steps that each end with a selection that is in force in the next one.
         loss: what is minimised, "rank" or "focal".
         aggregate: how the layers' logits become one.
         tau: decode steps for which a selection is in force.
@@ -49,6 +50,7 @@ class TrainSettings:
     dim: int = 128
     reach: int = 2
     query_window: int = 16
+    opening_steps: int = 2
     loss: Loss = "rank"
     aggregate: Aggregate = "max"
     tau: int = 64
@@ -59,6 +61,11 @@ class TrainSettings:
     patience: int = 6
     questions: int = 32
     save_every: int = 500
+
+    @property
+    def schedule(self) -> Schedule:
+        """When serving is to select."""
+        return Schedule(self.tau, self.delay, self.opening_steps)
 
 
 def make_spec(data: TrainingData, settings: TrainSettings) -> IndexerSpec:
@@ -71,6 +78,7 @@ def make_spec(data: TrainingData, settings: TrainSettings) -> IndexerSpec:
         anchor_layers=meta.anchor_layers,
         reach=min(settings.reach, meta.block_size // meta.chunk_size),
         query_window=settings.query_window,
+        opening_steps=settings.opening_steps,
         rank=settings.rank or meta.num_query_heads * width,
         num_heads=settings.heads or meta.num_query_heads,
         dim=settings.dim,

@@ -31,6 +31,9 @@ WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
 # Of the loss of first selections, which most answers depend on
 LATER_SHARE = 0.5
+# Offsets of logits have to go as far as logits do, of which a weight is a small part
+OFFSET_SPEED = 50
+_OFFSETS = ("bias", "distance", "reach_offset")
 # What the first logits are calibrated on
 _FIRST_BATCHES = 8
 
@@ -102,22 +105,19 @@ class Trainer:
             tokens=settings.tokens,
             query_window=settings.query_window,
             reach=self.model.spec.reach,
-            tau=settings.tau,
-            delay=settings.delay,
+            schedule=settings.schedule,
             seed=settings.seed,
             rank=processes.rank,
             world_size=processes.world_size,
         )
         self.steps = TrainingSteps(data, train, sampling)
         self.num_steps = settings.epochs * self.steps.steps_per_epoch
-        self.validation = Validation(data, held_back, settings.tau, settings.delay, settings.questions)
+        self.validation = Validation(data, held_back, settings.schedule, settings.questions)
         self.model.init_weights(torch.Generator().manual_seed(settings.seed))
         start_from_data(self.model, data, train)
         calibrate_layers(self.model, [self.steps[step] for step in range(min(_FIRST_BATCHES, self.num_steps))])
         self.model.to(device)
-        self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
-        )
+        self._optimizer = self._make_optimizer()
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._best: dict[str, torch.Tensor] = {}
@@ -173,6 +173,16 @@ class Trainer:
     def _identity(self) -> dict[str, object]:
         return asdict(self.settings) | {"data": self.model.spec.data, "processes": self.processes.world_size}
 
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        named = dict(self.model.named_parameters())
+        offsets = [named.pop(name) for name in _OFFSETS]
+        return torch.optim.AdamW(
+            [{"params": list(named.values()), "speed": 1}, {"params": offsets, "speed": OFFSET_SPEED}],
+            lr=self.settings.lr,
+            weight_decay=WEIGHT_DECAY,
+            fused=self.device.type == "cuda",
+        )
+
     def _batches(self) -> DataLoader[Batch]:
         on_gpu = self.device.type == "cuda"
         return DataLoader(
@@ -185,7 +195,7 @@ class Trainer:
 
     def _train(self, batch: Batch, forward: NeuralIndexer | DistributedDataParallel) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.lr * learning_rate_share(self.step, self.num_steps)
+            group["lr"] = group["speed"] * self.settings.lr * learning_rate_share(self.step, self.num_steps)
         batch = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with half:

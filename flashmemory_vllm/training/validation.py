@@ -10,7 +10,7 @@ import torch
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.calibration import fit_platt
-from flashmemory_vllm.training.dataset import Document, TrainingData
+from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
 from flashmemory_vllm.training.evaluation import (
     BASELINES,
     RATIOS,
@@ -36,17 +36,16 @@ class Validation:
     Args:
         data: recordings.
         documents: those kept back.
-        tau: steps for which a selection is in force.
-        delay: steps from a query to the step before its selection is in force.
+        schedule: when serving selects.
         limit: questions of a document, at most.
 
     Raises:
         ConfigError: the documents give no question that any candidate answers.
     """
 
-    def __init__(self, data: TrainingData, documents: Sequence[int], tau: int, delay: int, limit: int) -> None:
+    def __init__(self, data: TrainingData, documents: Sequence[int], schedule: Schedule, limit: int) -> None:
         self._data = data
-        self._questions = {number: ask(data.load(number), tau, delay, limit) for number in documents}
+        self._questions = {number: ask(data.load(number), schedule, limit) for number in documents}
         if not any(len(one.needed) for questions in self._questions.values() for one in questions):
             raise ConfigError(f"--data: no recorded token of the validation documents {list(documents)} needs a block")
 
@@ -101,7 +100,7 @@ class Validation:
         return float(reaches.float().mean()), float(labels[reaches].float().mean())
 
     def _candidates(self, model: NeuralIndexer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of every candidate that is not forced, over all questions."""
+        """Logits and labels of every candidate that is kept for its score alone, over all questions."""
         logits, labels = [], []
         for number, questions in self._questions.items():
             document = self._data.load(number)
@@ -111,8 +110,9 @@ class Validation:
                 free = slice(frame.sink_end, min(frame.recent_start, question.num_candidates))
                 needed = torch.zeros(question.num_candidates, dtype=torch.bool)
                 needed[torch.from_numpy(question.needed)] = True
-                logits.append(scorer(question.token).cpu()[free])
-                labels.append(needed[free])
+                scores = scorer(question.token).cpu()[free]
+                logits.append(scores[scores.isfinite()])
+                labels.append(needed[free][scores.isfinite()])
         return torch.cat(logits), torch.cat(labels)
 
     def _columns(

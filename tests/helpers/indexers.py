@@ -19,6 +19,7 @@ SPEC = IndexerSpec(
     chunk_size=8,
     reach=1,
     query_window=2,
+    opening_steps=1,
     anchor_layers=(0, 1),
     rank=4,
     num_heads=2,

@@ -62,6 +62,12 @@ def test_a_device_share_gives_each_selector_the_ratio_that_its_index_leaves() ->
     }
 
 
+def test_what_the_first_selections_read_is_a_setting_of_its_own() -> None:
+    cells = group(query_windows=[None, 16], opening_steps=[2]).cells(None, without_index)
+    options = [FlashMemoryConfig.from_additional_config({"flashmemory": cell.setting.options()}) for cell in cells]
+    assert [(option.query_window, option.opening_steps) for option in options] == [(None, 2), (16, 2)]
+
+
 def test_a_fallback_is_a_setting_of_its_own() -> None:
     cells = group(fallback_shares=[None, 0.3], score_thresholds=[0.01]).cells(None, without_index)
     assert [cell.setting.options()["dense_fallback_share"] for cell in cells] == [None, 0.3]

@@ -89,7 +89,7 @@ def test_other_weights_are_refused(path: Path) -> None:
     [
         ({"format": "pt"}, "has no 'flashmemory_indexer' in its metadata: it is another kind of file"),
         (None, "has no 'flashmemory_indexer' in its metadata"),
-        (_metadata(version=1), "has the format version 1: allowed is 2"),
+        (_metadata(version=2), "has the format version 2: allowed is 3"),
         ({METADATA_KEY: "{"}, "has no valid spec"),
         ({METADATA_KEY: "{}"}, "has no valid spec in its metadata: KeyError"),
         (_metadata(other=3), r"fields \['other'\] are missing or unknown"),

@@ -27,6 +27,7 @@ SPEC = IndexerSpec(
     chunk_size=4,
     reach=1,
     query_window=3,
+    opening_steps=1,
     anchor_layers=(1, 3, 4),
     rank=12,
     num_heads=3,
@@ -47,6 +48,7 @@ def make_model(spec: IndexerSpec = SPEC) -> NeuralIndexer:
     model.init_weights(generator)
     for weight in (model.gate, model.bias, model.distance):
         torch.nn.init.normal_(weight, generator=generator)
+    torch.nn.init.uniform_(model.reach_offset, -1, 0, generator=generator)
     model.standardise(torch.randn(9, 3, 4, 16, generator=generator), torch.randn(9, 3, 2, 3, 16, generator=generator))
     model.calibrate(0.7, -0.3)
     round_weights(model)
@@ -150,15 +152,38 @@ def test_what_the_question_asked_for_keeps_its_score(checkpoint: str) -> None:
     assert torch.equal(selector.score(ScoringRequest("r", history.ids, other, 3)), alone)
 
 
+def test_the_blocks_that_the_question_lies_in_are_kept(checkpoint: str) -> None:
+    selector = create_selector("neural", make_geometry(), indexer=checkpoint)
+    history = History()
+    selector.add_blocks(history.ids, list(history.keys))
+    ids = history.ids
+
+    def kept(num_blocks: int, step: int, num_tokens: int) -> list[int]:
+        request = ScoringRequest("r", ids[:num_blocks], history.queries, step, num_tokens=num_tokens)
+        return torch.nonzero(selector.score(request)[0] == 1).flatten().tolist()
+
+    # Three tokens of blocks of eight: the last of block 9, and two of block 10, which is not full yet
+    assert kept(10, 0, num_tokens=82) == [9]
+    assert kept(12, 1, num_tokens=99) == [9, 10]
+    selector.forget("r")
+    assert kept(12, 1, num_tokens=99) == []
+    # Nobody told
+    assert kept(12, 0, num_tokens=0) == []
+
+
 def test_the_last_chunks_of_a_block_speak_for_the_next() -> None:
     chunks = torch.tensor([[5.0, 1.0, 0.0, 2.0, 0.0, 3.0]])
-    assert block_logits(chunks, 2, 0).tolist() == [[5, 2, 3]]
-    assert block_logits(chunks, 2, 1).tolist() == [[5, 2, 3]]
-    assert block_logits(chunks, 2, 2).tolist() == [[5, 5, 3]]
-    assert block_logits(chunks, 3, 2).tolist() == [[5, 3]]
-    assert block_logits(torch.tensor([7.0, 9.0, 0.0, 0.0, 0.0, 0.0]), 3, 2).tolist() == [9, 9]
-    assert block_logits(torch.tensor([7.0, 9.0, 0.0, 0.0, 0.0, 0.0]), 3, 1).tolist() == [9, 0]
-    assert block_logits(torch.zeros(2, 0), 2, 1).shape == (2, 0)
+
+    def logits(chunks_per_block: int, *offsets: float) -> list[float]:
+        found: list[float] = block_logits(chunks, chunks_per_block, torch.tensor([offsets]))[0].tolist()
+        return found
+
+    assert logits(2) == [5, 2, 3]
+    assert logits(2, 0.0) == [5, 2, 3]
+    assert logits(2, 0.0, 0.0) == [5, 5, 3]
+    assert logits(3, 0.0, 0.0) == [5, 3]
+    assert logits(2, -2.0, 3.0) == [5, 4, 5]
+    assert block_logits(torch.zeros(2, 0), 2, torch.zeros(2, 1)).shape == (2, 0)
 
 
 def test_pooled_keys_are_bounds_and_mean_of_each_chunk() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ BLOCK = 4
 
 
 class Driver:
-    """Drives a planner with as few words as possible; completes every plan."""
+    """Drives a planner with as few words as possible, and with its own options; completes every plan."""
 
     def __init__(
         self,
@@ -24,14 +24,12 @@ class Driver:
         tau: int = 3,
         ratio: float = 0.25,
         min_sparse: int = 0,
-        threshold: float = -inf,
-        max_prefetches: int | None = None,
-        fallback_share: float | None = None,
+        **options: Any,
     ) -> None:
         # Sink of one block, recent of one: a sparse set of n blocks has max(3, ratio * n).
         policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, 1, 400, 400, 0)
         geometry = Geometry(200, num_slots, num_groups, BLOCK)
-        self.planner = StepPlanner(geometry, policy, tau, threshold, max_prefetches, fallback_share)
+        self.planner = StepPlanner(geometry, policy, tau, **options)
         self.computed: dict[str, int] = {}
         self._step = 0
 

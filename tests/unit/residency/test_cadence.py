@@ -61,6 +61,20 @@ def test_the_longest_waiting_is_scored_first() -> None:
     assert due_by_step(driver, "cab", 5) == [[], [], ["a"], ["b"], ["c"]]
 
 
+def test_an_opening_is_scored_step_by_step_whatever_the_cap() -> None:
+    driver = Driver(num_slots=190, tau=8, opening_steps=2)
+    for index, name in enumerate("abc"):
+        (due,) = driver.prefill(name, 4, first_block=1 + 12 * index, spare_blocks=8).due
+        assert (due.first, due.at_once) == (True, True)
+    tokens = dict.fromkeys("abc", 1)
+    plans = [driver.step(tokens=tokens) for _ in range(12)]
+    opening = [{due.req_id for due in plan.due if due.at_once} for plan in plans]
+    assert opening == [set("abc"), set("abc"), *[set()] * 10]
+    assert not any(due.first for plan in plans for due in plan.due)
+    later = [due.req_id for plan in plans for due in plan.due if not due.at_once]
+    assert set(later) == set("abc")
+
+
 def test_a_hastened_request_is_due_with_its_next_step() -> None:
     driver = started("ab", tau=8)
     due_by_step(driver, "ab", 1)
@@ -82,7 +96,7 @@ def test_the_cap_holds_for_hastened_requests_too() -> None:
 
 
 def test_nobody_is_hastened_before_a_first_selection_or_with_all_blocks() -> None:
-    driver = Driver(num_slots=60, tau=8, threshold=-1000.0, fallback_share=0.5)
+    driver = Driver(num_slots=60, tau=8, score_threshold=-1000.0, fallback_share=0.5)
     driver.prefill("a", 12)
     driver.prefill("dense", 2, first_block=50)
     for _ in range(2):

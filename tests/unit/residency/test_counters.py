@@ -60,7 +60,7 @@ def test_forced_blocks_are_neither_candidates_nor_chosen(num_groups: int) -> Non
 
 
 def test_a_threshold_lowers_the_selected_share() -> None:
-    driver = Driver(ratio=0.4, threshold=99.0)
+    driver = Driver(ratio=0.4, score_threshold=99.0)
     driver.prefill("a", 12)
     # Scored 100, 99 and 98; all others lower
     driver.offer("a", 12, best=[3, 5, 7])

@@ -24,7 +24,9 @@ def driver_with(
 
     Ten blocks can be left out, five have a slot. It falls back above a share of 0.4.
     """
-    driver = Driver(num_slots, num_groups, 50, 0.4, 0, 90.0, max_prefetches, 0.4)
+    driver = Driver(
+        num_slots, num_groups, 50, 0.4, score_threshold=90.0, max_prefetches=max_prefetches, fallback_share=0.4
+    )
     driver.prefill("a", 12)
     for best in selections:
         driver.offer("a", 12, best)
@@ -200,7 +202,7 @@ def test_selections_of_a_fallback_do_not_count_as_choices() -> None:
 
 
 def test_nobody_falls_back_unless_asked_to() -> None:
-    driver = Driver(60, threshold=-1000.0)
+    driver = Driver(60, score_threshold=-1000.0)
     driver.prefill("a", 12)
     for _ in range(3):
         driver.offer("a", 12, SPREAD)

@@ -36,6 +36,7 @@ class World:
     tau: int
     max_prefetches: int
     threshold: float
+    opening_steps: int
     fallback_share: float | None
     extra_slots: int
     extra_blocks: int
@@ -67,6 +68,7 @@ def worlds(draw: st.DrawFn) -> World:
         max_prefetches=draw(st.sampled_from([2, 1, 5, 1000])),
         threshold=draw(st.sampled_from([-inf, 3.0])),
         fallback_share=draw(st.sampled_from([None, 0.1, 0.5])),
+        opening_steps=draw(st.sampled_from([0, 1, 4])),
         extra_slots=draw(st.sampled_from([0, 2, 8, 20, 60])),
         extra_blocks=draw(st.sampled_from([10, 0, 60, 300])),
         num_families=draw(st.sampled_from([2, 1, 5])),
@@ -88,7 +90,13 @@ class History:
         geometry = Geometry(num_blocks, num_slots, world.num_groups, world.policy.block_size)
         self.geometry = geometry
         self.planner = StepPlanner(
-            geometry, world.policy, world.tau, world.threshold, world.max_prefetches, world.fallback_share
+            geometry,
+            world.policy,
+            world.tau,
+            world.threshold,
+            world.max_prefetches,
+            world.fallback_share,
+            world.opening_steps,
         )
         self.max_prefetches = world.max_prefetches
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)
@@ -129,7 +137,7 @@ class History:
             self._check_nothing_lost()
         self._check_due(plan, step)
         for due in plan.due:
-            delay = 0 if due.first and self.random.random() < 0.8 else self.random.randint(0, 3)
+            delay = 0 if due.at_once and self.random.random() < 0.8 else self.random.randint(0, 3)
             if self.random.random() < 0.95:
                 self.under_way.append((step_number + 1 + delay, due))
         self.scheduler.step_done(step)

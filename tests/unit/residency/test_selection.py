@@ -52,6 +52,26 @@ def test_later_selections_prefetch_while_the_best_old_blocks_stay() -> None:
     assert driver.planner.counters.prefetched_blocks == 2
 
 
+def test_selections_of_the_opening_are_recalled_at_once() -> None:
+    driver = Driver(num_slots=28, ratio=0.4, opening_steps=1)  # five blocks of thirteen
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3, 5, 7])
+    (due,) = driver.step(a=1).due
+    assert (due.first, due.at_once) == (False, True)
+    driver.prefill("b", 22, first_block=100, spare_blocks=0)
+    driver.offer("a", 12, best=[9, 5, 10, 3])
+    plan = driver.step(a=1, finished=["b"])
+    assert plan.recalls[0].blocks.tolist() == [10, 11]
+    assert plan.prefetches == ()
+    assert positions(plan, "a") == [0, 5, 9, 10, 12]
+    driver.prefill("c", 22, first_block=130, spare_blocks=0)
+    driver.offer("a", 12, best=[4, 9, 10])
+    plan = driver.step(a=1, finished=["c"])
+    # The opening is over
+    assert plan.recalls == ()
+    assert plan.prefetches[0].blocks.tolist() == [5]
+
+
 def test_resident_blocks_of_a_new_selection_join_at_once() -> None:
     driver = Driver()
     driver.prefill("a", 12)
@@ -169,7 +189,7 @@ def test_groups_choose_on_their_own() -> None:
 
 
 def test_blocks_below_the_threshold_get_no_slot_though_there_is_room() -> None:
-    driver = Driver(num_slots=28, ratio=0.4, threshold=99.0)  # five blocks of thirteen
+    driver = Driver(num_slots=28, ratio=0.4, score_threshold=99.0)  # five blocks of thirteen
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3, 5, 7])  # scored 100, 99 and 98
     assert positions(driver.step(a=1), "a") == [0, 3, 5, 12]

@@ -7,7 +7,7 @@ import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.runtime.assembly import plan_staging, query_window, tau_steps
+from flashmemory_vllm.runtime.assembly import opening_steps, plan_staging, query_window, tau_steps
 from flashmemory_vllm.runtime.shape import AttentionShape
 from tests.helpers.indexers import save_untrained
 
@@ -32,6 +32,14 @@ def test_the_question_is_as_long_as_trained_unless_another_is_asked_for(tmp_path
     assert query_window(FlashMemoryConfig(query_window=7)) == 7
     assert query_window(FlashMemoryConfig(indexer=indexer)) == 12
     assert query_window(FlashMemoryConfig(indexer=indexer, query_window=3)) == 3
+
+
+def test_an_opening_is_as_long_as_trained_unless_another_is_asked_for(tmp_path: Path) -> None:
+    indexer = str(save_untrained(tmp_path / "toy.safetensors", opening_steps=3))
+    assert opening_steps(FlashMemoryConfig()) == 0
+    assert opening_steps(FlashMemoryConfig(opening_steps=4)) == 4
+    assert opening_steps(FlashMemoryConfig(indexer=indexer)) == 3
+    assert opening_steps(FlashMemoryConfig(indexer=indexer, opening_steps=0)) == 0
 
 
 def test_tau_is_the_trained_one_unless_another_is_asked_for(tmp_path: Path) -> None:

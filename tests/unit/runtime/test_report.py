@@ -49,7 +49,7 @@ def busy_driver() -> Driver:
 
 def falling_back_driver() -> Driver:
     """A request that falls back, and one that would."""
-    driver = Driver(num_slots=16, threshold=-1000.0, fallback_share=0.5)
+    driver = Driver(num_slots=16, score_threshold=-1000.0, fallback_share=0.5)
     for name, first_block in (("a", 1), ("b", 30)):
         driver.prefill(name, 12, first_block=first_block)
         for _ in range(2):

@@ -5,7 +5,7 @@ import torch
 
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.residency.types import DueSelection
-from flashmemory_vllm.runtime.selection import NO_RULES, ScoreRules, SelectionQueue
+from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.side_stream import SideStream
 
 CPU = torch.device("cpu")
@@ -29,13 +29,13 @@ class QuerySum(Selector):
         return request.queries.sum().expand(1, len(request.block_ids)).clone()
 
 
-def due(req_id: str = "a", *, first: bool) -> DueSelection:
-    return DueSelection(req_id, 3, first, np.array([5, 2, 6], dtype=np.int32))
+def due(req_id: str = "a", *, first: bool, at_once: bool = False) -> DueSelection:
+    return DueSelection(req_id, 13, 3, first, first or at_once, np.array([5, 2, 6], dtype=np.int32))
 
 
-def make_queue(delay: int, rules: ScoreRules = NO_RULES) -> tuple[SelectionQueue, QuerySum]:
+def make_queue(delay: int) -> tuple[SelectionQueue, QuerySum]:
     selector = QuerySum()
-    return SelectionQueue(selector, delay, SideStream(CPU), rules), selector
+    return SelectionQueue(selector, delay, SideStream(CPU)), selector
 
 
 def test_the_first_selection_is_ready_for_the_next_step_and_later_ones_are_delayed() -> None:
@@ -44,6 +44,8 @@ def test_the_first_selection_is_ready_for_the_next_step_and_later_ones_are_delay
     assert [selection.req_id for selection in queue.deliver(11)] == ["a"]
     queue.score(20, due(first=False), torch.ones(1, 2, 4), np.ones((1, 3), np.bool_))
     assert [len(queue.deliver(step)) for step in (21, 22, 23, 24)] == [0, 0, 1, 0]
+    queue.score(30, due(first=False, at_once=True), torch.ones(1, 2, 4), np.ones((1, 3), np.bool_))
+    assert len(queue.deliver(31)) == 1
 
 
 def test_queries_may_be_overwritten_after_scoring_was_asked_for() -> None:
@@ -55,6 +57,7 @@ def test_queries_may_be_overwritten_after_scoring_was_asked_for() -> None:
     assert selector.requests[0].queries is not None
     assert selector.requests[0].queries.sum() == 8
     assert selector.requests[0].block_ids.tolist() == [5, 2, 6]
+    assert selector.requests[0].num_tokens == 13
 
 
 def test_selections_of_a_request_are_counted_until_it_is_gone() -> None:
@@ -74,38 +77,3 @@ def test_queries_of_earlier_tokens_reach_the_selector() -> None:
     queue.score(2, due(first=False), torch.ones(1, 2, 4), np.ones((1, 3), np.bool_))
     assert selector.requests[0].earlier is earlier
     assert selector.requests[1].earlier is None
-
-
-def test_a_score_fades_from_one_selection_to_the_next() -> None:
-    queue, _ = make_queue(delay=0, rules=ScoreRules(memory=0.5))
-    scores = []
-    for step, value in enumerate((2.0, 0.25, 0.25, 0.75)):
-        queue.score(step, due(first=step == 0), torch.full((1, 2, 4), value), None)
-        scores.append(queue.deliver(step + 1)[0].scores[0, 0].item())
-    assert scores == [16.0, 8.0, 4.0, 6.0]
-
-
-def test_a_request_that_starts_again_remembers_nothing() -> None:
-    queue, _ = make_queue(delay=0, rules=ScoreRules(memory=1.0))
-    queue.score(1, due(first=True), torch.full((1, 2, 4), 9.0), None)
-    queue.deliver(2)
-    queue.score(2, due(first=True), torch.ones(1, 2, 4), None)
-    assert queue.deliver(3)[0].scores.tolist() == [[8.0, 8.0, 8.0]]
-    queue.forget(["a"])
-    queue.score(3, due(first=False), torch.zeros(1, 2, 4), None)
-    assert queue.deliver(4)[0].scores.tolist() == [[0.0, 0.0, 0.0]]
-
-
-class Given(QuerySum):
-    """Scores as they are given."""
-
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        assert len(request.block_ids) == 3
-        return torch.tensor([[8.0, 1.0, 2.0]])
-
-
-def test_what_follows_a_block_is_worth_a_share_of_it() -> None:
-    queue = SelectionQueue(Given(), 0, SideStream(CPU), ScoreRules(next_block_share=0.5))
-    queue.score(1, due(first=True), torch.ones(1, 2, 4), None)
-    # Only a score of its own goes on: the third block is not worth a quarter of the first
-    assert queue.deliver(2)[0].scores.tolist() == [[8.0, 4.0, 2.0]]

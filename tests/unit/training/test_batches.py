@@ -10,13 +10,14 @@ import torch
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.training import batches
 from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps, later_tokens
-from flashmemory_vllm.training.dataset import Document, TrainingData
+from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 from tests.unit.training.recordings import Toy, write_recordings
 
 TOY = Toy(documents=6, prompt_blocks=60, tokens=24)
-WINDOW, REACH, TOKENS = 3, 2, 5
-SAMPLING = Sampling(documents=2, tokens=TOKENS, query_window=WINDOW, reach=REACH, tau=4, delay=1, seed=5)
+WINDOW, REACH, TOKENS, OPENING = 3, 2, 5, 2
+SCHEDULE = Schedule(tau=4, delay=1, opening_steps=OPENING)
+SAMPLING = Sampling(documents=2, tokens=TOKENS, query_window=WINDOW, reach=REACH, schedule=SCHEDULE, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def _document_of(batch: Batch, place: int, data: TrainingData) -> Document:
 
 def test_labels_are_what_each_selection_needs(data: TrainingData) -> None:
     batch = TrainingSteps(data, range(6), SAMPLING)[1]
-    assert batch.queries.shape == (2, WINDOW + TOKENS, 2, 4, 16)
+    assert batch.queries.shape == (2, WINDOW + OPENING + TOKENS, 2, 4, 16)
     for place in range(2):
         document = _document_of(batch, place, data)
         # The question's candidates are those of the first recorded token, whose position ends a block
@@ -48,7 +49,8 @@ def test_labels_are_what_each_selection_needs(data: TrainingData) -> None:
         assert torch.equal(batch.pooled[place, is_block, REACH], own[is_block])
         before = document.keys[:, (blocks * 4 - 1).clamp(min=0)].transpose(0, 1)
         assert torch.equal(batch.pooled[place, is_block, REACH - 1], before[is_block])
-        for selection in range(1 + TOKENS):
+        assert torch.equal(batch.queries[place, WINDOW : WINDOW + OPENING], document.queries[1 : 1 + OPENING])
+        for selection in range(1 + OPENING + TOKENS):
             token = 0
             if selection:
                 (token,) = [
@@ -61,7 +63,7 @@ def test_labels_are_what_each_selection_needs(data: TrainingData) -> None:
             asked = batch.weights[place, selection] > 0
             assert set(blocks[asked].tolist()) <= set(free)
             labelled = set(blocks[asked & (batch.labels[place, selection] > 0)].tolist())
-            assert labelled == set(document.needed(token, 4, 1).tolist()) & set(free)
+            assert labelled == set(document.needed(token, SCHEDULE).tolist()) & set(free)
 
 
 def test_a_sample_of_the_rest_is_drawn(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +104,8 @@ def test_processes_see_different_documents(data: TrainingData) -> None:
 
 def test_tokens_without_a_future_are_not_used(data: TrainingData) -> None:
     document = data.load(0)
-    assert later_tokens(document, tau=4, delay=1).tolist() == list(range(1, TOY.tokens - 2))
-    batch = TrainingSteps(data, range(6), replace(SAMPLING, delay=TOY.tokens))[0]
+    assert later_tokens(document, Schedule(tau=4, delay=1)).tolist() == list(range(1, TOY.tokens - 2))
+    batch = TrainingSteps(data, range(6), replace(SAMPLING, schedule=Schedule(4, TOY.tokens)))[0]
     assert float(batch.weights[:, 1:].sum()) == 0
     assert float(batch.weights[:, 0].sum()) > 0
 

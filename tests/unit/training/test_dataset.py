@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.training.dataset import Document, Ragged, TrainingData, split_documents
+from flashmemory_vllm.training.dataset import Document, Ragged, Schedule, TrainingData, split_documents
 from tests.unit.training.recordings import Toy, write_recordings
 
 SMALL = Toy(documents=3, prompt_blocks=8, tokens=10, per_shard=2)
@@ -46,29 +46,31 @@ def _document(positions: list[int], golden: list[list[int]], answer: tuple[int, 
     golden=st.lists(st.sets(st.integers(0, 30)), min_size=20, max_size=20),
     tau=st.integers(1, 8),
     delay=st.integers(0, 3),
+    opening_steps=st.integers(0, 5),
 )
 def test_union_and_mass_of_a_window_are_those_of_its_tokens(
-    steps: list[int], golden: list[set[int]], tau: int, delay: int
+    steps: list[int], golden: list[set[int]], tau: int, delay: int, opening_steps: int
 ) -> None:
     positions = (10 + np.cumsum(steps)).tolist()
     document = _document(positions, [sorted(ids) for ids in golden[: len(positions)]])
+    schedule = Schedule(tau, delay, opening_steps)
+    first, end = document.windows(schedule)
     for token, position in list(enumerate(positions))[1:]:
-        in_force = [
-            other for other, later in enumerate(positions) if position + 1 + delay <= later <= position + tau + delay
-        ]
-        window = document.window(token, tau, delay)
+        start = position + 1 + (0 if position - positions[0] <= opening_steps else delay)
+        in_force = [other for other, later in enumerate(positions) if start <= later < start + tau]
+        window = int(first[token]), int(end[token])
         assert list(range(*window)) == in_force
         needed = sorted({block for other in in_force for block in golden[other] if block < position // 2})
-        assert document.needed(token, tau, delay).tolist() == needed
+        assert document.needed(token, schedule).tolist() == needed
         mass = document.mass.sums(*window, 31)
         assert mass.tolist() == [0.25 * sum(block in golden[other] for other in in_force) for block in range(31)]
 
 
 def test_a_first_selection_is_for_the_whole_answer() -> None:
     golden = [[1], [2], [3], [4], [90]]
-    assert _document([20, 21, 22, 23, 24], golden).needed(0, tau=1, delay=1).tolist() == [2, 3, 4]
-    assert _document([20, 21, 22, 23, 24], golden, answer=(2, 4)).needed(0, tau=1, delay=1).tolist() == [3, 4]
-    assert _document([20], [[1]]).needed(0, tau=64, delay=1).tolist() == []
+    assert _document([20, 21, 22, 23, 24], golden).needed(0, Schedule(tau=1, delay=1)).tolist() == [2, 3, 4]
+    assert _document([20, 21, 22, 23, 24], golden, answer=(2, 4)).needed(0, Schedule(tau=1, delay=1)).tolist() == [3, 4]
+    assert _document([20], [[1]]).needed(0, Schedule(tau=64, delay=1)).tolist() == []
     assert len(Ragged(np.zeros(1, np.int64), np.zeros(0, np.int64)).union(0, 0, 5)) == 0
 
 
