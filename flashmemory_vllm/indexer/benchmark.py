@@ -40,7 +40,10 @@ RESIDENT_RATIO = 0.135
 # As `flashmemory capture` records by default
 CHUNK_SIZE = 4
 # Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
-NEURAL_RANKS = {"neural-64": 64, "neural": 512}
+FIRST = "neural-first"
+NEURAL_RANKS = {"neural-64": 64, "neural": 512, FIRST: 512}
+# Tokens of a question, which `FIRST` selects with
+QUERY_WINDOW = 16
 SELECTORS = ("mean", "bounds", "exact", "h2o", *NEURAL_RANKS)
 # Blocks whose index keys are made at once, and calls that the host's time is the median of.
 ADDED_BLOCKS = 1024
@@ -125,7 +128,7 @@ def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
         block_size=geometry.block_size,
         chunk_size=CHUNK_SIZE,
         reach=2,
-        query_window=1,
+        query_window=QUERY_WINDOW,
         opening_steps=0,
         anchor_layers=geometry.anchor_layers,
         rank=rank,
@@ -139,8 +142,13 @@ def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
     )
 
 
-def make_call(selector: Selector) -> Callable[[], torch.Tensor]:
-    """A selection of a request that fills the index: its second, after which nothing is new to the selector."""
+def make_call(selector: Selector, *, first: bool = False) -> Callable[[], torch.Tensor]:
+    """A selection of a request that fills the index: its second, after which nothing is new to the selector.
+
+    Args:
+        selector: with an empty index.
+        first: its first one instead, with all tokens of a question.
+    """
     geometry = selector.geometry
     generator = torch.Generator(geometry.device).manual_seed(0)
 
@@ -157,8 +165,12 @@ def make_call(selector: Selector) -> Callable[[], torch.Tensor]:
     queries = draw(len(geometry.anchor_layers), geometry.num_query_heads, geometry.head_dim)
     resident = torch.zeros(geometry.num_groups, num_blocks, dtype=torch.bool, device=geometry.device)
     resident[:, -int(RESIDENT_RATIO * num_blocks) :] = True
-    selector.score(ScoringRequest("r", ids, queries, 0))
-    request = ScoringRequest("r", ids, queries, 1, resident)
+    if first:
+        earlier = draw(QUERY_WINDOW - 1, *queries.shape)
+        request = ScoringRequest("r", ids, queries, 0, earlier=earlier)
+    else:
+        selector.score(ScoringRequest("r", ids, queries, 0))
+        request = ScoringRequest("r", ids, queries, 1, resident)
     return lambda: selector.score(request)
 
 
@@ -197,7 +209,7 @@ def measure_selection(
         facts: fields of every row that say where it comes from.
     """
     selector = make_selector(name, make_geometry(num_tokens, device))
-    call = make_call(selector)
+    call = make_call(selector, first=name == FIRST)
     micros = measure(call)
     num_bytes = bytes_read(selector, num_tokens // BLOCK_SIZE)
     rate = num_bytes / micros / 1e3
