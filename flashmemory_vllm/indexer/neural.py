@@ -95,10 +95,7 @@ class NeuralSelector(Selector):
     @torch.no_grad()
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Probability of each block, float32 [G, n]; the largest of several tokens'."""
-        ids = self._chunk_ids(request.block_ids)
-        logits, *earlier = (self._logits(queries, ids) for queries in request.all_queries(self.name))
-        for others in earlier:
-            torch.maximum(logits, others, out=logits)
+        logits = self._logits(request.all_queries(self.name), self._chunk_ids(request.block_ids))
         if request.step_index == 0:
             self._questions[request.req_id] = _Question(logits, self._question_blocks(request.num_tokens))
         question = self._questions.get(request.req_id)
@@ -123,14 +120,21 @@ class NeuralSelector(Selector):
         """Rows of the index, int64 [n * C], of blocks."""
         return (block_ids.unsqueeze(1) * len(self._chunks) + self._chunks).flatten()
 
-    def _logits(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Combined logits [G, n] of blocks, given the index rows of their chunks, for queries [A, Hq, D]."""
+    def _logits(self, queries: Sequence[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Logits [G, n] of blocks, given the index rows of their chunks: the largest of each token's, [A, Hq, D]."""
         model = self.model
-        weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
-        heads, gates = project_queries(queries, model.query_spread, *weights, NORM_EPS)
-        of_chunks = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
-        logits = block_logits(of_chunks, self.spec.chunks_per_block, model.reach_offset)
+        of_chunks = score_chunks(*self._heads(queries), self.codes, self.scales, ids, model.bias, model.distance)
+        logits = block_logits(of_chunks, self.spec.chunks_per_block, model.reach_offset)  # [Q, A, n]
         if len(self._anchors_of) == 1:
-            return ensemble(logits, self.spec.aggregate).unsqueeze(0)
-        groups = (torch.stack([logits[anchor] for anchor in anchors]) for anchors in self._anchors_of)
-        return torch.stack([ensemble(group, self.spec.aggregate) for group in groups])
+            return ensemble(logits, self.spec.aggregate).amax(0, keepdim=True)
+        groups = (torch.stack([logits[:, anchor] for anchor in anchors], dim=1) for anchors in self._anchors_of)
+        return torch.stack([ensemble(group, self.spec.aggregate).amax(0) for group in groups])
+
+    def _heads(self, queries: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index heads [Q, A, H, E] and gates [Q, A, H]; of one token by an op that is bound by reading the weights."""
+        model = self.model
+        if len(queries) > 1:
+            return model.encode_queries(torch.stack(queries))
+        weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
+        heads, gates = project_queries(queries[0], model.query_spread, *weights, NORM_EPS)
+        return heads.unsqueeze(0), gates.unsqueeze(0)

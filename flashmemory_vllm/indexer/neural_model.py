@@ -238,16 +238,16 @@ def block_logits(chunk_logits: torch.Tensor, chunks_per_block: int, reach_offset
     """The largest logit of each block's C chunks and, with their offsets, of the R chunks before them.
 
     Args:
-        chunk_logits: [A, n * C].
+        chunk_logits: [..., A, n * C].
         chunks_per_block: C.
         reach_offset: [A, R], the offset of the nearest chunk last.
 
     Returns:
-        [A, n].
+        [..., A, n].
     """
-    by_block = chunk_logits.view(len(chunk_logits), -1, chunks_per_block)
+    by_block = chunk_logits.unflatten(-1, (chunk_logits.shape[-1] // chunks_per_block, chunks_per_block))
     logits, reach = by_block.amax(-1), reach_offset.shape[1]
     if reach and logits.shape[-1] > 1:
-        before = (by_block[:, :-1, chunks_per_block - reach :] + reach_offset.unsqueeze(1)).amax(-1)
+        before = (by_block[..., :-1, chunks_per_block - reach :] + reach_offset.unsqueeze(1)).amax(-1)
         logits = torch.cat((logits[..., :1], torch.maximum(logits[..., 1:], before)), dim=-1)
     return logits

@@ -126,12 +126,8 @@ class IndexerScorer:
         model = self._model
         ids = torch.arange(num_blocks * model.spec.chunks_per_block, device=self._device)
         heads, gates = model.encode_queries(queries.to(self._device))
-        scored = []
-        for of_query, weights in zip(heads, gates, strict=True):
-            logits = score_chunks(of_query, weights, self._codes, self._scales, ids, model.bias, model.distance)
-            by_block = block_logits(logits, model.spec.chunks_per_block, model.reach_offset)
-            scored.append(ensemble(by_block, model.spec.aggregate))
-        return torch.stack(scored)
+        of_chunks = score_chunks(heads, gates, self._codes, self._scales, ids, model.bias, model.distance)
+        return ensemble(block_logits(of_chunks, model.spec.chunks_per_block, model.reach_offset), model.spec.aggregate)
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:

@@ -135,8 +135,8 @@ def chunk_jobs(
     """Jobs of `score_chunks`, or of the kernel under another configuration."""
     for case in cases:
         inputs = chunk_cases.make_inputs(case, device=device)
-        # A code, its scale and the logit
-        num_bytes = case.num_layers * case.num_blocks * (case.width + 4 + 4)
+        # A code, its scale and the logits
+        num_bytes = case.num_layers * case.num_blocks * (case.width + 4 + 4 * case.num_tokens)
         yield Job("score_chunks", _label(case), num_bytes, "device", partial(op, *inputs))
 
 

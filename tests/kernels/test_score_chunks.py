@@ -19,7 +19,7 @@ TOL_FP32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-3}
 def test_heads_are_rectified_then_gated_and_placed(case: ChunkCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     rows = dequantise_codes(inputs.codes, inputs.scales)[:, inputs.block_ids].double()
-    gated = (inputs.gates.double().unsqueeze(-1) * (inputs.query.double() @ rows.mT).relu()).sum(1)
+    gated = (inputs.gates.double().unsqueeze(-1) * (inputs.query.double() @ rows.mT).relu()).sum(2)
     hint = inputs.slope.double().unsqueeze(-1) * torch.arange(case.num_blocks, 0, -1).double().log()
     logits = score_chunks(*inputs)
     assert logits.dtype == torch.float32
@@ -53,12 +53,12 @@ def test_zeros_stay_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gates": torch.ones(3, 5)}, r"gates: expected shape \[3, 6\], got \[3, 5\]"),
+        ({"gates": torch.ones(5, 3, 5)}, r"gates: expected shape \[5, 3, 6\], got \[5, 3, 5\]"),
         ({"codes": torch.ones(3, 40, 20)}, r"codes: expected dtype torch.float8_e4m3fn, got torch.float32"),
         ({"block_ids": torch.ones(2, dtype=torch.int32)}, r"block_ids: expected dtype torch.int64"),
         ({"bias": torch.ones(1)}, r"bias: expected shape \[3\], got \[1\]"),
         ({"slope": torch.ones(3, 1)}, r"slope: expected shape \[3\], got \[3, 1\]"),
-        ({"query": torch.ones(3, 20, 6).mT}, r"query: expected a last dim of stride 1"),
+        ({"query": torch.ones(5, 3, 20, 6).mT}, r"query: expected a last dim of stride 1"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:

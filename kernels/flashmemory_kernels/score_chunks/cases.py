@@ -8,13 +8,14 @@ from flashmemory_kernels.score_chunks.naive import quantise_codes
 
 
 class ChunkCase(NamedTuple):
-    """n of N blocks in A layers, each with one code of E under H index heads."""
+    """n of N blocks in A layers, each with one code of E under H index heads of Q tokens."""
 
     num_layers: int
     num_pool_blocks: int
     num_blocks: int
     num_heads: int
     width: int
+    num_tokens: int = 1
 
 
 class ChunkInputs(NamedTuple):
@@ -31,14 +32,16 @@ class ChunkInputs(NamedTuple):
 
 CASES = (
     ChunkCase(1, num_pool_blocks=2, num_blocks=1, num_heads=1, width=8),
-    ChunkCase(3, num_pool_blocks=40, num_blocks=23, num_heads=6, width=20),
+    ChunkCase(3, num_pool_blocks=40, num_blocks=23, num_heads=6, width=20, num_tokens=5),
     ChunkCase(2, num_pool_blocks=150, num_blocks=140, num_heads=16, width=128),
     ChunkCase(2, num_pool_blocks=9, num_blocks=0, num_heads=4, width=64),
 )
 
-# Three anchor layers of an 8B model over 32K, 128K and 500K tokens in blocks of 16.
+# Three anchor layers of an 8B model over 32K, 128K and 500K tokens in chunks of 4, for one token and for a question.
 BENCH_CASES = tuple(
-    ChunkCase(3, num_blocks + 64, num_blocks, num_heads=16, width=128) for num_blocks in (2048, 8192, 31250)
+    ChunkCase(3, num_chunks + 64, num_chunks, num_heads=32, width=128, num_tokens=num_tokens)
+    for num_tokens in (1, 16)
+    for num_chunks in (8192, 32768, 125000)
 )
 
 
@@ -53,8 +56,8 @@ def make_inputs(case: ChunkCase, dtype: torch.dtype = torch.float32, device: str
         return torch.randn(size, generator=generator, device=device)
 
     factor = torch.logspace(-3, 3, case.num_heads, device=device)
-    query = draw(case.num_layers, case.num_heads, case.width) * factor.unsqueeze(-1)
-    gates = draw(case.num_layers, case.num_heads) / factor
+    query = draw(case.num_tokens, case.num_layers, case.num_heads, case.width) * factor.unsqueeze(-1)
+    gates = draw(case.num_tokens, case.num_layers, case.num_heads) / factor
     codes, scales = quantise_codes(draw(case.num_layers, case.num_pool_blocks, case.width))
     ids = torch.randperm(case.num_pool_blocks, generator=generator, device=device)
     others = ids[case.num_blocks :]

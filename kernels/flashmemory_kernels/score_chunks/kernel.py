@@ -26,13 +26,15 @@ DEFAULT_CONFIG = TileConfig(tile_rows=32, programs=0, num_warps=4, num_stages=1)
 @triton.jit(do_not_specialize=["num_blocks"])
 def score_chunks_kernel(
     p_query, p_gates, p_codes, p_scales, p_ids, p_bias, p_slope, p_logits,
-    stride_query_layer, stride_query_head, stride_gates, stride_codes_layer, stride_codes_block, stride_scales,
+    stride_query_token, stride_query_layer, stride_query_head, stride_gates_token, stride_gates_layer,
+    stride_codes_layer, stride_codes_block, stride_scales,
     num_blocks,
     H: tl.constexpr, E: tl.constexpr, H_PAD: tl.constexpr, E_PAD: tl.constexpr,
     TILE: tl.constexpr, IS_SINGLE: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Score tiles of TILE blocks in one layer; ids are loaded one tile ahead, see `score_blocks_kernel`."""
+    """Score tiles of TILE blocks in one layer for a token; ids are loaded one tile ahead, see `score_blocks_kernel`."""
     i_layer = tl.program_id(1).to(tl.int64)
+    i_token = tl.program_id(2).to(tl.int64)
     i_row = tl.arange(0, TILE)
     i_head = tl.arange(0, H_PAD)
     i_dim = tl.arange(0, E_PAD)
@@ -43,13 +45,14 @@ def score_chunks_kernel(
     stride_tile = 1 if IS_SINGLE else tl.num_programs(0)
     i_block = tl.load(p_ids + first * TILE + i_row, first * TILE + i_row < num_blocks, other=0)
 
-    p_heads = p_query + i_layer * stride_query_layer + i_head * stride_query_head
+    p_heads = p_query + i_token * stride_query_token + i_layer * stride_query_layer + i_head * stride_query_head
     query = tl.load(p_heads[None, :] + i_dim[:, None], m_dim[:, None] & m_head[None, :], other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(query), axis=0)
     unit = query / tl.where(peak == 0.0, 1.0, peak)[None, :]
     high = unit.to(tl.float16)
     low = (unit - high.to(tl.float32)).to(tl.float16)
-    gates = peak * tl.load(p_gates + i_layer * stride_gates + i_head, m_head, other=0.0).to(tl.float32)
+    p_own_gates = p_gates + i_token * stride_gates_token + i_layer * stride_gates_layer
+    gates = peak * tl.load(p_own_gates + i_head, m_head, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + i_layer).to(tl.float32)
     slope = tl.load(p_slope + i_layer).to(tl.float32)
 
@@ -70,7 +73,7 @@ def score_chunks_kernel(
         distance = (num_blocks - i_position).to(tl.float32)
         hint = bias + slope * tl.log(tl.where(m_row, distance, 1.0))
         logits = tl.sum(rectified * gates[None, :], axis=1) * scales + hint
-        tl.store(p_logits + i_layer * num_blocks + i_position, logits, m_row)
+        tl.store(p_logits + (i_token * tl.num_programs(1) + i_layer) * num_blocks + i_position, logits, m_row)
 
 
 def score_chunks_triton(
@@ -84,17 +87,18 @@ def score_chunks_triton(
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """See `op.score_chunks`."""
-    num_layers, num_heads, width = query.shape
+    num_tokens, num_layers, num_heads, width = query.shape
     num_blocks = len(block_ids)
-    logits = torch.empty(num_layers, num_blocks, dtype=torch.float32, device=query.device)
+    logits = torch.empty(num_tokens, num_layers, num_blocks, dtype=torch.float32, device=query.device)
     if num_blocks == 0:
         return logits
     if config is None:
         config = CONFIGS.get(width, DEFAULT_CONFIG)
-    num_programs = config.num_programs(triton.cdiv(num_blocks, config.tile_rows), num_layers, query.device)
-    score_chunks_kernel[(num_programs, num_layers)](
+    num_tiles = triton.cdiv(num_blocks, config.tile_rows)
+    num_programs = config.num_programs(num_tiles, num_layers * num_tokens, query.device)
+    score_chunks_kernel[(num_programs, num_layers, num_tokens)](
         query, gates, codes, scales, block_ids, bias, slope, logits,
-        query.stride(0), query.stride(1), gates.stride(0), codes.stride(0), codes.stride(1), scales.stride(0),
+        *query.stride()[:3], *gates.stride()[:2], codes.stride(0), codes.stride(1), scales.stride(0),
         num_blocks,
         H=num_heads, E=width,
         H_PAD=max(MIN_DOT, triton.next_power_of_2(num_heads)), E_PAD=max(MIN_DOT, triton.next_power_of_2(width)),

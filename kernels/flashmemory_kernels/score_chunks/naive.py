@@ -42,16 +42,16 @@ def score_chunks_naive(
     chunk_elems: int = CHUNK_ELEMS,
 ) -> torch.Tensor:
     """See `op.score_chunks`; walks over the blocks in chunks so that temporaries stay bounded."""
-    num_layers, num_heads, width = query.shape
-    logits = torch.empty(num_layers, len(block_ids), dtype=torch.float32, device=query.device)
+    num_tokens, num_layers, num_heads, width = query.shape
+    logits = torch.empty(num_tokens, num_layers, len(block_ids), dtype=torch.float32, device=query.device)
     # Rows are gathered as bytes: indexing does not know fp8 on every device.
     rows = codes.view(torch.uint8)
-    chunk = max(1, chunk_elems // (num_layers * max(width, num_heads)))
+    chunk = max(1, chunk_elems // (num_layers * max(width, num_tokens * num_heads)))
     for start in range(0, len(block_ids), chunk):
         ids = block_ids[start : start + chunk]
         gathered = rows.index_select(1, ids).view(CODE_DTYPE).float()  # [A, m, E]
-        products = torch.einsum("ahe,ame->ahm", query.float(), gathered).relu()
-        summed = torch.einsum("ah,ahm->am", gates.float(), products)
-        logits[:, start : start + chunk] = summed * scales.index_select(1, ids)
+        products = torch.einsum("qahe,ame->qahm", query.float(), gathered).relu()
+        summed = torch.einsum("qah,qahm->qam", gates.float(), products)
+        logits[..., start : start + chunk] = summed * scales.index_select(1, ids)
     distance = torch.arange(len(block_ids), 0, -1, dtype=torch.float32, device=query.device)
     return logits + bias.float().unsqueeze(-1) + slope.float().unsqueeze(-1) * distance.log()

@@ -18,7 +18,7 @@ def score_chunks(
     bias: torch.Tensor,
     slope: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of a request's blocks in each layer: gated sums of rectified products, placed by distance.
+    """Logits of a request's blocks in each layer for Q tokens: gated sums of rectified products, placed by distance.
 
     `logit = sum_h gates[h] * relu(query[h] . codes[block]) * scales[block] + bias + slope * log(distance)`, where the
     last block has the distance 1, the one before it 2.
@@ -27,8 +27,8 @@ def score_chunks(
     positive, so it may be applied after the rectifier.
 
     Args:
-        query: [A, H, E], index heads of one query in each layer.
-        gates: [A, H], weight of each head; may be negative.
+        query: [Q, A, H, E], index heads of each token in each layer.
+        gates: [Q, A, H], weight of each head; may be negative.
         codes: fp8 e4m3 [A, N, E], one code per block and layer.
         scales: float32 [A, N], positive.
         block_ids: int64 [n], blocks to score in logical order; codes of other blocks are never read.
@@ -36,14 +36,14 @@ def score_chunks(
         slope: [A], weight of the logarithm of the distance.
 
     Returns:
-        float32 [A, n].
+        float32 [Q, A, n].
 
     Raises:
         ValueError: shape, dtype, device or strides do not match.
     """
-    expect_shape("query", query, (None, None, None))
-    num_layers, num_heads, width = query.shape
-    expect_shape("gates", gates, (num_layers, num_heads))
+    expect_shape("query", query, (None, None, None, None))
+    num_tokens, num_layers, num_heads, width = query.shape
+    expect_shape("gates", gates, (num_tokens, num_layers, num_heads))
     expect_shape("codes", codes, (num_layers, None, width))
     expect_shape("scales", scales, (num_layers, codes.shape[1]))
     expect_shape("block_ids", block_ids, (None,))
