@@ -120,7 +120,7 @@ class NeuralSelector(Selector):
         """Rows of the index, int64 [n * C], of blocks."""
         return (block_ids.unsqueeze(1) * len(self._chunks) + self._chunks).flatten()
 
-    def _logits(self, queries: Sequence[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    def _logits(self, queries: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """Logits [G, n] of blocks, given the index rows of their chunks: the largest of each token's, [A, Hq, D]."""
         model = self.model
         of_chunks = score_chunks(*self._heads(queries), self.codes, self.scales, ids, model.bias, model.distance)
@@ -130,7 +130,7 @@ class NeuralSelector(Selector):
         groups = (torch.stack([logits[:, anchor] for anchor in anchors], dim=1) for anchors in self._anchors_of)
         return torch.stack([ensemble(group, self.spec.aggregate).amax(0) for group in groups])
 
-    def _heads(self, queries: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _heads(self, queries: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Index heads [Q, A, H, E] and gates [Q, A, H]; of one token by an op that is bound by reading the weights."""
         model = self.model
         if len(queries) > 1:

@@ -245,7 +245,8 @@ def block_logits(chunk_logits: torch.Tensor, chunks_per_block: int, reach_offset
     Returns:
         [..., A, n].
     """
-    by_block = chunk_logits.unflatten(-1, (chunk_logits.shape[-1] // chunks_per_block, chunks_per_block))
+    num_blocks = chunk_logits.shape[-1] // chunks_per_block
+    by_block = chunk_logits.view(*chunk_logits.shape[:-1], num_blocks, chunks_per_block)
     logits, reach = by_block.amax(-1), reach_offset.shape[1]
     if reach and logits.shape[-1] > 1:
         before = (by_block[..., :-1, chunks_per_block - reach :] + reach_offset.unsqueeze(1)).amax(-1)
