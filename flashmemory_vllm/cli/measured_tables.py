@@ -35,9 +35,10 @@ def indexer_tables(folder: Path) -> str:
     """Scores of the trained indexer by task and length, beside every other selector's.
 
     Args:
-        folder: `docs/`; the rows are `results/indexer.json`.
+        folder: `docs/`; the rows are `results/indexer.json`, and `results/indexer-asked.json` of selectors without
+            training that read the question as the indexer does.
     """
-    return _accuracy(folder / "results" / "indexer.json")
+    return _accuracy(*(folder / "results" / name for name in ("indexer.json", "indexer-asked.json")))
 
 
 def equal_bytes_tables(folder: Path) -> str:
@@ -49,10 +50,10 @@ def equal_bytes_tables(folder: Path) -> str:
     return _accuracy(folder / "results" / "reference.json")
 
 
-def _accuracy(path: Path) -> str:
+def _accuracy(*paths: Path) -> str:
     from flashmemory_vllm.evaluation.accuracy_rows import format_tables, load_rows
 
-    return f"{format_tables(load_rows(path))}\n"
+    return f"{format_tables([row for path in paths for row in load_rows(path)])}\n"
 
 
 def speed_tables(folder: Path) -> str:
