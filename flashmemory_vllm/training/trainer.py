@@ -29,7 +29,7 @@ from flashmemory_vllm.training.validation import Validation
 WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
-# Of the loss of first selections, which most answers depend on
+# Of the loss of first selections and of those of the opening, which most answers depend on
 LATER_SHARE = 0.5
 # Offsets of logits have to go as far as logits do, of which a weight is a small part
 OFFSET_SPEED = 50
@@ -201,15 +201,20 @@ class Trainer:
         with half:
             by_layer = forward(batch.queries, batch.pooled, batch.distance).float()
         logits = by_selection(ensemble(by_layer, self.settings.aggregate), self.settings.query_window)
-        parts = logits, batch.labels, batch.weights
-        lose = _LOSSES[self.settings.loss]
-        loss = lose(*(part[:, :1] for part in parts)) + LATER_SHARE * lose(*(part[:, 1:] for part in parts))
+        loss = self._loss(logits, batch.labels, batch.weights)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self._optimizer.step()
         self.step += 1
         self._losses.append(loss.detach())
+
+    def _loss(self, *parts: torch.Tensor) -> torch.Tensor:
+        """Loss of logits, labels and weights, [N, S, M] each: first selections, their opening, and later ones."""
+        lose, later = _LOSSES[self.settings.loss], 1 + self.settings.opening_steps
+        spans = (slice(0, 1), 1.0), (slice(1, later), 1.0), (slice(later, None), LATER_SHARE)
+        losses = [share * lose(*(part[:, span] for part in parts)) for span, share in spans]
+        return torch.stack(losses).sum()
 
     def _validate(self) -> None:
         self.model.eval()
