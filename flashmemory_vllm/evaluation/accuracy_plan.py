@@ -119,8 +119,9 @@ class CellGroup(_Strict):
             for selector in dict.fromkeys(self.selectors):
                 if selector != DENSE:
                     own = indexer if selector == NEURAL else None
-                    limits = threshold, fallback, share
-                    yield Setting(selector, tau, ratio, groups, anchors, own, *limits, window, opening)
+                    yield Setting(
+                        selector, tau, ratio, groups, anchors, own, threshold, fallback, share, window, opening
+                    )
 
 
 class AccuracyPlan(_Strict):

@@ -39,11 +39,11 @@ KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * 8 * 128 * torch.bfloat16.itemsize
 RESIDENT_RATIO = 0.135
 # As `flashmemory capture` records by default
 CHUNK_SIZE = 4
-# Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
+# A request's first selection, and the tokens of its question that it is made with
 FIRST = "neural-first"
-NEURAL_RANKS = {"neural-64": 64, "neural": 512, FIRST: 512}
-# Tokens of a question, which `FIRST` selects with
 QUERY_WINDOW = 16
+# Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
+NEURAL_RANKS = {"neural-64": 64, "neural": 512, FIRST: 512}
 SELECTORS = ("mean", "bounds", "exact", "h2o", *NEURAL_RANKS)
 # Blocks whose index keys are made at once, and calls that the host's time is the median of.
 ADDED_BLOCKS = 1024

@@ -11,6 +11,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.checkpoint import read_spec, resolve_indexer
 from flashmemory_vllm.indexer.factory import create_selector, option_names
+from flashmemory_vllm.indexer.neural_model import IndexerSpec
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
@@ -44,8 +45,8 @@ def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int
         ConfigError: a layer does not exist, a group has none, or the indexer cannot be read or is for another depth.
     """
     given = config.anchor_layers
-    if config.indexer is not None:
-        spec = read_spec(resolve_indexer(config.indexer))
+    spec = _trained(config)
+    if spec is not None:
         if spec.num_layers != shape.num_layers:
             raise ConfigError(
                 f"{SECTION}.indexer: {config.indexer!r} was trained for a model of {spec.num_layers} attention layers, "
@@ -61,7 +62,8 @@ def tau_steps(config: FlashMemoryConfig) -> int:
     Raises:
         ConfigError: the indexer cannot be read, or was trained for fewer steps than a selection is late.
     """
-    return config.tau(None if config.indexer is None else read_spec(resolve_indexer(config.indexer)).tau)
+    trained = _trained(config)
+    return config.tau(None if trained is None else trained.tau)
 
 
 def query_window(config: FlashMemoryConfig) -> int:
@@ -70,9 +72,8 @@ def query_window(config: FlashMemoryConfig) -> int:
     Raises:
         ConfigError: the indexer cannot be read.
     """
-    if config.query_window is not None or config.indexer is None:
-        return config.query_window or 1
-    return read_spec(resolve_indexer(config.indexer)).query_window
+    trained = _trained(config)
+    return config.query_window or (1 if trained is None else trained.query_window)
 
 
 def opening_steps(config: FlashMemoryConfig) -> int:
@@ -81,9 +82,15 @@ def opening_steps(config: FlashMemoryConfig) -> int:
     Raises:
         ConfigError: the indexer cannot be read.
     """
-    if config.opening_steps is not None or config.indexer is None:
-        return config.opening_steps or 0
-    return read_spec(resolve_indexer(config.indexer)).opening_steps
+    if config.opening_steps is not None:
+        return config.opening_steps
+    trained = _trained(config)
+    return 0 if trained is None else trained.opening_steps
+
+
+def _trained(config: FlashMemoryConfig) -> IndexerSpec | None:
+    """What the indexer was trained with, if there is one."""
+    return None if config.indexer is None else read_spec(resolve_indexer(config.indexer))
 
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:

@@ -122,15 +122,12 @@ class SelectionQueue:
             queries: [A, Hq, D].
             num_groups: G.
         """
-        null_block = np.zeros(1, np.int32)
+        block_size, null_block = self._selector.geometry.block_size, np.zeros(1, np.int32)
         for step, first in enumerate((True, False)):
+            due = DueSelection("", block_size, 1, first, first, null_block)
             resident = None if first else np.ones((num_groups, 1), np.bool_)
-            self.score(
-                step,
-                DueSelection("", self._selector.geometry.block_size, 1, first, first, null_block),
-                queries,
-                resident,
-            )
+            # A first selection with more tokens than one, as a question has them
+            self.score(step, due, queries, resident, queries.unsqueeze(0) if first else None)
         self.deliver(self._delay_steps + 2)
         if self._drift is not None:
             self._drift.warm_up()
