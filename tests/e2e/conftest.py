@@ -26,13 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """What a process needs to find our plugin, installed or not, and to serve `/flashmemory/stats`."""
+    """What a process needs to find our plugin, installed or not, to serve our routes, and to leave cores to others."""
     paths = [str(entry_point_folder()), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return dict(os.environ) | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "VLLM_PLUGINS": "flashmemory",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        # vLLM binds the threads of a worker to cores. Where there are two of them, whoever asks a server that decodes
+        # then waits for one for up to 20 s. More threads than one spin while they wait for each other.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -24,8 +24,7 @@ def rows(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         check=False,
         timeout=TIMEOUT_SECONDS,
         cwd=ROOT,
-        # Threads that wait for each other spin, which is slow on cores shared with anything else
-        env=environment | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "### smoke" in done.stdout

@@ -12,7 +12,7 @@ from tests.e2e.questions import Question, make_questions
 
 NUM_TOKENS = 4096
 NUM_AT_ONCE = 8
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 60
 
 
 def complete(client: OpenAI, question: Question) -> str:

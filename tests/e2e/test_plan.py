@@ -56,7 +56,5 @@ def test_the_plan_for_two_ranks_is_what_each_has(
     config = tmp_path / "two-ranks.yaml"
     config.write_text(yaml.safe_dump(ENGINE | changed), encoding="utf-8")
     planned = plan_json(capsys, tensor_parallel_size=2, options=json.dumps(options))
-    # vLLM binds the threads of a rank to a NUMA node of its own, unless told otherwise
-    environment = environment | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with Server(reference_model_path(), config, STARTUP_SECONDS, environment) as server:
         check_sizes(server, planned, 2)
