@@ -33,8 +33,9 @@ def environment() -> dict[str, str]:
         "VLLM_PLUGINS": "flashmemory",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        # vLLM binds the threads of a worker to cores. Where there are two of them, whoever asks a server that decodes
-        # then waits for one for up to 20 s. More threads than one spin while they wait for each other.
+        # vLLM binds the threads of a worker to the cores of a NUMA node, and wants a node for each worker. Where there
+        # are two cores, whoever asks a server that decodes then waits for one for up to 20 s. More threads than one
+        # spin while they wait for each other.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }
