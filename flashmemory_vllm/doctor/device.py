@@ -115,7 +115,7 @@ def links(proc: Path = Path("/proc")) -> Iterator[Finding]:
             "pinning",
             "fail",
             f"cudaHostRegister of {LINK_BYTES / GIB:.2f} GiB returned {status}",
-            "free host memory, raise the cgroup's limit, or ulimit -l unlimited",
+            "free host memory, or raise the cgroup's limit",
         )
         return
     try:

@@ -65,7 +65,7 @@ def lock_limit(limit_bytes: int | None = None) -> Finding:
     if soft == resource.RLIM_INFINITY:
         return Finding("memlock limit", "ok", "unlimited")
     found = f"{soft / MIB:.0f} MiB; CUDA pins in its driver, which does not ask it"
-    return Finding("memlock limit", "ok", found, "only if pinning fails: ulimit -l unlimited, or --ulimit memlock=-1")
+    return Finding("memlock limit", "ok", found)
 
 
 def numa(

@@ -1,9 +1,29 @@
-"""Every change this plugin makes to vLLM's behaviour, one function each.
+"""Every change this plugin makes to vLLM's behaviour: patches, one function each, and where the overrides are.
 
 Each docstring names the symptom that made the change necessary, why it works, and when it can go.
-No vLLM file is edited and no vLLM class loses a method: the changes are one wrapped platform hook, one
+No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
 instance attribute on an enum member, one official backend override (CPU only) and two wrapped bound methods
 on our own worker's model runner.
+
+Overrides stand in the classes of ours that need them. Those that go further than vLLM offers a way for:
+
+- `plugin/admission.py` `FlashMemoryManager.get_num_blocks_to_allocate`: answers with more blocks than there are
+  when a request's slots do not fit; goes when vLLM's scheduler asks a manager whether a request may be
+  admitted.
+- `plugin/admission.py` `FlashMemoryManager.allocate_new_blocks`: reserves the slots; goes with the one above.
+- `plugin/admission.py` `FlashMemoryManager.pop_blocks_for_free`: returns them; goes with the one above.
+- `plugin/admission.py` `FlashMemorySpec.merge`: vLLM's rebuilds a spec from a fixed list of fields, without
+  ours; goes when it copies.
+- `plugin/admission.py` `_register`: calls vLLM's private `_ensure_registered`, for vLLM registers its own specs
+  only while its list is empty; goes when registering one of ours does it.
+- `plugin/workers/common.py` `ResidencyWorker.determine_available_memory`: reports the bytes of the host pool,
+  so that the scheduler has N blocks; goes when a worker can report blocks instead of bytes.
+- `plugin/workers/common.py` `ResidencyWorker._physical_config`: makes vLLM's KV cache configuration again for S
+  slots, with its private `_pool_bytes_per_block`; goes when vLLM tells logical from physical blocks.
+- `plugin/workers/common.py` `ResidencyWorker._without_block_override`: hides `--num-gpu-blocks-override`
+  meanwhile, which counts logical blocks; goes with the one above.
+- `plugin/workers/common.py` `ResidencyWorker.compile_or_warm_up_model`: takes the runtime away while vLLM warms
+  up with requests of its own; goes when warm-up batches can be told from real ones.
 """
 
 import functools

@@ -1,4 +1,8 @@
-"""Which blocks of a request are worth a slot. Positions are sorted int32 arrays without repetition."""
+"""Which blocks of a request are worth a slot.
+
+Positions are int32 `[n]`, ascending, without repetition. Scores are float32 `[num_scored]` by position from 0; blocks
+behind them are newer than the scoring.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class Frame(NamedTuple):
     num_blocks: int
 
     def candidates(self) -> IntArray:
-        """Positions that may be chosen."""
+        """int32 `[recent_start - sink_end]` positions that may be chosen."""
         return np.arange(self.sink_end, self.recent_start, dtype=np.int32)
 
     def num_chosen(self, target: IntArray) -> int:
@@ -33,19 +37,19 @@ class Frame(NamedTuple):
         return target.size - self.sink_end - (self.num_blocks - self.recent_start)
 
     def with_best(self, candidates: IntArray, scores: FloatArray, budget: int) -> IntArray:
-        """The forced blocks and as many of the best candidates as the budget has room for."""
+        """Positions `[at most budget]`: the forced blocks, and as many of the best candidates as there is room for."""
         sink = np.arange(min(self.sink_end, self.recent_start), dtype=np.int32)
         recent = np.arange(self.recent_start, self.num_blocks, dtype=np.int32)
         return np.concatenate((sink, best(candidates, scores, budget - sink.size - recent.size), recent))
 
 
 def best(positions: IntArray, scores: FloatArray, count: int) -> IntArray:
-    """The `count` best positions, in order of position.
+    """The `count` best positions `[min(count, n)]`, in order of position.
 
     Args:
         positions: int32 `[n]`.
-        scores: float32 by position from 0, higher is better. Later positions are newer than the scoring: they
-            rank above all scored ones, the newest first.
+        scores: float32 `[num_scored]` by position from 0, higher is better. Later positions are newer than
+            the scoring: they rank above all scored ones, the newest first.
         count: how many; all, if there are no more.
     """
     if count >= positions.size:
@@ -72,33 +76,33 @@ def worth_a_slot(positions: IntArray, scores: FloatArray, threshold: float) -> I
 
 
 def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
-    """The positions in ascending rank; see `best`."""
+    """The positions `[n]` in ascending rank; see `best`."""
     num_scored = int(np.searchsorted(positions, scores.size))
     order = np.argsort(scores[positions[:num_scored]], kind="stable")
     return np.concatenate((positions[order], positions[num_scored:]))
 
 
 def ranks_of(positions: IntArray, scores: FloatArray) -> FloatArray:
-    """Scores of the first positions; the others are newer than the scoring."""
+    """Scores `[m]` of the first m positions; the others are newer than the scoring."""
     return scores[positions[: np.searchsorted(positions, scores.size)]]
 
 
 def without(array: Numbers, indices: slice | IntArray) -> Numbers:
-    """The array without what stands at the indices, some of which may be behind its end."""
+    """The array `[n]` without what stands at the indices, int32 `[k]` ascending; some may be behind its end."""
     if isinstance(indices, slice):  # much faster than `delete`
         return np.concatenate((array[: indices.start], array[indices.stop :]))
     return np.delete(array, indices[: np.searchsorted(indices, array.size)])
 
 
 def replaced(array: Numbers, indices: slice | IntArray, added: Numbers) -> Numbers:
-    """The array without what stands at the indices, and with more at its end."""
+    """The array `[n]` without what stands at the indices, and with `added` `[m]` at its end: `[n - k + m]`."""
     if isinstance(indices, slice):
         return np.concatenate((array[: indices.start], array[indices.stop :], added))
     return np.concatenate((np.delete(array, indices), added))
 
 
 def merged(positions: IntArray, others: IntArray) -> IntArray:
-    """All positions of two arrays that have none in common."""
+    """All positions `[n + m]` of two arrays that have none in common."""
     return np.sort(np.concatenate((positions, others)))
 
 

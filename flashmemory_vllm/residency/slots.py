@@ -33,7 +33,9 @@ NULL_SLOT = 0
 
 
 class SlotTable:
-    """Slots, their owners and their pins in every layer group. Blocks passed in one call are unique.
+    """Slots, their owners and their pins in every layer group.
+
+    Methods take blocks as int32 `[n]`, each of them once, in any order, and give slots and answers in their order.
 
     Attributes:
         lut: int32 `[G, N]` slot of each logical block, -1 if none.
@@ -90,7 +92,7 @@ class SlotTable:
         self._landing_copies.clear()
 
     def readable(self, group: int, blocks: IntArray) -> BoolArray:
-        """Which of the blocks this step may read from a slot: resident, and not still on their way."""
+        """Which of the blocks this step may read from a slot: resident, and not still on their way; bool `[n]`."""
         is_readable: BoolArray = (self.lut[group, blocks] != NOT_RESIDENT) & ~self._landing[group, blocks]
         return is_readable
 
@@ -103,7 +105,7 @@ class SlotTable:
         return self._geometry.num_slots - 1 - self._num_free[group]
 
     def free(self, group: int) -> IntArray:
-        """Slots that hold no block."""
+        """int32 `[num_free]` slots that hold no block, in no order."""
         return self._free[group, : self._num_free[group]].copy()
 
     def demand(self, group: int, blocks: IntArray) -> int:

@@ -1,7 +1,6 @@
 """What goes into and comes out of the pager.
 
-Words: a logical block is a page of the scheduler, a slot is a page of the device KV tensor. Layers are split
-    into G
+Words: a logical block is a page of the scheduler, a slot is a page of the device KV tensor. Layers are split into G
 groups; each group has its own slots and its own resident set per request. A position is the index of a block
 within its request. Logical block 0 is the scheduler's null block and slot 0 is the null slot: neither ever
 holds a token.

@@ -92,8 +92,7 @@ class HostPool:
                     self.close()
                     raise ConfigError(
                         f"cannot pin {self.num_bytes / GIB:.2f} GiB of host pool: failed after "
-                        f"{end / GIB:.2f} GiB (cudaHostRegister: {status}); ask for less host memory "
-                        "or raise the memlock limit"
+                        f"{end / GIB:.2f} GiB (cudaHostRegister: {status}); ask for less with host_memory_gib"
                     )
                 self._pinned.append(piece.data_ptr())
                 start, end = end, end + piece.numel()

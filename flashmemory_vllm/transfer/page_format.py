@@ -51,11 +51,11 @@ class InterleavedPages(PageFormat):
     """Each token's key and value side by side (vLLM's FlashAttention)."""
 
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
-        """First half of the last dim, a view."""
+        """First half of the last dim, a view [n, Hkv, block_size, D]."""
         return pages[..., : self.head_dim]
 
     def values(self, pages: torch.Tensor) -> torch.Tensor:
-        """Second half of the last dim, a view."""
+        """Second half of the last dim, a view [n, Hkv, block_size, D]."""
         return pages[..., self.head_dim :]
 
 
@@ -63,12 +63,12 @@ class CpuVectorPages(PageFormat):
     """vLLM's CPU kernels `vec` and `vec16`: per head the keys as [D, block_size], then the values."""
 
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
-        """A transposed view."""
+        """A transposed view [n, Hkv, block_size, D] of what lies as [n, Hkv, 2, D, block_size]."""
         halves = pages.view(len(pages), self.num_kv_heads, 2, self.head_dim, self.block_size)
         return halves[:, :, 0].transpose(2, 3)
 
     def values(self, pages: torch.Tensor) -> torch.Tensor:
-        """A view."""
+        """A view [n, Hkv, block_size, D]."""
         return pages.view(len(pages), self.num_kv_heads, 2, self.block_size, self.head_dim)[:, :, 1]
 
 
@@ -82,17 +82,17 @@ class CpuAmxPages(PageFormat):
     keys_are_views: ClassVar[bool] = False
 
     def select(self, pages: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Only the pages that are meant: `keys` and `values` copy."""
+        """Only the pages [n, Hkv, block_size, 2 * D] that are meant: `keys` and `values` copy."""
         return pages.index_select(0, block_table), None
 
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
-        """Unpacked, a copy."""
+        """Unpacked, a copy [n, Hkv, block_size, D]."""
         n, heads, tokens, dim = len(pages), self.num_kv_heads, self.block_size, self.head_dim
         packed = pages.view(n, heads, 2, -1)[:, :, 0].view(n, heads, tokens // 16, dim // 2, 16, 2)
         return packed.permute(0, 1, 2, 4, 3, 5).reshape(n, heads, tokens, dim)
 
     def values(self, pages: torch.Tensor) -> torch.Tensor:
-        """Unpacked, a copy."""
+        """Unpacked, a copy [n, Hkv, block_size, D]."""
         n, heads, tokens, dim = len(pages), self.num_kv_heads, self.block_size, self.head_dim
         packed = pages.view(n, heads, 2, -1)[:, :, 1].view(n, heads, dim // 16, tokens // 2, 16, 2)
         return packed.permute(0, 1, 3, 5, 2, 4).reshape(n, heads, tokens, dim)
