@@ -6,6 +6,7 @@ configuration of a kernel that has several, and pinned host memory on either sid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ from flashmemory_kernels.translate_slots import cases as translate_cases
 from flashmemory_kernels.translate_slots import translate_slots
 from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
+from tests.helpers.poisoned import poisoned_memory
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -56,6 +59,13 @@ TOL_TENSOR_CORES: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 TOL_CHUNKS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-3}
 # The same float32 result may round to either neighbour in bf16.
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """As in tests/kernels: what a kernel forgets to write is NaN."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -42,6 +42,8 @@ from flashmemory_kernels.translate_slots.cases import make_inputs as translate_i
 from flashmemory_kernels.translate_slots.kernel import translate_slots_triton
 from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
+from tests.helpers.poisoned import poisoned_memory
+
 # exp and log of numpy against torch, and one division: a few float32 roundings.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
 # A dot product of at most 256 terms in another order.
@@ -178,4 +180,5 @@ if __name__ == "__main__":
         "summarise_keys": check_summarise_keys,
         "translate_slots": check_translate_slots,
     }
-    sys.stdout.write(f"{checks[sys.argv[1]]()} cases agree\n")
+    with poisoned_memory():
+        sys.stdout.write(f"{checks[sys.argv[1]]()} cases agree\n")

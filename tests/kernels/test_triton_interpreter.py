@@ -2,7 +2,7 @@
 
 The interpreter is chosen when a kernel is defined, so the cases run in a process of their own and leave the
 rest of the suite as it is. Regimes: tails shorter than a chunk, several chunks per page, more programs than
-work and fewer, strided pools, NaN in everything that must not be read or written.
+work and fewer, strided pools, NaN in everything that must not be read or written and in memory that nobody wrote.
 """
 
 import os
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_kernel_matches_specification(op: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, str(Path(__file__).with_name("interpreted_cases.py")), op]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
