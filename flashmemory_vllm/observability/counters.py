@@ -7,14 +7,17 @@ aligned 8-byte store, so a reader never sees half a number, and neither side eve
 A writer holds a lock on its file for as long as it lives. A file that nobody holds was left by a dead
 process: it is not read, and the next writer of the machine removes it. A lock says that across containers,
 where a process id does not.
+
+The directory may vanish under a server that goes on (a logout removes what lies in XDG_RUNTIME_DIR and, by
+default, in /dev/shm). Writers and readers keep their files open, so both go on with them.
 """
 
 import atexit
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from io import FileIO
 from mmap import mmap
 from pathlib import Path
@@ -24,14 +27,18 @@ from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.observability.counter_file import (
     FILE_BYTES,
     HEADER_BYTES,
-    HEADER_STAMP,
     NUM_LOGICAL_BLOCKS_WORD,
     NUM_SLOTS_WORD,
+    SCHEDULER,
     SUFFIX,
+    WORKER_PREFIX,
     Capacity,
-    is_written,
+    OpenCounterFile,
+    identity_of,
     living_files,
+    new_content,
 )
+from flashmemory_vllm.observability.counter_folder import engine_directory, make_private, remove_dead, remove_if_empty
 from flashmemory_vllm.observability.metrics import METRICS, RATIOS, SERIES
 
 __all__ = [
@@ -44,31 +51,10 @@ __all__ = [
     "worker_name",
 ]
 
-SCHEDULER = "scheduler"
-_WORKER_PREFIX = "worker-"
-_DIRECTORY_PREFIX = "flashmemory-"
-
 
 def worker_name(rank: int) -> str:
     """Writer name of the worker of one rank."""
-    return f"{_WORKER_PREFIX}{rank}"
-
-
-def engine_directory(engine_id: str, engine_index: int = 0) -> Path:
-    """Directory of one engine's files, the same in each of its processes.
-
-    Args:
-        engine_id: what tells the engines of this machine apart.
-        engine_index: data-parallel index of the engine.
-
-    Returns:
-        A path in memory-backed storage where there is some. Nothing is created.
-    """
-    shared_memory = Path("/dev/shm")  # noqa: S108 - the directory below it is private to its user
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
-    fallback = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
-    root = Path(runtime_dir) if runtime_dir and Path(runtime_dir).is_dir() else fallback
-    return root / f"{_DIRECTORY_PREFIX}{engine_id}-{engine_index}"
+    return f"{WORKER_PREFIX}{rank}"
 
 
 class CounterWriter:
@@ -99,24 +85,15 @@ class CounterWriter:
 
         Raises:
             ConfigError: the name is neither.
-            IntegrityError: another living process writes this file.
+            IntegrityError: another living process writes this file, something else has its name, or the directory
+                is not this user's alone.
         """
-        if name != SCHEDULER and not name.removeprefix(_WORKER_PREFIX).isdecimal():
+        if name != SCHEDULER and not name.removeprefix(WORKER_PREFIX).isdecimal():
             raise ConfigError(f"writer name is {name!r}: allowed is {SCHEDULER!r} or {worker_name(0)!r} and so on")
-        _remove_stale(directory.parent)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_dead(directory.parent)
+        make_private(directory)
         path = directory / f"{name}{SUFFIX}"
-        if path.exists() and is_written(path):
-            raise IntegrityError(f"{path} is written by another living process: allowed is one writer for each file")
-        # Filled and locked under another name, so that no reader meets a half-made or unlocked file
-        partial = path.with_suffix(".partial")
-        file = FileIO(partial, "w+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(FILE_BYTES)
-        writer = cls(path, file)
-        for word, number in enumerate((*HEADER_STAMP, os.getpid())):
-            writer._header[word] = number
-        partial.rename(path)
+        writer = cls(path, _create(path))
         atexit.register(writer.close)
         return writer
 
@@ -174,13 +151,15 @@ class CounterWriter:
         """Remove the file, and the engine's directory after its last file. Closing twice is allowed."""
         if self._file.closed:
             return
-        self.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # the directory has gone
+            if identity_of(self.path.lstat()) == identity_of(os.fstat(self._file.fileno())):
+                self.path.unlink()
         self._header.release()
         self._values.release()
         self._map.close()
         self._file.close()
         atexit.unregister(self.close)
-        _remove_if_empty(self.path.parent)
+        remove_if_empty(self.path.parent)
 
     def __enter__(self) -> "CounterWriter":
         return self
@@ -192,10 +171,18 @@ class CounterWriter:
 
 
 class CounterReader:
-    """Sums what the living writers of one engine have counted. Writes nothing."""
+    """Sums what the living writers of one engine have counted. Writes nothing.
+
+    Files that it has found stay open, from its making on, and are read also when the directory has gone.
+
+    Args:
+        directory: the engine's.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._files: dict[tuple[int, int], OpenCounterFile] = {}
+        self._look()
 
     def read(self) -> dict[str, float]:
         """Read every metric.
@@ -207,7 +194,8 @@ class CounterReader:
         Raises:
             IntegrityError: a file was written by another version of this package.
         """
-        files = list(living_files(self._directory))
+        self._look()
+        files = [file.read() for file in self._files.values()]
         if all(file.name == SCHEDULER for file in files):
             return {}
         totals = [sum(column) for column in zip(*(file.values for file in files), strict=True)]
@@ -215,6 +203,12 @@ class CounterReader:
         for name, (part, whole) in RATIOS.items():
             values[name] = values[part] / values[whole] if values[whole] else 0.0
         return values
+
+    def _look(self) -> None:
+        """Open the files that are new, close those of writers that are gone."""
+        found = {file.identity: file for file in living_files(self._directory)}
+        known = {identity: file for identity, file in self._files.items() if file.is_written}
+        self._files = found | known
 
 
 def read_capacity(directory: Path) -> Capacity:
@@ -226,7 +220,7 @@ def read_capacity(directory: Path) -> Capacity:
     Raises:
         IntegrityError: no worker has published its capacity.
     """
-    workers = [file.capacity for file in living_files(directory) if file.name != SCHEDULER]
+    workers = [file.read().capacity for file in living_files(directory) if file.name != SCHEDULER]
     num_published = sum(capacity.num_slots > 0 for capacity in workers)
     if not workers or num_published < len(workers):
         raise IntegrityError(f"{num_published} of {len(workers)} workers in {directory} published their capacity")
@@ -236,17 +230,27 @@ def read_capacity(directory: Path) -> Capacity:
     )
 
 
-def _remove_stale(root: Path) -> None:
-    """Remove the directories of engines all of whose writers are dead."""
-    for directory in root.glob(f"{_DIRECTORY_PREFIX}*"):
-        try:
-            files = list(directory.glob(f"*{SUFFIX}"))
-            if files and not any(is_written(path) for path in files):
-                shutil.rmtree(directory)
-        except (FileNotFoundError, PermissionError):  # its owner removed it just now, or it is another user's
-            continue
+def _create(path: Path) -> FileIO:
+    """Create a file of zeros behind its stamp, and lock it for as long as it is open."""
+    # Filled and locked under a name that nobody knows, so that no reader meets a half-made or unlocked file
+    descriptor, partial = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=".partial", dir=path.parent)
+    file = FileIO(descriptor, "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.write(new_content())
+        os.link(partial, path)  # unlike a rename it replaces nothing
+    except OSError as error:
+        file.close()
+        if isinstance(error, FileExistsError):
+            raise _name_is_taken(path) from None
+        raise
+    finally:
+        Path(partial).unlink()
+    return file
 
 
-def _remove_if_empty(directory: Path) -> None:
-    if not any(directory.glob(f"*{SUFFIX}")):
-        shutil.rmtree(directory, ignore_errors=True)
+def _name_is_taken(path: Path) -> IntegrityError:
+    found = OpenCounterFile.open(path)
+    if found is not None and found.is_written:
+        return IntegrityError(f"{path} is written by another living process: allowed is one writer for each file")
+    return IntegrityError(f"{path} exists and is no counter file of this version: allowed is none of this name")

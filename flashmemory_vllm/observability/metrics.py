@@ -74,7 +74,7 @@ METRICS = (
         "workers",
         "gauge",
         "workers",
-        "How many workers count? Other values of workers are sums over so many.",
+        "How many workers count? Other values of workers are sums over so many; 0 says that none can be read.",
     ),
     MetricSpec("resident_blocks", "gauge", "blocks", "How many blocks of the running requests are on the device?"),
     MetricSpec("total_blocks", "gauge", "blocks", "How many blocks do the running requests have in all?"),

@@ -54,14 +54,16 @@ class MetricsPublisher:
         """Bring the metrics of one engine up to date.
 
         Args:
-            values: value by name of a series without the prefix, as `CounterReader.read` gives it; empty publishes
-                nothing.
+            values: value by name of a series without the prefix, as `CounterReader.read` gives it. Empty when no
+                worker can be read: the sums over none are 0, and counters stay as they are.
             model_name: label, as on vLLM's own metrics.
             engine: label, index of the engine.
         """
-        if not values:
-            return
         engine_labels = (model_name, engine)
+        if not values:
+            for gauge in self._gauges.values():
+                gauge.labels(*engine_labels).set(0.0)
+            return
         last_totals = self._last_totals.get(engine_labels, {})
         for spec in METRICS:
             if spec.kind == "gauge":

@@ -1,6 +1,7 @@
 """Our stat logger as vLLM loads and calls it."""
 
 import inspect
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -35,8 +36,8 @@ def worker(engine: int) -> Iterator[CounterWriter]:
         yield writer
 
 
-def _scraped(engine: int) -> float | None:
-    return REGISTRY.get_sample_value("flashmemory:slots_used", {"model_name": "m", "engine": str(engine)})
+def _scraped(engine: int, name: str = "slots_used") -> float | None:
+    return REGISTRY.get_sample_value(f"flashmemory:{name}", {"model_name": "m", "engine": str(engine)})
 
 
 def _stats(*finished: object) -> Any:
@@ -81,6 +82,18 @@ def test_an_idle_server_publishes_what_came_after_the_last_step(engine: int, wor
     worker.set("slots_used", 9)
     logger.log()
     assert _scraped(engine) == 9
+
+
+def test_the_folder_vanishes_under_a_living_server(engine: int, worker: CounterWriter) -> None:
+    """A logout removes it: the server's own values go on, and who cannot read any says that there are no workers."""
+    logger = FlashMemoryStatLogger(make_vllm_config(), engine)
+    shutil.rmtree(worker.path.parent)
+    worker.set("workers", 1)
+    worker.set("slots_used", 4)
+    logger.log()
+    assert (_scraped(engine), _scraped(engine, "workers")) == (4, 1)
+    FlashMemoryStatLogger(make_vllm_config(), engine).log()
+    assert (_scraped(engine), _scraped(engine, "workers")) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,19 @@ def test_engines_do_not_mix() -> None:
     assert scraped["flashmemory:evictions_total", "1"] == 8
 
 
-def test_nothing_is_published_of_an_engine_without_workers() -> None:
+def test_an_engine_of_which_nothing_can_be_read_has_no_workers() -> None:
+    """Its gauges must not keep the last values, and its counters must not be counted again when it is back."""
     registry = CollectorRegistry()
-    MetricsPublisher(registry).publish({}, "m", "0")
-    assert _scrape(registry) == {}
+    publisher = MetricsPublisher(registry)
+    publisher.publish({}, "m", "1")
+    seen = {**ZEROS, "workers": 1.0, "slots_used": 5.0, "evictions_total": 5.0}
+    for values in (seen, {}, {}, {**seen, "evictions_total": 6.0}, {}):
+        publisher.publish(values, "m", "0")
+    scraped = _scrape(registry)
+    gauges = {spec.full_name for spec in METRICS if spec.kind == "gauge"}
+    assert {scraped[name, engine] for name in gauges for engine in "01"} == {0.0}
+    assert scraped["flashmemory:evictions_total", "0"] == 6
+    assert {name for name, engine in scraped if engine == "1"} == gauges
 
 
 def test_in_multiprocess_mode_values_are_right(tmp_path: Path) -> None:
