@@ -76,6 +76,11 @@ class FlashMemoryConfig(BaseModel):
         "selector `neural`; anchor layers, score threshold, `query_window`, `opening_steps` and `tau_steps` are those "
         "it was trained with.",
     )
+    indexer_revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of an indexer on Hugging Face. Unset: its main branch, as it is at the "
+        "start of the server: all processes use the commit that was found then.",
+    )
     anchor_layers: LayerIndices | None = Field(
         default=None,
         description="Layers whose queries and keys feed the selector. Unset: three, at 1/3, 1/2 and 2/3 of the depth.",
@@ -184,6 +189,11 @@ class FlashMemoryConfig(BaseModel):
             raise ConfigError(
                 f"{SECTION}.selector is {self.selector!r} and {SECTION}.indexer is {self.indexer!r}: "
                 "allowed is an indexer with the selector 'neural', and with no other"
+            )
+        if self.indexer_revision is not None and self.indexer is None:
+            raise ConfigError(
+                f"{SECTION}.indexer_revision is {self.indexer_revision!r}, but {SECTION}.indexer is unset: allowed "
+                "with an indexer on Hugging Face"
             )
         return self
 

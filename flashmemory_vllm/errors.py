@@ -15,3 +15,11 @@ class IntegrityError(FlashMemoryError, RuntimeError):
 
 class UnsupportedError(FlashMemoryError, ValueError):
     """The combination of model, platform and options is known and refused."""
+
+
+class RefusedError(FlashMemoryError):
+    """An engine is not started: its configuration is refused, `__cause__` says with which of the other errors.
+
+    It is no ValueError. Those are wrapped by pydantic, in which vLLM builds its configuration: a user would get
+    `1 validation error for VllmConfig` and a dump of all arguments, with the one line that matters in between.
+    """

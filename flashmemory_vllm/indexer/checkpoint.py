@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from flashmemory_kernels.ensemble_scores import Aggregate
 from safetensors import SafetensorError, safe_open
@@ -24,22 +26,32 @@ VERSION = 3
 FILE_NAME = "indexer.safetensors"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# As safetensors calls them
+_DTYPES = ("F16", "F32")
 _COMPARED = ("num_query_heads", "num_kv_heads", "head_dim", "block_size", "anchor_layers")
 
 
-def resolve_indexer(indexer: str) -> Path:
+def resolve_indexer(indexer: str, revision: str | None = None) -> Path:
     """Find a checkpoint; fetch it if it is on the Hugging Face Hub.
 
     Args:
         indexer: a file, a folder with an `indexer.safetensors`, or the id `owner/name` of such a repository.
+        revision: branch, tag or commit of the repository. Default: its main branch. A commit that was fetched before
+            needs no network.
 
     Raises:
-        ConfigError: there is no such file, or it could not be fetched.
+        ConfigError: there is no such file, it could not be fetched, or a file of this machine is given with a revision.
     """
     path = Path(indexer).expanduser()
     if path.is_dir():
         path /= FILE_NAME
     if path.is_file():
+        if revision is not None:
+            raise ConfigError(
+                f"indexer_revision is {revision!r} and indexer is {indexer!r}, a file of this machine: allowed is a "
+                "revision with a Hugging Face id"
+            )
         return path
     if not _HUB_ID.fullmatch(indexer) or indexer.endswith(".safetensors"):
         raise ConfigError(
@@ -49,13 +61,24 @@ def resolve_indexer(indexer: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(hf_hub_download(indexer, FILE_NAME))
+        return Path(hf_hub_download(indexer, FILE_NAME, revision=revision))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
+        at_revision = "" if revision is None else f" at the revision {revision!r}"
         raise ConfigError(
-            f"indexer is {indexer!r}: no such file, and {FILE_NAME} could not be fetched from the Hugging Face Hub "
-            f"({reason})"
+            f"indexer is {indexer!r}: no such file, and {FILE_NAME} could not be fetched from the Hugging Face Hub"
+            f"{at_revision} ({reason})"
         ) from error
+
+
+def fetched_commit(path: Path) -> str | None:
+    """The commit that a fetched checkpoint is of; None for a file that was not fetched.
+
+    Args:
+        path: as `resolve_indexer` tells it. In the Hub's cache files lie in a folder with the name of their commit.
+    """
+    folder = path.parent
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
 
 
 def save_indexer(model: NeuralIndexer, path: Path) -> None:
@@ -84,16 +107,22 @@ def _matrices(model: NeuralIndexer) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def read_spec(path: Path) -> IndexerSpec:
-    """The spec of a checkpoint; weights are not read.
+    """The spec of a checkpoint; weights are not read. A process opens a file that does not change once.
 
     Raises:
         ConfigError: the file is truncated, or no indexer of this version.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        found = path.stat()
+        return _read_spec(path, (found.st_ino, found.st_size, found.st_mtime_ns))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"indexer {path} cannot be read: {error}; allowed is a whole safetensors file") from error
+
+
+@lru_cache(maxsize=8)
+def _read_spec(path: Path, identity: tuple[int, ...]) -> IndexerSpec:  # noqa: ARG001 - another file is read again
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
         raise ConfigError(f"indexer {path} has no {METADATA_KEY!r} in its metadata: it is another kind of file")
     try:
@@ -104,6 +133,26 @@ def read_spec(path: Path) -> IndexerSpec:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"indexer {path} has no valid spec in its metadata: {error!r}") from error
     raise ConfigError(f"indexer {path} has the format version {version!r}: allowed is {VERSION}")
+
+
+def check_indexer(path: Path) -> IndexerSpec:
+    """Read a checkpoint and check every weight, without torch.
+
+    What torch computes on a CPU may start its threads, and a process that is forked afterwards hangs in the first thing
+    that it computes: vLLM checks its options in such a process.
+
+    Args:
+        path: as `resolve_indexer` tells it.
+
+    Returns:
+        The checkpoint's spec.
+
+    Raises:
+        ConfigError: as `load_indexer`.
+    """
+    spec = read_spec(path)
+    _checked_weights(path, _empty(spec, torch.device("meta")))
+    return spec
 
 
 def load_indexer(path: Path, device: torch.device) -> NeuralIndexer:
@@ -117,29 +166,43 @@ def load_indexer(path: Path, device: torch.device) -> NeuralIndexer:
         The model, in evaluation mode, without gradients.
 
     Raises:
-        ConfigError: the file is truncated, lacks a weight, or has one of another shape or with NaN or infinity.
+        ConfigError: the file is truncated, lacks a weight, or has one of another shape or dtype, or with NaN or
+            infinity.
     """
-    spec = read_spec(path)
+    model = _empty(read_spec(path), device)
+    if device.type != "meta":
+        weights = _checked_weights(path, model)
+        model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+    return model
+
+
+def _empty(spec: IndexerSpec, device: torch.device) -> NeuralIndexer:
     with device:
         model = NeuralIndexer(spec)
-    model.requires_grad_(requires_grad=False).eval()
-    if device.type == "meta":
-        return model
-    wanted = model.state_dict()
-    with safe_open(path, framework="pt") as file:
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+def _checked_weights(path: Path, model: NeuralIndexer) -> dict[str, np.ndarray[Any, Any]]:
+    """The weights that a model wants, by name."""
+    wanted, weights = model.state_dict(), {}
+    with safe_open(path, framework="numpy") as file:
         # A set of names that mentions each difference, before any is read
         if different := sorted(set(file.keys()) ^ set(wanted)):
             raise ConfigError(f"indexer {path}: weights {different} are missing or unknown")
-        weights = {name: file.get_tensor(name) for name in wanted}
-    for name, weight in weights.items():
-        if weight.shape != wanted[name].shape:
-            raise ConfigError(
-                f"indexer {path}: {name} has the shape {list(weight.shape)}, its spec says {list(wanted[name].shape)}"
-            )
-        if not bool(weight.isfinite().all()):
-            raise ConfigError(f"indexer {path}: {name} has NaN or infinite values, allowed are finite ones")
-    model.load_state_dict(weights)
-    return model
+        for name, place in wanted.items():
+            stored = file.get_slice(name)
+            if stored.get_shape() != list(place.shape):
+                raise ConfigError(
+                    f"indexer {path}: {name} has the shape {stored.get_shape()}, its spec says {list(place.shape)}"
+                )
+            if stored.get_dtype() not in _DTYPES:
+                raise ConfigError(
+                    f"indexer {path}: {name} has the dtype {stored.get_dtype()}, allowed are {', '.join(_DTYPES)}"
+                )
+            weights[name] = file.get_tensor(name)
+            if not np.isfinite(weights[name]).all():
+                raise ConfigError(f"indexer {path}: {name} has NaN or infinite values, allowed are finite ones")
+    return weights
 
 
 def check_fits(spec: IndexerSpec, geometry: IndexGeometry, source: str) -> None:

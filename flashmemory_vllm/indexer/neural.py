@@ -38,6 +38,7 @@ class NeuralSelector(Selector):
     Args:
         geometry: sizes; anchor layers and heads must be those that the indexer was trained for.
         indexer: file, folder or Hugging Face id of a checkpoint. Default: None, which is refused.
+        indexer_revision: branch, tag or commit of a Hugging Face repository. Default: None, its main branch.
 
     Raises:
         ConfigError: there is no such checkpoint, it is damaged, does not fit the model, or a layer group has no
@@ -48,11 +49,13 @@ class NeuralSelector(Selector):
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
 
-    def __init__(self, geometry: IndexGeometry, indexer: str | None = None) -> None:
+    def __init__(
+        self, geometry: IndexGeometry, indexer: str | None = None, indexer_revision: str | None = None
+    ) -> None:
         super().__init__(geometry)
         if indexer is None:
             raise ConfigError("selector 'neural' needs the option indexer: a file, a folder or a Hugging Face id")
-        self.model = load_indexer(resolve_indexer(indexer), geometry.device)
+        self.model = load_indexer(resolve_indexer(indexer, indexer_revision), geometry.device)
         self.spec = self.model.spec
         check_fits(self.spec, geometry, indexer)
         self._anchors_of = [

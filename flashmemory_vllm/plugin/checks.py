@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
-from flashmemory_vllm.indexer.checkpoint import load_indexer, resolve_indexer
+from flashmemory_vllm.indexer.checkpoint import check_indexer, fetched_commit, resolve_indexer
 from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.counter_files import announce_engine
@@ -54,8 +53,9 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
         return
     check_vllm_version()
     check_seams()
-    read_config(vllm_config)
+    config = read_config(vllm_config)
     refuse_unsupported(vllm_config)
+    _pin_indexer(vllm_config, config)
     choose_worker(vllm_config)
     announce_engine(vllm_config)
 
@@ -75,10 +75,25 @@ def check_sizes(vllm_config: "VllmConfig") -> None:
     if is_selected(vllm_config) and vllm_config.model_config is not None:
         config = read_config(vllm_config)
         sizing.check_capacity(vllm_config, config)
-        check_indexer(config)
+        _check_indexer(config)
 
 
-def check_indexer(config: FlashMemoryConfig) -> None:
+def _pin_indexer(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> None:
+    """Fetch an indexer from the Hub here, once, and let all other processes use the commit that was found.
+
+    Raises:
+        ConfigError: there is no such indexer.
+    """
+    if config.indexer is None:
+        return
+    commit = fetched_commit(resolve_indexer(config.indexer, config.indexer_revision))
+    if commit is not None:
+        # The mapping may be the user's own
+        options = {**vllm_config.additional_config[SECTION], "indexer_revision": commit}
+        vllm_config.additional_config = {**vllm_config.additional_config, SECTION: options}
+
+
+def _check_indexer(config: FlashMemoryConfig) -> None:
     """Read every weight of the indexer, if there is one, and say if it was trained for another `tau_steps`.
 
     Raises:
@@ -86,7 +101,7 @@ def check_indexer(config: FlashMemoryConfig) -> None:
     """
     if config.indexer is None:
         return
-    trained = load_indexer(resolve_indexer(config.indexer), torch.device("cpu")).spec.tau
+    trained = check_indexer(resolve_indexer(config.indexer, config.indexer_revision)).tau
     if config.tau(trained) != trained:
         logger.warning_once(
             "flashmemory.tau_steps is %d, but the indexer %s was trained for %d: it then scores for another number of "

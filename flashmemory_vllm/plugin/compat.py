@@ -2,8 +2,8 @@
 
 Each docstring names the symptom that made the change necessary, why it works, and when it can go.
 No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
-instance attribute on an enum member, one official backend override (CPU only) and two wrapped bound methods
-on our own worker's model runner.
+instance attribute on an enum member, one official backend override (CPU only), two wrapped bound methods
+on our own worker's model runner, and the interpreter's hook for uncaught errors once one of ours is raised.
 
 Overrides stand in the classes of ours that need them. Those that go further than vLLM offers a way for:
 
@@ -27,17 +27,21 @@ Overrides stand in the classes of ours that need them. Those that go further tha
 """
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.errors import FlashMemoryError, RefusedError, UnsupportedError
 from flashmemory_vllm.plugin.names import CPU_BACKEND
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from vllm.config import VllmConfig
 
 SUPPORTED_VLLM = "0.32."
@@ -88,12 +92,47 @@ def wrap_platform_config_check(before: ConfigHook, after: ConfigHook) -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: type, vllm_config: "VllmConfig") -> None:
-        before(vllm_config)
+        with _refusing():
+            before(vllm_config)
         original(cls, vllm_config)
-        after(vllm_config)
+        with _refusing():
+            after(vllm_config)
 
     check_and_update_config.__flashmemory__ = True  # type: ignore[attr-defined]
     platform_cls.check_and_update_config = classmethod(check_and_update_config)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Let a refusal of ours leave vLLM's configuration as it is, and reach the user as one line."""
+    try:
+        yield
+    except FlashMemoryError as error:
+        _print_refusals_as_one_line()
+        raise RefusedError(str(error)) from error
+
+
+def _print_refusals_as_one_line() -> None:
+    """Print an uncaught refusal without its traceback.
+
+    Symptom: `vllm serve` has no border that turns a wrong option into a line and an exit code: the user gets pages of
+    frames of vLLM and uvloop. Cure: the interpreter's own hook for uncaught errors prints one line for a refusal, and
+    does for all others what it did. It is set as a refusal is raised, not before.
+    Remove when `vllm serve` prints errors of its configuration without a traceback.
+    """
+    earlier = sys.excepthook
+    if hasattr(earlier, "__flashmemory__"):
+        return
+
+    @functools.wraps(earlier)
+    def excepthook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
+        if isinstance(error, RefusedError):
+            sys.stderr.write(f"{type(error.__cause__).__name__}: {error}\n")
+        else:
+            earlier(kind, error, trace)
+
+    excepthook.__flashmemory__ = True  # type: ignore[attr-defined]
+    sys.excepthook = excepthook
 
 
 def override_cpu_backend() -> None:

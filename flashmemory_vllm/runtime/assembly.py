@@ -90,7 +90,7 @@ def opening_steps(config: FlashMemoryConfig) -> int:
 
 def _trained(config: FlashMemoryConfig) -> IndexerSpec | None:
     """What the indexer was trained with, if there is one."""
-    return None if config.indexer is None else read_spec(resolve_indexer(config.indexer))
+    return None if config.indexer is None else read_spec(resolve_indexer(config.indexer, config.indexer_revision))
 
 
 def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:

@@ -9,19 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import vllm
-from pydantic import ValidationError
 from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
 import flashmemory_vllm
-from flashmemory_vllm.errors import ConfigError, FlashMemoryError, UnsupportedError
+from flashmemory_vllm.errors import ConfigError, FlashMemoryError, RefusedError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
 from flashmemory_vllm.plugin import checks
 from flashmemory_vllm.plugin.backends.cpu import FlashMemoryCpuImpl
-from flashmemory_vllm.plugin.checks import prepare_config
+from flashmemory_vllm.plugin.checks import prepare_config, read_config
 from tests.helpers.indexers import save_untrained, spoil
 
 SIZES = {
@@ -150,13 +150,13 @@ def configure(model: Path, options: Mapping[str, Any] | None = None, **engine: A
 
 
 def refusal(model: Path, options: Mapping[str, Any] | None = None, **engine: Any) -> FlashMemoryError:
-    """The one error with which a configuration is refused; vLLM reports it as its own validation error."""
-    with pytest.raises(ValidationError) as caught:
+    """The one error with which a configuration is refused: as it is, not within a validation error of vLLM's."""
+    with pytest.raises(RefusedError) as caught:
         configure(model, options, **engine)
-    (detail,) = caught.value.errors()
-    error = detail["ctx"]["error"]
+    error = caught.value.__cause__
     assert isinstance(error, FlashMemoryError)
-    assert str(error) in str(caught.value)
+    assert str(error) == str(caught.value)
+    assert "\n" not in str(error)
     return error
 
 
@@ -291,6 +291,27 @@ def test_a_damaged_indexer(llama: Path, tmp_path: Path) -> None:
     assert str(refusal(llama, {"indexer": str(path)})).startswith(f"indexer {path} cannot be read: ")
     path.unlink()
     assert str(refusal(llama, {"indexer": str(path)})).startswith(f"indexer is {str(path)!r}: allowed is a file, ")
+
+
+def test_an_indexer_of_the_hub_is_the_same_commit_in_every_process(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--owner--name" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    save_untrained(folder / "indexer.safetensors")
+    asked = []
+
+    def fetch(repo_id: str, filename: str, revision: str | None) -> str:
+        asked.append((repo_id, revision))
+        return str(folder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    given = {"indexer": "owner/name", "indexer_revision": "v1"}
+    found = configure(llama, given)
+    assert read_config(found).indexer_revision == commit
+    assert given["indexer_revision"] == "v1"
+    assert (asked[0], set(asked[1:])) == (("owner/name", "v1"), {("owner/name", commit)})
 
 
 def test_an_indexer_on_two_ranks(llama: Path, tmp_path: Path) -> None:

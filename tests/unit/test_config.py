@@ -112,3 +112,9 @@ def test_every_option_is_described(name: str) -> None:
     field = FlashMemoryConfig.model_fields[name]
     assert field.description
     assert describe_allowed(field)
+
+
+def test_a_revision_needs_an_indexer() -> None:
+    message = r"flashmemory\.indexer_revision is 'v1', but flashmemory\.indexer is unset: allowed with an indexer"
+    with pytest.raises(ConfigError, match=message):
+        FlashMemoryConfig.from_additional_config({"flashmemory": {"indexer_revision": "v1"}})

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer import checkpoint
 from flashmemory_vllm.indexer.checkpoint import (
     FILE_NAME,
     METADATA_KEY,
     VERSION,
+    check_indexer,
+    fetched_commit,
     load_indexer,
     read_spec,
     resolve_indexer,
@@ -123,18 +127,63 @@ def test_what_is_neither_file_nor_hub_id_is_refused(name: str) -> None:
 
 
 def test_a_hub_id_is_fetched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(repo_id: str, filename: str) -> str:
-        assert (repo_id, filename) == ("owner/name", FILE_NAME)
+    asked = []
+
+    def fetch(repo_id: str, filename: str, revision: str | None) -> str:
+        asked.append((repo_id, filename, revision))
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert resolve_indexer("owner/name") == path
+    assert resolve_indexer("owner/name") == resolve_indexer("owner/name", "v1") == path
+    assert asked == [("owner/name", FILE_NAME, None), ("owner/name", FILE_NAME, "v1")]
 
 
 def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(repo_id: str, filename: str) -> str:
-        raise ConnectionError(f"no way to {repo_id}/{filename}\nmore")
+    def fail(repo_id: str, filename: str, revision: str | None) -> str:
+        raise ConnectionError(f"no way to {repo_id}/{filename} of {revision}\nmore")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ConfigError, match=r"could not be fetched .*\(no way to owner/name/indexer.safetensors\)"):
+    with pytest.raises(ConfigError, match=r"could not be fetched .*Hub \(no way to owner/name/indexer.safetensors of "):
         resolve_indexer("owner/name")
+    with pytest.raises(ConfigError, match=r"could not be fetched .*Hub at the revision 'v1' \(no way to "):
+        resolve_indexer("owner/name", "v1")
+
+
+def test_a_revision_of_a_file_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"indexer_revision is 'v1' .* allowed is a revision with a Hugging Face id"):
+        resolve_indexer(str(path), "v1")
+
+
+def test_a_fetched_file_lies_in_a_folder_of_its_commit(path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert fetched_commit(Path("/cache/models--owner--name/snapshots") / commit / FILE_NAME) == commit
+    assert fetched_commit(path) is None
+    assert fetched_commit(Path("/work/snapshots/best") / FILE_NAME) is None
+
+
+def test_a_file_is_opened_once_for_its_spec(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def open_once(file: Path, framework: str) -> safe_open:
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    monkeypatch.setattr(checkpoint, "safe_open", open_once)
+    assert [read_spec(path) for _ in range(3)] == [SPEC] * 3
+    assert opened == [path]
+    save_indexer(NeuralIndexer(replace(SPEC, tau=99)), path)
+    assert read_spec(path).tau == 99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32])
+def test_weights_of_another_dtype_are_refused(path: Path, dtype: torch.dtype) -> None:
+    save_file(load_file(path) | {"bias": torch.zeros(3, dtype=dtype)}, path, metadata=_metadata())
+    with pytest.raises(ConfigError, match=r"bias has the dtype \w+, allowed are F16, F32"):
+        load_indexer(path, CPU)
+
+
+def test_a_check_without_torch_finds_what_loading_does(path: Path) -> None:
+    assert check_indexer(path) == SPEC
+    save_file(load_file(path) | {"bias": torch.full((3,), float("nan"))}, path, metadata=_metadata())
+    with pytest.raises(ConfigError, match="bias has NaN or infinite values"):
+        check_indexer(path)
