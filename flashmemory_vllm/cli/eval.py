@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,11 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flashmemory_vllm.cli.eval_servers import ServerChoice
     from flashmemory_vllm.evaluation.eval_rows import Side
+    from flashmemory_vllm.evaluation.gate import Limits, Verdict
 
 EXIT_GATE = 1
 REFERENCE_CONFIG = Path("configs/reference.yaml")
@@ -31,12 +35,14 @@ _OPTIONS: tuple[tuple[str, Any, Any, str | None, str], ...] = (
     ("dense-args", str, None, "ARGS", "the same for the dense server only"),
     ("sparse-args", str, None, "ARGS", "the same for the sparse server only"),
     ("startup-seconds", float, 1800.0, "S", "patience for a server to start"),
-    ("suites", str, "parity,needles", "NAMES", "comma-separated: parity, needles, ruler, longbench"),
+    ("suites", str, "parity,needles", "NAMES", "comma-separated: parity, loss, needles, ruler, longbench"),
     ("lengths", str, None, "LIST", "prompt tokens. Default: 16384,32768; of the shipped model 4096,8192,16384"),
     ("depths", int, 5, "N", "depths of the needles, evenly from 0 to 100 %%"),
     ("questions", int, 10, "N", "needles of each depth and length"),
     ("parity-prompts", int, 8, "N", "prompts of each length that both servers continue"),
     ("parity-tokens", int, 160, "N", "tokens to continue each by, at most"),
+    ("loss-tokens", int, 256, "N", "tokens of text that both servers are forced along after each prompt"),
+    ("documents", int, 64, "N", "windows of the texts, for the suite loss"),
     ("ruler-tasks", str, None, "NAMES", "comma-separated. Default: the six that need no download"),
     ("limit", int, 50, "N", "samples of each task and length of RULER, questions of LongBench"),
     ("longbench", Path, None, "FILE", "questions of LongBench v2, for the suite longbench"),
@@ -44,6 +50,13 @@ _OPTIONS: tuple[tuple[str, Any, Any, str | None, str], ...] = (
     ("concurrency", int, 8, "N", "requests at once; parity asks one by one"),
     ("seed", int, 0, "N", "of the questions"),
     ("min-relative", float, None, "X", "exit with 1 if a sparse score is below this share of the dense one"),
+    (
+        "max-loss",
+        float,
+        None,
+        "X",
+        "exit with 1 if the sparse loss is above the dense one by more nats a token",
+    ),
     ("commit", str, None, "C", "commit to name in the rows, where git is not there to ask"),
 )
 
@@ -58,21 +71,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for name, kind, default, metavar, text in _OPTIONS:
         told = text if default is None else f"{text}. Default: %(default)s"
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=told)
+    texts = "text files or JSON lines with a field text, for the suite loss"
+    parser.add_argument("--texts", type=Path, nargs="+", metavar="FILE", help=texts)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the folder lacks, write the report, and judge."""
     from flashmemory_vllm.evaluation.eval_report import write_report
+    from flashmemory_vllm.evaluation.gate import Limits
 
     if args.min_relative is not None and not 0 < args.min_relative <= 1:
         raise ConfigError(f"--min-relative is {args.min_relative}: allowed is a number > 0 and <= 1")
+    if args.max_loss is not None and not isfinite(args.max_loss):
+        raise ConfigError(f"--max-loss is {args.max_loss}: allowed is a finite number")
     folder: Path = args.out or args.report
+    limits = Limits(args.min_relative, args.max_loss)
     if args.report is None:
         _measure(args)
-    for path in write_report(folder, args.min_relative):
+    for path in write_report(folder, limits):
         print(path)
-    return _judge(folder, args.min_relative)
+    return _judge(folder, limits)
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -117,6 +136,7 @@ def choose_servers(args: argparse.Namespace, model: str) -> "dict[Side, ServerCh
         sparse_config,
         split_arguments,
     )
+    from flashmemory_vllm.evaluation.target import FORCED_TOKENS
 
     _check_used(args)
     is_shipped = Path(model).resolve() == reference_model_path().resolve()
@@ -125,6 +145,8 @@ def choose_servers(args: argparse.Namespace, model: str) -> "dict[Side, ServerCh
     config = read_config(file) if file is not None and needed else {}
     name = args.served_model_name or model
     both = split_arguments("--serve-args", args.serve_args)
+    if "loss" in map(str.strip, args.suites.split(",")):
+        both += ["--logits-processors", FORCED_TOKENS]
     dense = ServerChoice(
         "dense",
         model,
@@ -163,21 +185,29 @@ def _check_used(args: argparse.Namespace) -> None:
         raise ConfigError(f"{', '.join(unused)}: given for a server that runs already; allowed without its URL")
 
 
-def _judge(folder: Path, min_relative: float | None) -> int:
+def _judge(folder: Path, limits: "Limits") -> int:
     """Print what there is to judge by; the exit code."""
     from flashmemory_vllm.evaluation.eval_rows import load_evaluation
-    from flashmemory_vllm.evaluation.gate import judge, passes
+    from flashmemory_vllm.evaluation.gate import judge, passes, verdicts
+    from flashmemory_vllm.evaluation.loss import loss_lines
 
     evaluation = load_evaluation(folder)
     assert evaluation is not None
-    lines = judge(evaluation)
-    for line in lines:
-        verdict = "" if min_relative is None else f": {line.verdict(min_relative)}"
+    found = verdicts(evaluation, limits)
+    for line in judge(evaluation):
         relative = "" if line.relative is None else f", {line.relative:.3f} of it"
-        print(f"{line.name}: dense {line.dense:.3f}, sparse {line.sparse:.3f}{relative}{verdict}")
-    if min_relative is None or passes(lines, min_relative):
+        _tell(line.name, f"dense {line.dense:.3f}, sparse {line.sparse:.3f}{relative}", found)
+    for loss in loss_lines(evaluation):
+        error = "" if loss.stderr is None else f", standard error {loss.stderr:.4f}"
+        _tell(loss.name, f"dense {loss.dense:.4f} nats a token, sparse {loss.gap:+.4f} of it{error}", found)
+    if not limits.told or passes(found):
         return 0
-    failed = [line.name for line in lines if line.verdict(min_relative) == "fail"]
-    told = f"below {min_relative:g} of dense: {', '.join(failed)}" if failed else "no line is both sparse and answered"
+    failed = [name for name, verdict in found.items() if verdict == "fail"]
+    told = f"asked is {limits.told}: {', '.join(failed)}" if failed else "no line is both sparse and answered"
     print(f"gate failed, {told}", file=sys.stderr)
     return EXIT_GATE
+
+
+def _tell(name: str, figures: str, verdicts: "Mapping[str, Verdict]") -> None:
+    verdict = f": {verdicts[name]}" if name in verdicts else ""
+    print(f"{name}: {figures}{verdict}")

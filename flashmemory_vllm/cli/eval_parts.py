@@ -14,14 +14,21 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.eval_rows import SUITES, SuiteName
 from flashmemory_vllm.evaluation.eval_run import Part
 from flashmemory_vllm.evaluation.longbench import LongBenchOptions
+from flashmemory_vllm.evaluation.loss import LossPart
 from flashmemory_vllm.evaluation.needles import NeedlePart, Questions, ReferenceQuestions
 from flashmemory_vllm.evaluation.parity import PARITY_FOLDER, ParityPart
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.evaluation.ruler import DOWNLOADS, MIN_TOKENS, OFFLINE_TASKS, RulerOptions, check_harness
 from flashmemory_vllm.evaluation.standard_parts import LongBenchPart, RulerPart
+from flashmemory_vllm.evaluation.texts import fingerprint, read_texts, windows
 
+# The first forced token is dense on both sides
+MIN_FORCED_TOKENS = 2
 LENGTHS = {"reference": (4096, 8192, 16384), "english": (16384, 32768)}
-_COUNTS = ("depths", "questions", "parity_prompts", "parity_tokens", "limit", "longbench_tokens", "concurrency")
+_COUNTS = (
+    *("depths", "questions", "parity_prompts", "parity_tokens", "documents", "limit", "longbench_tokens"),
+    "concurrency",
+)
 
 
 def make_parts(args: argparse.Namespace, model: str, provenance: Provenance) -> list[Part]:
@@ -49,6 +56,7 @@ def make_parts(args: argparse.Namespace, model: str, provenance: Provenance) -> 
     job = _Job(args, tokenizer, encoder, questions, lengths, provenance)
     make: dict[SuiteName, Callable[[], Iterator[Part]]] = {
         "parity": job.parity,
+        "loss": job.loss,
         "needles": job.needles,
         "ruler": job.ruler,
         "longbench": job.longbench,
@@ -71,6 +79,11 @@ def read_suites(args: argparse.Namespace) -> list[SuiteName]:
         raise ConfigError(
             f"--longbench is {args.longbench} and --suites is {args.suites!r}: allowed is a file with the suite "
             "longbench, and with no other"
+        )
+    if ("loss" in names) != bool(args.texts):
+        given = "not given" if args.texts is None else " ".join(map(str, args.texts))
+        raise ConfigError(
+            f"--texts is {given} and --suites is {args.suites!r}: allowed are files with the suite loss, and no other"
         )
     if args.longbench is not None and not args.longbench.is_file():
         raise ConfigError(
@@ -121,6 +134,16 @@ class _Job:
                 tokens, args.parity_tokens, args.parity_prompts, args.seed, self.questions, args.out / PARITY_FOLDER
             )
             yield Part("parity", f"parity {tokens}", part, {"language": self.questions.language, **names})
+
+    def loss(self) -> Iterator[Part]:
+        args = self.args
+        if args.loss_tokens < MIN_FORCED_TOKENS:
+            raise ConfigError(f"--loss-tokens is {args.loss_tokens}: allowed is {MIN_FORCED_TOKENS} or more")
+        texts = read_texts(args.texts)
+        names = {"texts_sha256": fingerprint(texts), "documents": args.documents, "forced_tokens": args.loss_tokens}
+        for tokens in self.lengths:
+            documents = windows(texts, self.encoder.text, tokens + args.loss_tokens, args.documents)
+            yield Part("loss", f"loss {tokens}", LossPart(tokens, documents, args.concurrency), names)
 
     def needles(self) -> Iterator[Part]:
         args = self.args

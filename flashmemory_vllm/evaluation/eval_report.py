@@ -1,13 +1,14 @@
 """The report of `flashmemory eval`, made of `eval.json` alone: tables, pictures, and where the figures come from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.eval_plot import SIDE_LABELS, plot_needles, plot_parity
 from flashmemory_vllm.evaluation.eval_rows import FILE_NAME, SIDES, EvalRow, Evaluation, Side, load_evaluation
-from flashmemory_vllm.evaluation.gate import ALL_QUESTIONS, Judged, judge, passes
+from flashmemory_vllm.evaluation.gate import ALL_QUESTIONS, Judged, Limits, Verdict, judge, passes, verdicts
+from flashmemory_vllm.evaluation.loss import POSITIONS, loss_lines
 from flashmemory_vllm.evaluation.parity import TOP_LOGPROBS, Comparison
 from flashmemory_vllm.evaluation.report_blocks import Block, Heading, Picture, Table, Text, to_html, to_markdown
 from flashmemory_vllm.reference import reference_model_path
@@ -20,12 +21,12 @@ PARITY_HEADER = (
 )
 
 
-def write_report(folder: Path, min_relative: float | None) -> list[Path]:
+def write_report(folder: Path, limits: Limits) -> list[Path]:
     """Write `report.md`, `report.html` and the pictures into a folder that has an `eval.json`.
 
     Args:
         folder: the folder.
-        min_relative: share of the dense score to judge by; None leaves the verdicts out.
+        limits: what to judge by; what is not asked for has no verdict.
 
     Returns:
         The two reports.
@@ -36,14 +37,14 @@ def write_report(folder: Path, min_relative: float | None) -> list[Path]:
     evaluation = load_evaluation(folder)
     if evaluation is None:
         raise ConfigError(f"{folder / FILE_NAME} does not exist: allowed is the --out of an earlier run")
-    blocks = list(_blocks(evaluation, folder, min_relative))
+    blocks = list(_blocks(evaluation, folder, limits))
     texts = {MARKDOWN: to_markdown(blocks), HTML: to_html(f"Evaluation of {evaluation.model}", blocks)}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
 
 
-def score_table(lines: Sequence[Judged], min_relative: float | None) -> Table:
+def score_table(lines: Sequence[Judged], judged: Mapping[str, Verdict]) -> Table:
     """Scores beside each other, with a verdict where there is something to judge by."""
     header = ["suite", "task", "tokens", "questions", "dense", "sparse", "relative", "lost", "gained", "resident"]
     rows = [
@@ -61,34 +62,63 @@ def score_table(lines: Sequence[Judged], min_relative: float | None) -> Table:
         ]
         for line in lines
     ]
-    if min_relative is None:
+    return _with_verdicts(header, rows, [line.name for line in lines], judged)
+
+
+def _with_verdicts(
+    header: list[str], rows: list[list[str]], names: Sequence[str], judged: Mapping[str, Verdict]
+) -> Table:
+    """A table with a column of verdicts, if its lines were judged."""
+    if not set(names) & judged.keys():
         return Table(header, rows)
-    verdicts = [line.verdict(min_relative) for line in lines]
-    return Table([*header, "verdict"], [[*row, verdict] for row, verdict in zip(rows, verdicts, strict=True)])
+    return Table([*header, "verdict"], [[*row, judged[name]] for row, name in zip(rows, names, strict=True)])
 
 
-def _blocks(evaluation: Evaluation, folder: Path, min_relative: float | None) -> Iterator[Block]:
+def _blocks(evaluation: Evaluation, folder: Path, limits: Limits) -> Iterator[Block]:
     yield Heading(1, f"Evaluation of {evaluation.model}")
     yield Text(
         "The same prompts were put to a server with dense attention (dense) and to one that keeps a part of the KV "
         "blocks on the device (sparse)."
     )
-    lines = judge(evaluation)
-    if min_relative is not None:
-        verdict = "passed" if passes(lines, min_relative) else "failed"
-        yield Text(f"Gate: {verdict}. Asked is {min_relative:g} of the dense score or more on every line.")
+    lines, judged = judge(evaluation), verdicts(evaluation, limits)
+    if limits.told:
+        yield Text(f"Gate: {'passed' if passes(judged) else 'failed'}. Asked is {limits.told} on every line.")
     if lines:
         yield Heading(2, "Scores")
-        yield score_table(lines, min_relative)
+        yield score_table(lines, judged)
         yield Text(
             "relative: sparse over dense. lost, gained: questions that only the dense or only the sparse server "
             "answered. resident: blocks that decode steps attended to over those of dense attention, as counted by "
             "the server."
         )
+    yield from _loss(evaluation, judged)
     yield from _parity(evaluation, folder)
     yield from _needles(evaluation, folder)
     yield from _longbench(evaluation)
     yield from _provenance(evaluation)
+
+
+def _loss(evaluation: Evaluation, judged: Mapping[str, Verdict]) -> Iterator[Block]:
+    lines = loss_lines(evaluation)
+    if not lines:
+        return
+    yield Heading(2, "Loss on text")
+    header = ["tokens", "texts", "forced tokens", "dense", "sparse above dense", "standard error"]
+    header += ["first 16", "last 16", "blocks fetched a token", "resident"]
+    rows = [
+        [
+            *(f"{line.tokens:,}", str(line.documents), str(line.steps), f"{line.dense:.4f}", f"{line.gap:+.4f}"),
+            *(_optional(line.stderr, ".4f"), f"{line.positions[0]:+.4f}", f"{line.positions[-1]:+.4f}"),
+            *(_optional(line.fetched_blocks, ".3f"), _optional(line.resident_share, ".1%")),
+        ]
+        for line in lines
+    ]
+    yield _with_verdicts(header, rows, [line.name for line in lines], judged)
+    yield Text(
+        "Both servers were forced along the same text after the same prompts; nats a token, mean over the texts, from "
+        f"the second token on. Means over {POSITIONS} tokens at the beginning and at the end tell whether the loss "
+        "grows. The standard error is that of the mean difference, text by text."
+    )
 
 
 def _parity(evaluation: Evaluation, folder: Path) -> Iterator[Block]:

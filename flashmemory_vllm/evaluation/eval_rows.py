@@ -11,7 +11,7 @@ from flashmemory_vllm.errors import ConfigError
 FILE_NAME = "eval.json"
 Side = Literal["dense", "sparse"]
 SIDES: tuple[Side, ...] = get_args(Side)
-SuiteName = Literal["parity", "needles", "ruler", "longbench"]
+SuiteName = Literal["parity", "loss", "needles", "ruler", "longbench"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 # Decode steps that attended to a larger share of their blocks than this were not sparse.
 DENSE_SHARE = 0.999
@@ -26,7 +26,7 @@ class Figures:
         tokens: tokens of a prompt.
         depth: share of the context that lies before the fact asked for, 0 to 1; None where there is no one fact.
         questions: how many were asked.
-        score: the task's own score, 0 to 1; None for parity, which has none.
+        score: the task's own score, 0 to 1; None for parity and loss, which have none.
         right: whether each answer is right, in the order of the questions, where an answer is right or wrong.
         wrong: the answers that are not right: `expected` and `answer`.
         details: what else was measured, see the suite.

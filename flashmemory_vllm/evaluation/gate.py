@@ -1,15 +1,36 @@
-"""Whether a sparse server is good enough: its score as a share of the dense one's, by length and task."""
+"""Whether a sparse server is good enough: its scores as shares of the dense ones, and its loss above the dense one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 from flashmemory_vllm.evaluation.eval_rows import EvalRow, Evaluation, SuiteName
+from flashmemory_vllm.evaluation.loss import LossLine, loss_lines
 
 JUDGED: tuple[SuiteName, ...] = ("needles", "ruler", "longbench")
 ALL_QUESTIONS = "all"
 Verdict = Literal["pass", "fail", "not sparse", "dense fails"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a sparse server must keep; None is not asked for.
+
+    Attributes:
+        min_relative: share of the dense score, on every line of scores.
+        max_loss: nats a token above the dense loss, on every line of losses.
+    """
+
+    min_relative: float | None = None
+    max_loss: float | None = None
+
+    @property
+    def told(self) -> str:
+        """What is asked for, in words; empty if nothing is."""
+        asked = [] if self.min_relative is None else [f"{self.min_relative:g} of the dense score or more"]
+        asked += [] if self.max_loss is None else [f"a loss of at most {self.max_loss:g} nats a token above dense"]
+        return " and ".join(asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +93,26 @@ def judge(evaluation: Evaluation) -> list[Judged]:
     return [_judged(*key, pairs) for key, pairs in groups.items()]
 
 
-def passes(lines: Sequence[Judged], min_relative: float) -> bool:
+def loss_verdict(line: LossLine, max_loss: float) -> Verdict:
+    """Whether a sparse server loses no more. Nothing is shown by decode steps that left out no block."""
+    if not line.is_sparse:
+        return "not sparse"
+    return "pass" if line.gap <= max_loss else "fail"
+
+
+def verdicts(evaluation: Evaluation, limits: Limits) -> dict[str, Verdict]:
+    """By name, of all that the limits ask about."""
+    found: dict[str, Verdict] = {}
+    if limits.min_relative is not None:
+        found |= {line.name: line.verdict(limits.min_relative) for line in judge(evaluation)}
+    if limits.max_loss is not None:
+        found |= {line.name: loss_verdict(line, limits.max_loss) for line in loss_lines(evaluation)}
+    return found
+
+
+def passes(found: Mapping[str, Verdict]) -> bool:
     """Whether something was judged and nothing failed."""
-    verdicts = [line.verdict(min_relative) for line in lines]
-    return "fail" not in verdicts and "pass" in verdicts
+    return "fail" not in found.values() and "pass" in found.values()
 
 
 def _judged(suite: SuiteName, task: str, tokens: int, pairs: Sequence[tuple[EvalRow, EvalRow]]) -> Judged:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 REQUEST_SECONDS = 3600
 RESIDENT = "flashmemory:decode_resident_blocks_total"
 CONTEXT = "flashmemory:decode_context_blocks_total"
+FETCHED = "flashmemory:recalled_blocks_total"
+# What forces a server along given tokens: its class for vLLM's --logits-processors, and a request's argument of it
+FORCED_TOKENS = "flashmemory_vllm.plugin.forced_tokens:ForcedTokens"
+FORCED_ARGUMENT = "forced_token_ids"
 # The server's processes put their counters on /metrics a little later.
 SETTLE_SECONDS = 0.5
 _ID = "token_id:"
@@ -92,19 +96,30 @@ class Target:
                 f"{self.url} takes, max_model_len {self.max_model_len:,}"
             )
 
-    def complete(self, prompt_ids: Sequence[int], max_tokens: int, logprobs: int | None = None) -> Completion:
+    def complete(
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        logprobs: int | None = None,
+        forced: Sequence[int] | None = None,
+    ) -> Completion:
         """Go on greedily after a prompt.
 
         Args:
             prompt_ids: token ids.
             max_tokens: tokens to generate at most.
-            logprobs: how many of the likeliest tokens to tell at each position. Default: none, and no ids.
+            logprobs: how many of the likeliest tokens to tell at each position, beside the one that was written.
+                Default: none, and no ids.
+            forced: tokens to write instead of the likeliest; the server must run `FORCED_TOKENS`. Default: none.
 
         Raises:
             FlashMemoryError: the server failed.
         """
         from openai import OpenAIError
 
+        extra: dict[str, object] = {"return_tokens_as_token_ids": True} if logprobs else {}
+        if forced is not None:
+            extra |= {"ignore_eos": True, "vllm_xargs": {FORCED_ARGUMENT: list(forced)}}
         try:
             answer = self.client.completions.create(
                 model=self.model,
@@ -112,7 +127,7 @@ class Target:
                 max_tokens=max_tokens,
                 temperature=0,
                 logprobs=logprobs,
-                extra_body={"return_tokens_as_token_ids": True} if logprobs else None,
+                extra_body=extra or None,
             )
         except OpenAIError as error:
             raise FlashMemoryError(f"the {self.side} server at {self.url} failed: {error}") from error
@@ -130,6 +145,12 @@ class Target:
         metrics = self._read_metrics()
         resident, context = (metrics.get(name) for name in (RESIDENT, CONTEXT))
         return None if resident is None or context is None else (sum(resident), sum(context))
+
+    def read_fetched(self) -> float | None:
+        """Blocks that came from host memory so far; None if it does not tell."""
+        time.sleep(SETTLE_SECONDS)
+        found = self._read_metrics().get(FETCHED)
+        return sum(found) if found else None
 
     def _read_metrics(self) -> dict[str, list[float]]:
         """Samples by name; empty if the server has no such page."""

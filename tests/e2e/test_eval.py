@@ -1,5 +1,6 @@
 """`flashmemory eval` on real servers: a good selector passes its gate and a broken one fails it."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch
 from flashmemory_vllm.cli import app
 from flashmemory_vllm.evaluation.eval_rows import Evaluation, load_evaluation
 from flashmemory_vllm.evaluation.gate import judge
+from flashmemory_vllm.evaluation.loss import Losses, loss_lines
 from flashmemory_vllm.evaluation.parity import Comparison
+from flashmemory_vllm.evaluation.tasks import make_samples
+from flashmemory_vllm.evaluation.vocabulary import decode
 from tests.e2e.conftest import ROOT
 from tests.helpers import worst_selector
 
@@ -19,10 +23,12 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CUDA b
 TOKENS, DEPTHS, QUESTIONS, RATIO = 4096, 4, 2, 0.3
 OPTIONS = f'{{"flashmemory": {{"selector": "exact", "indexer": null, "resident_ratio": {RATIO}}}}}'
 ASKED = ["--lengths", str(TOKENS), "--depths", str(DEPTHS), "--questions", str(QUESTIONS)]
-ASKED += ["--parity-prompts", "2", "--parity-tokens", "8", "--concurrency", "2"]
+ASKED += ["--suites", "parity,needles,loss", "--parity-prompts", "2", "--parity-tokens", "8", "--concurrency", "2"]
+LOSS_TOKENS, DOCUMENTS = 24, 3
+ASKED += ["--loss-tokens", str(LOSS_TOKENS), "--documents", str(DOCUMENTS)]
 # So that the slots of that file have room for a request's budget at this ratio
 ASKED += ["--serve-args=--max-model-len 5120"]
-GATE = ["--additional-config", OPTIONS, "--min-relative", "0.99"]
+GATE = ["--additional-config", OPTIONS, "--min-relative", "0.99", "--max-loss", "0.2"]
 
 
 @pytest.fixture
@@ -36,6 +42,13 @@ def in_checkout(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["flashmemory", "eval", *arguments])
     return app.main(["eval", *arguments])
+
+
+def write_text(path: Path) -> list[str]:
+    """A text in the model's language, long enough for the documents; the option that names it."""
+    samples = make_samples("late", TOKENS + LOSS_TOKENS, DOCUMENTS, seed=7)
+    path.write_text("\n".join(json.dumps({"text": decode(sample.prompt_ids.tolist())}) for sample in samples))
+    return ["--texts", str(path)]
 
 
 def read(folder: Path) -> Evaluation:
@@ -53,7 +66,8 @@ def test_the_gate_tells_a_good_selector_from_a_broken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, broken = tmp_path / "good", tmp_path / "broken"
-    assert evaluate(monkeypatch, "--out", str(good), *ASKED, *GATE) == 0
+    asked = [*ASKED, *write_text(tmp_path / "texts.jsonl")]
+    assert evaluate(monkeypatch, "--out", str(good), *asked, *GATE) == 0
     (line,) = judge(read(good))
     assert (line.dense, line.sparse, line.questions) == (1.0, 1.0, DEPTHS * QUESTIONS)
     assert line.resident_share is not None
@@ -63,22 +77,34 @@ def test_the_gate_tells_a_good_selector_from_a_broken_one(
     assert parity(good)["dense"].identical == [True, True]
     assert max(values[0] for values in parity(good)["sparse"].kl) < 1e-6
 
+    (loss,) = loss_lines(read(good))
+    assert (loss.documents, loss.steps, loss.is_sparse) == (DOCUMENTS, LOSS_TOKENS, True)
+    # Prefill, which writes the first token, is the same on both sides
+    first = {
+        row.side: Losses(**row.details).first
+        for row in read(good).of("loss", "dense") + read(good).of("loss", "sparse")
+    }
+    assert first["sparse"] == pytest.approx(first["dense"], abs=1e-4)
+    assert loss.fetched_blocks is not None
+
     # Nothing is left to ask, so no server is started
     rows = read(good).rows
-    assert evaluate(monkeypatch, "--out", str(good), *ASKED, *GATE) == 0
+    assert evaluate(monkeypatch, "--out", str(good), *asked, *GATE) == 0
     assert read(good).rows == rows
 
     worst_selector.write_entry_point(tmp_path / "plugin")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'plugin'}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.setenv("VLLM_PLUGINS", f"flashmemory,{worst_selector.NAME}")
     capsys.readouterr()
-    assert evaluate(monkeypatch, "--out", str(broken), "--dense-from", str(good), *ASKED, *GATE) == 1
+    assert evaluate(monkeypatch, "--out", str(broken), "--dense-from", str(good), *asked, *GATE) == 1
     (line,) = judge(read(broken))
     assert line.dense == 1.0
     assert line.relative is not None
     assert line.relative < 0.6
     # The first and the last needle can lie among the tokens that are always resident
     assert [row.score for row in read(broken).of("needles", "sparse")][1:-1] == [0.0] * (DEPTHS - 2)
-    assert "gate failed, below 0.99 of dense: needles needle at 4,096 tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "gate failed, asked is 0.99 of the dense score or more and a loss of at most 0.2 nats" in said
+    assert "needles needle at 4,096 tokens, loss at 4,096 tokens" in said
     assert parity(broken)["sparse"].agreeing_share < 0.9
     assert "| fail |" in (broken / "report.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from flashmemory_vllm.evaluation.needles import NeedlePart
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.evaluation.ruler import OFFLINE_TASKS
 from flashmemory_vllm.evaluation.standard_parts import LongBenchPart, RulerPart
+from flashmemory_vllm.evaluation.target import FORCED_TOKENS
 from flashmemory_vllm.reference import reference_model_path
 from tests.unit.evaluation.eval_fakes import FakeEngine, make_eval_row
 from tests.unit.evaluation.fake_server import MODEL
@@ -70,10 +71,17 @@ def test_depths_are_even() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suites", "needle"), "--suites has 'needle': allowed is parity, needles, ruler, longbench"),
+        (("--suites", "needle"), "--suites has 'needle': allowed is parity, loss, needles, ruler, longbench"),
         (("--suites", "longbench"), "--longbench is None"),
         (("--longbench", "x"), "--longbench is x and --suites is 'parity,needles'"),
         (("--suites", "longbench", "--longbench", "gone.json"), r"--longbench is gone\.json: there is no such file"),
+        (("--suites", "loss"), "--texts is not given and --suites is 'loss': allowed are files with the suite loss"),
+        (("--texts", "x"), "--texts is x and --suites is 'parity,needles'"),
+        (("--suites", "loss", "--texts", "x", "--loss-tokens", "1"), "--loss-tokens is 1: allowed is 2 or more"),
+        (
+            ("--suites", "loss", "--texts", "gone.txt"),
+            r"--texts: gone\.txt \(.*\) is given; allowed are files of UTF-8",
+        ),
         (("--lengths", "4k"), "--lengths is '4k': allowed are integers from 1 up"),
         (
             ("--suites", "ruler", "--lengths", "1024"),
@@ -109,6 +117,11 @@ def test_the_shipped_model_has_its_configuration(monkeypatch: pytest.MonkeyPatch
     assert dense.name == SHIPPED
 
 
+def test_servers_that_are_to_be_forced_can_be() -> None:
+    servers = choose_servers(parse("--suites", "needles, loss"), "org/model").values()
+    assert [server.arguments for server in servers] == [["--logits-processors", FORCED_TOKENS]] * 2
+
+
 def test_another_model_has_none() -> None:
     dense, sparse = choose_servers(parse("--served-model-name", "n"), "org/model").values()
     assert (dense.config, sparse.config, sparse.name) == ({}, {"attention-backend": "flashmemory"}, "n")
@@ -135,7 +148,7 @@ def test_the_gate_is_the_exit_code(score: float, code: int, tmp_path: Path, caps
     assert app.main(["eval", "--report", str(folder), "--min-relative", "0.99"]) == code
     assert app.main(["eval", "--report", str(folder)]) == 0
     said = capsys.readouterr()
-    assert ("below 0.99 of dense: needles needle at 4,096 tokens" in said.err) is bool(code)
+    assert ("asked is 0.99 of the dense score or more: needles needle at 4,096 tokens" in said.err) is bool(code)
     assert f"needles needle at 4,096 tokens: dense 1.000, sparse {score:.3f}" in said.out
     assert (folder / "report.html").is_file()
 
@@ -150,6 +163,7 @@ def test_a_gate_without_anything_to_judge_fails(tmp_path: Path, capsys: pytest.C
     ("arguments", "message"),
     [
         (["--report", "nowhere"], "eval.json does not exist"),
+        (["--report", "nowhere", "--max-loss", "nan"], "--max-loss is nan: allowed is a finite number"),
         (["--report", "nowhere", "--min-relative", "1.5"], "--min-relative is 1.5: allowed is a number > 0 and <= 1"),
     ],
 )

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from flashmemory_vllm.evaluation.eval_rows import EvalRow, Side
-from flashmemory_vllm.evaluation.target import CONTEXT, RESIDENT
+from flashmemory_vllm.evaluation.loss import Losses
+from flashmemory_vllm.evaluation.target import CONTEXT, FETCHED, FORCED_ARGUMENT, RESIDENT
 from tests.unit.evaluation.fake_server import MAX_MODEL_LEN, FakeServer
 
 VERSION = "0.32.0"
@@ -19,6 +21,7 @@ class FakeEngine(FakeServer):
         write: ids after a prompt's ids.
         share: blocks that decode attends to, over all; None for a server that does not tell, as stock vLLM.
         max_model_len: as told to clients.
+        forces: whether it writes the tokens that a request forces.
     """
 
     def __init__(
@@ -26,8 +29,11 @@ class FakeEngine(FakeServer):
         write: Callable[[Sequence[int]], Sequence[int]],
         share: float | None = None,
         max_model_len: int = MAX_MODEL_LEN,
+        *,
+        forces: bool = True,
     ) -> None:
         super().__init__(str, max_model_len)
+        self._forces = forces
         self._write = write
         self._share = share
 
@@ -40,12 +46,14 @@ class FakeEngine(FakeServer):
         if self._share is None:
             return 'vllm:request_success_total{engine="0"} 1.0\n'
         blocks = 100.0 * len(self.requests)
-        return f'{RESIDENT}{{engine="0"}} {blocks * self._share}\n{CONTEXT}{{engine="0"}} {blocks}\n'
+        told = {RESIDENT: blocks * self._share, CONTEXT: blocks, FETCHED: blocks * self._share / 10}
+        return "".join(f'{name}{{engine="0"}} {value}\n' for name, value in told.items())
 
     def complete(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One answer of at most `max_tokens` ids."""
         answer = super().complete(path, body)
-        ids = list(self._write(body["prompt"]))[: body["max_tokens"]]
+        forced = body.get("vllm_xargs", {}).get(FORCED_ARGUMENT)
+        ids = list(self._write(body["prompt"]) if forced is None or not self._forces else forced)[: body["max_tokens"]]
         (choice,) = answer["choices"]
         choice["text"] = " ".join(map(str, ids))
         if body.get("logprobs"):
@@ -80,3 +88,10 @@ def make_eval_row(side: Side, **changes: Any) -> EvalRow:
         "versions": {"python": "3.11"},
     }
     return EvalRow(**row | changes)
+
+
+def make_loss_row(side: Side, loss: float, **changes: Any) -> EvalRow:
+    """A row of two documents whose tokens have the same loss, forced along 19 tokens each."""
+    details = asdict(Losses(19, [loss] * 2, [[loss] * 2] * 2, 0.5, 0.5 if side == "sparse" else None))
+    row = {"suite": "loss", "task": "loss", "part": "loss 4096", "depth": None, "score": None, "details": details}
+    return make_eval_row(side, **row | {"questions": 2} | changes)

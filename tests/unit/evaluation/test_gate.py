@@ -3,12 +3,16 @@
 import pytest
 
 from flashmemory_vllm.evaluation.eval_rows import EvalRow, Evaluation
-from flashmemory_vllm.evaluation.gate import Judged, judge, passes
-from tests.unit.evaluation.eval_fakes import make_eval_row
+from flashmemory_vllm.evaluation.gate import Judged, Limits, Verdict, judge, passes, verdicts
+from tests.unit.evaluation.eval_fakes import make_eval_row, make_loss_row
 
 
 def lines_of(*rows: EvalRow) -> list[Judged]:
     return judge(Evaluation("m", {"dense": "d", "sparse": "s"}, rows))
+
+
+def judged(min_relative: float, *rows: EvalRow) -> dict[str, Verdict]:
+    return verdicts(Evaluation("m", {"dense": "d", "sparse": "s"}, rows), Limits(min_relative))
 
 
 def test_depths_are_one_line_and_lengths_are_not() -> None:
@@ -54,15 +58,35 @@ def test_splits_of_longbench_are_not_judged() -> None:
 )
 def test_verdicts(dense: float, sparse: float, share: float | None, verdict: str, passed: bool) -> None:
     """A gate that has judged nothing does not pass."""
-    lines = lines_of(make_eval_row("dense", score=dense), make_eval_row("sparse", score=sparse, resident_share=share))
-    assert [line.verdict(0.99) for line in lines] == [verdict]
-    assert passes(lines, 0.99) is passed
+    found = judged(
+        0.99, make_eval_row("dense", score=dense), make_eval_row("sparse", score=sparse, resident_share=share)
+    )
+    assert list(found.values()) == [verdict]
+    assert passes(found) is passed
 
 
 def test_one_line_that_fails_fails_all() -> None:
     rows = [
         make_eval_row(side, part=part, tokens=n) for side in ("dense", "sparse") for part, n in (("a", 1), ("b", 2))
     ]
-    assert passes(lines_of(*rows), 1.0)
-    assert not passes(lines_of(*rows[:3], make_eval_row("sparse", part="b", tokens=2, score=0.5)), 0.99)
-    assert not passes([], 0.99)
+    assert passes(judged(1.0, *rows))
+    assert not passes(judged(0.99, *rows[:3], make_eval_row("sparse", part="b", tokens=2, score=0.5)))
+    assert not passes(judged(0.99))
+
+
+@pytest.mark.parametrize(
+    ("gap", "share", "verdict"),
+    [(0.05, 0.1, "pass"), (0.051, 0.1, "fail"), (-1.0, None, "pass"), (0.0, 1.0, "not sparse")],
+)
+def test_a_loss_is_judged_by_what_it_is_above_the_dense_one(gap: float, share: float | None, verdict: str) -> None:
+    rows = [make_loss_row("dense", 2.0), make_loss_row("sparse", 2.0 + gap, resident_share=share)]
+    evaluation = Evaluation("m", {"dense": "d", "sparse": "s"}, rows)
+    found = verdicts(evaluation, Limits(max_loss=0.05 + 1e-9))
+    assert found == {"loss at 4,096 tokens": verdict}
+    assert verdicts(evaluation, Limits(min_relative=0.99)) == {}
+
+
+def test_limits_tell_what_they_ask_for() -> None:
+    assert Limits().told == ""
+    told = Limits(0.99, 0.1).told
+    assert told == "0.99 of the dense score or more and a loss of at most 0.1 nats a token above dense"

@@ -1,0 +1,95 @@
+"""Texts of one's own as windows of token ids: what the suite `loss` reads."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from flashmemory_vllm.errors import ConfigError
+
+JSON_LINES = {".jsonl", ".ndjson"}
+FIELD = "text"
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """The documents of some files: a JSON-lines file has one a line, in its field `text`; any other file is one.
+
+    Args:
+        paths: UTF-8 files.
+
+    Raises:
+        ConfigError: a file cannot be read, or a line has no such field.
+    """
+    texts: list[str] = []
+    for path in paths:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--texts: {path} ({error}) is given; allowed are files of UTF-8 text") from error
+        texts += _lines(path, content) if path.suffix in JSON_LINES else [content]
+    return texts
+
+
+def fingerprint(texts: Sequence[str]) -> str:
+    """Hexadecimal SHA-256 of some documents in order: equal where the same ones were read."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def windows(texts: Sequence[str], encode: Callable[[str], list[int]], tokens: int, count: int) -> list[list[int]]:
+    """Windows of text that do not overlap, evenly over all that there are.
+
+    What the tokenizer puts before every text (a token that begins it) begins every window.
+
+    Args:
+        texts: documents.
+        encode: text to token ids, with the tokens that the model expects around them.
+        tokens: of each window.
+        count: windows.
+
+    Returns:
+        `[count][tokens]` token ids.
+
+    Raises:
+        ConfigError: the documents have fewer windows.
+    """
+    head = _common_start(encode("a"), encode("b"))
+    length = tokens - len(head)
+    found = [ids[at : at + length] for ids in _bodies(texts, encode, head) for at in range(0, len(ids), length)]
+    found = [window for window in found if len(window) == length]
+    if len(found) < count:
+        raise ConfigError(
+            f"--documents is {count}, but --texts has {len(found)} windows of {tokens:,} tokens; allowed are as many "
+            "as it has"
+        )
+    return [head + found[index * len(found) // count] for index in range(count)]
+
+
+def _bodies(texts: Sequence[str], encode: Callable[[str], list[int]], head: Sequence[int]) -> Iterator[list[int]]:
+    for text in texts:
+        yield encode(text)[len(head) :]
+
+
+def _common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Tokens that both begin with."""
+    same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return list(one[:same])
+
+
+def _lines(path: Path, content: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                text = json.loads(line)[FIELD]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ConfigError(
+                    f"--texts: line {number} of {path} is given; allowed are objects with a string in the field "
+                    f"{FIELD!r}, one a line"
+                )
+            texts.append(text)
+    return texts
