@@ -88,9 +88,10 @@ class FlashMemoryConfig(BaseModel):
     query_window: int | None = Field(
         default=None,
         ge=1,
-        description="Newest prompt tokens whose queries a request's first selection is made with, as far as they are "
-        "computed in the step that ends the prompt: a block is worth what it is worth to any of them. Later "
-        "selections are made with the last token's. Unset: what a trained indexer was trained with, else 1.",
+        description="Newest prompt tokens whose queries a request's first selection is made with, and the first one "
+        "after each preemption: a block is worth what it is worth to any of them. They are computed even where a "
+        "prefix hit has their KV, and their queries are kept until the request ends. Later selections are made with "
+        "the last token's. Unset: what a trained indexer was trained with, else 1.",
     )
     opening_steps: int | None = Field(
         default=None,

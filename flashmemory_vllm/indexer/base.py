@@ -65,11 +65,11 @@ class ScoringRequest:
         block_ids: int64 [n], the full history blocks in logical order, on the index device.
         queries: [A, Hq, D], the last token's queries of each anchor layer after RoPE; None only for a
             selector with `needs_queries` False.
-        step_index: selections this request had before.
-        resident: bool [G, n], blocks of the set in force; None when there is no set yet.
-        earlier: [Q, A, Hq, D], the same of prompt tokens before the last one, with a first selection; None otherwise.
-            A block is worth what it is worth to any of these tokens.
-        num_tokens: tokens of the request, the last one included; 0 if nobody tells.
+        step_index: selections this request had before, those before a preemption included.
+        resident: bool [G, n], blocks of the set in force; None when there is no set: at first, and after a preemption.
+        earlier: [Q, A, Hq, D], the same of the newest prompt tokens before the last token, when there is no set; None
+            otherwise. A block is worth what it is worth to any of these tokens.
+        prompt_len: tokens of the request's prompt; 0 if nobody tells.
     """
 
     req_id: str
@@ -78,7 +78,7 @@ class ScoringRequest:
     step_index: int
     resident: torch.Tensor | None = None
     earlier: torch.Tensor | None = None
-    num_tokens: int = 0
+    prompt_len: int = 0
 
     def all_queries(self, selector: str) -> list[torch.Tensor]:
         """Queries [A, Hq, D] of each token, the last one's first.
@@ -138,4 +138,8 @@ class Selector(ABC):
         """
 
     def forget(self, req_id: str) -> None:  # noqa: B027 - optional
-        """Drop what is kept for a finished or preempted request; unknown ids are fine."""
+        """Drop what is kept for a request that ended; unknown ids are fine.
+
+        What is kept outlives a preemption. The request comes back with equal tokens at equal positions, in other blocks
+        maybe, and sometimes with a block less than it was last scored with: a step under way may have been in vain.
+        """

@@ -33,18 +33,20 @@ class HeavyHitterSelector(ExactSelector):
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Mass gathered by each block, this selection included; mutates the request's state."""
-        if request.step_index > 0 and request.resident is not None:
-            log_mass = self._log_mass(request.all_queries(self.name)[0], request)
-            log_mass.masked_fill_(~request.resident[self._layer_groups].unsqueeze(1), -torch.inf)
-            total = self._aggregate(log_mass)
-        else:
+        gathered = self._gathered.get(request.req_id) if request.step_index > 0 else None
+        if gathered is None:
             total = super().score(request)
-        gathered = self._gathered.get(request.req_id)
-        if gathered is not None and request.step_index > 0:
-            total[:, : gathered.shape[1]] += gathered
+        else:
+            # Of the last token alone: what the question asked for is in the mass, also after a preemption
+            log_mass = self._log_mass(request.all_queries(self.name)[0], request)
+            if request.resident is not None:
+                log_mass.masked_fill_(~request.resident[self._layer_groups].unsqueeze(1), -torch.inf)
+            total = self._aggregate(log_mass)
+            num_known = min(total.shape[1], gathered.shape[1])
+            total[:, :num_known] += gathered[:, :num_known]
         self._gathered[request.req_id] = total
         return total.clone()
 
     def forget(self, req_id: str) -> None:
-        """Drop the mass of a finished or preempted request."""
+        """Drop the mass of a request that ended."""
         self._gathered.pop(req_id, None)

@@ -100,12 +100,12 @@ class NeuralSelector(Selector):
         """Probability of each block, float32 [G, n]; the largest of several tokens'."""
         logits = self._logits(request.all_queries(self.name), self._chunk_ids(request.block_ids))
         if request.step_index == 0:
-            self._questions[request.req_id] = _Question(logits, self._question_blocks(request.num_tokens))
+            self._questions[request.req_id] = _Question(logits, self._question_blocks(request.prompt_len))
         question = self._questions.get(request.req_id)
         if question is None:
             return self.model.probability(logits)
         known = logits[:, : question.logits.shape[1]]
-        torch.maximum(known, question.logits, out=known)
+        torch.maximum(known, question.logits[:, : known.shape[1]], out=known)
         scores = self.model.probability(logits)
         scores[:, question.blocks] = 1.0
         return scores
@@ -114,10 +114,10 @@ class NeuralSelector(Selector):
         """Drop what is kept of a request's question."""
         self._questions.pop(req_id, None)
 
-    def _question_blocks(self, num_tokens: int) -> slice:
+    def _question_blocks(self, prompt_len: int) -> slice:
         """Blocks that the last tokens of a prompt of so many lie in."""
         size = self.geometry.block_size
-        return slice(max(0, num_tokens - self.spec.query_window) // size, cdiv(num_tokens, size))
+        return slice(max(0, prompt_len - self.spec.query_window) // size, cdiv(prompt_len, size))
 
     def _chunk_ids(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the index, int64 [n * C], of blocks."""

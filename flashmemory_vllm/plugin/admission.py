@@ -30,13 +30,24 @@ class FlashMemorySpec(FullAttentionSpec):
     Args:
         budget: how many slots a request may hold, filled in by our worker.
         counters_dir: directory of the engine's shared counters, where the worker publishes its slots.
+        query_window: newest prompt tokens that a first selection is made with; they are computed for every request.
     """
 
     budget: BudgetPolicy | None = None
     counters_dir: str = ""
+    query_window: int = 1
+
+    @property
+    def least_recomputed(self) -> int:
+        """Newest tokens of a request that no prefix hit may cover, for a selection is made with their queries."""
+        assert self.budget is not None
+        is_ever_sparse = not self.budget.keeps_all(self.budget.max_model_len)
+        return self.query_window if is_ever_sparse else 1
 
     @classmethod
-    def from_spec(cls, spec: FullAttentionSpec, budget: BudgetPolicy, counters_dir: Path) -> Self:
+    def from_spec(
+        cls, spec: FullAttentionSpec, budget: BudgetPolicy, counters_dir: Path, query_window: int = 1
+    ) -> Self:
         """Translate vLLM's spec of one layer.
 
         Raises:
@@ -51,12 +62,14 @@ class FlashMemorySpec(FullAttentionSpec):
                 f"--kv-cache-dtype: quantised KV ({spec.kv_quant_mode!r}) is not supported; allowed: auto"
             )
         stock = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        return cls(**stock, budget=budget, counters_dir=str(counters_dir))
+        return cls(**stock, budget=budget, counters_dir=str(counters_dir), query_window=query_window)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """Merge the layers' specs; vLLM's merge rebuilds from a fixed list of fields and would drop ours."""
-        return replace(super().merge(specs), budget=specs[0].budget, counters_dir=specs[0].counters_dir)
+        first = specs[0]
+        ours = {"budget": first.budget, "counters_dir": first.counters_dir, "query_window": first.query_window}
+        return replace(super().merge(specs), **ours)
 
 
 class FlashMemoryManager(FullAttentionManager):
@@ -72,6 +85,21 @@ class FlashMemoryManager(FullAttentionManager):
         self._counters = CounterWriter.create(directory, SCHEDULER)
         self._prefill_lens: dict[str, int] = {}
         self._refused: set[str] = set()
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, *, max_length: int, kv_cache_spec: FlashMemorySpec, **kwargs: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """As vLLM's, but for the question, which is computed in any case: see `runtime/question.py`.
+
+        vLLM leaves one token to be computed, for the logits. A prompt that is asked again, or for another answer
+        (n > 1), is a hit to its end, and nobody would know what it asks for.
+        """
+        allowed = max(0, max_length + 1 - kv_cache_spec.least_recomputed)
+        found: tuple[tuple[list[KVCacheBlock], ...], int] = super().find_longest_cache_hit(
+            max_length=allowed, kv_cache_spec=kv_cache_spec, **kwargs
+        )
+        return found
 
     def get_num_blocks_to_allocate(
         self,

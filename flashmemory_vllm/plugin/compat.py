@@ -12,6 +12,8 @@ Overrides stand in the classes of ours that need them. Those that go further tha
   admitted.
 - `plugin/admission.py` `FlashMemoryManager.allocate_new_blocks`: reserves the slots; goes with the one above.
 - `plugin/admission.py` `FlashMemoryManager.pop_blocks_for_free`: returns them; goes with the one above.
+- `plugin/admission.py` `FlashMemoryManager.find_longest_cache_hit`: leaves the newest prompt tokens to be computed,
+  whose queries a first selection is made with; goes when a request can say how many tokens no hit may cover.
 - `plugin/admission.py` `FlashMemorySpec.merge`: vLLM's rebuilds a spec from a fixed list of fields, without
   ours; goes when it copies.
 - `plugin/admission.py` `_register`: calls vLLM's private `_ensure_registered`, for vLLM registers its own specs

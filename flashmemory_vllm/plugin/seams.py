@@ -40,6 +40,13 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
         "apply_admission_cap",
         "prefill_end",
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit": (
+        "block_hashes",
+        "max_length",
+        "kv_cache_group_ids",
+        "block_pool",
+        "kv_cache_spec",
+    ),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks": (
         "self",
         "request_id",

@@ -55,19 +55,24 @@ class StepTranslator:
         )
 
     def _new(self, request: "NewRequestData") -> NewRequest:
-        tokens = request.prefill_token_ids if request.prefill_token_ids is not None else request.prompt_token_ids
-        if tokens is not None:
-            prefill_len = len(tokens)
-        else:
-            assert request.prompt_embeds is not None
-            prefill_len = int(request.prompt_embeds.shape[0])
-        self._prompt_len[request.req_id] = prefill_len
-        return NewRequest(request.req_id, _flat(request.block_ids), request.num_computed_tokens, prefill_len)
+        # V2 names all tokens of the request, V1 those of its prompt alone
+        prompt_len = request.prompt_len
+        prefill_len = prompt_len if request.prefill_token_ids is None else len(request.prefill_token_ids)
+        self._prompt_len[request.req_id] = prompt_len
+        return NewRequest(
+            request.req_id, _flat(request.block_ids), request.num_computed_tokens, prefill_len, prompt_len
+        )
 
     def _resumed(self, cached: "CachedRequestData", index: int) -> NewRequest:
         req_id = cached.req_ids[index]
-        prefill_len = self._prompt_len[req_id] + cached.num_output_tokens[index]
-        return NewRequest(req_id, _flat(cached.new_block_ids[index]), cached.num_computed_tokens[index], prefill_len)
+        prompt_len = self._prompt_len[req_id]
+        return NewRequest(
+            req_id,
+            _flat(cached.new_block_ids[index]),
+            cached.num_computed_tokens[index],
+            prompt_len + cached.num_output_tokens[index],
+            prompt_len,
+        )
 
 
 def _flat(block_ids: "tuple[list[int], ...] | None") -> tuple[int, ...]:

@@ -111,4 +111,4 @@ def _turns_sparse(row: ScheduledRequest) -> bool:
 def _due(row: ScheduledRequest, *, first: bool, at_once: bool) -> DueSelection:
     # A copy: the scores may come many steps later, when the request and its list of blocks are long gone.
     block_ids = row.state.blocks.ids[: row.num_full].copy()
-    return DueSelection(row.state.req_id, row.num_tokens_after, row.num_full, first, at_once, block_ids)
+    return DueSelection(row.state.req_id, row.state.prompt_len, row.num_full, first, at_once, block_ids)

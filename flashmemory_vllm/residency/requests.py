@@ -66,6 +66,7 @@ class RequestState:
         req_id: vLLM's request id.
         policy: slots it may hold; decided when it is scheduled for the first time.
         prefill_len: tokens that dense prefill computes.
+        prompt_len: those of them that the request came with.
         num_tokens: tokens that have KV after the last planned step.
         blocks: logical blocks, those without tokens yet at the end.
         sets: the resident set of each group.
@@ -89,6 +90,7 @@ class RequestState:
     req_id: str
     policy: BudgetPolicy
     prefill_len: int
+    prompt_len: int
     num_tokens: int
     blocks: BlockList
     sets: list[ResidentSet]
@@ -112,7 +114,8 @@ class RequestState:
     def begin(cls, new: NewRequest, policy: BudgetPolicy, num_groups: int) -> RequestState:
         """A request that holds nothing yet."""
         sets = [ResidentSet() for _ in range(num_groups)]
-        return cls(new.req_id, policy, new.prefill_len, new.num_computed_tokens, BlockList(), sets)
+        prompt_len = new.prefill_len if new.prompt_len is None else new.prompt_len
+        return cls(new.req_id, policy, new.prefill_len, prompt_len, new.num_computed_tokens, BlockList(), sets)
 
     def scores_of(self, group: int) -> FloatArray:
         """Scores in force by position, empty if there never was a selection."""

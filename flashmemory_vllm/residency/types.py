@@ -68,12 +68,14 @@ class NewRequest:
         num_computed_tokens: tokens that have KV already (a prefix hit), a multiple of the block size.
         prefill_len: tokens whose KV dense prefill computes: the prompt, with the outputs so far if it was
             preempted.
+        prompt_len: tokens of the prompt alone. Default: None, as many as `prefill_len`.
     """
 
     req_id: str
     block_ids: tuple[int, ...]
     num_computed_tokens: int
     prefill_len: int
+    prompt_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,16 +196,17 @@ class DueSelection:
 
     Attributes:
         req_id: the request.
-        num_tokens: tokens of the request after this step.
+        prompt_len: tokens of the request's prompt.
         num_history_blocks: full blocks of the request after this step.
-        first: the request has no selection yet, and its next step needs one.
+        first: the request has no selection to decode with, and its next step needs one: at first, and after each
+            preemption.
         at_once: the selection is to be offered before the next plan, as first ones always are. Otherwise it may be
             offered any number of steps later.
         block_ids: int32 `[num_history_blocks]` logical blocks to score, by position.
     """
 
     req_id: str
-    num_tokens: int
+    prompt_len: int
     num_history_blocks: int
     first: bool
     at_once: bool

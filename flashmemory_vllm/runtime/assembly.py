@@ -21,6 +21,7 @@ from flashmemory_vllm.runtime.drift import QueryDrift
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
@@ -178,8 +179,8 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             selector=selector,
             selections=_selections(selector, config, buffers.queries),
             buffers=buffers,
+            questions=_questions(selector, len(anchors), shape, config, budget),
             prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
-            query_window=query_window(config),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
@@ -206,6 +207,14 @@ def _planner(
         fallback_share=config.dense_fallback_share,
         opening_steps=opening_steps(config),
     )
+
+
+def _questions(
+    selector: Selector, num_anchors: int, shape: AttentionShape, config: FlashMemoryConfig, budget: BudgetPolicy
+) -> QuestionQueries:
+    """Keeps nothing where nobody asks: no request is ever sparse, or the selector takes no queries."""
+    is_asked = selector.needs_queries and not budget.keeps_all(budget.max_model_len)
+    return QuestionQueries(query_window(config) if is_asked else 0, num_anchors, shape)
 
 
 def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuffer) -> SelectionQueue:

@@ -1,6 +1,6 @@
 """Notices requests whose queries have turned away from those that their resident set was selected with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +87,7 @@ class QueryDrift:
         self._pending = self._pending[len(ready) :]
         return [req_id for pending in ready for req_id in self._below(pending)]
 
-    def forget(self, req_ids: Sequence[str]) -> None:
+    def forget(self, req_ids: Iterable[str]) -> None:
         """Drop what is kept for requests that ended or were preempted; unknown ids are fine."""
         for req_id in req_ids:
             reference = self._references.pop(req_id, None)

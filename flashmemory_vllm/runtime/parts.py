@@ -7,6 +7,7 @@ from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
@@ -41,8 +42,8 @@ class RuntimeParts:
         selector: scores blocks.
         selections: runs the selector.
         buffers: what attention reads and where it leaves its queries.
+        questions: the queries that first selections are made with.
         prefill: attention over history that is not on the device.
-        query_window: prompt tokens whose queries feed a first selection.
         counters: this worker's shared counters.
         check_integrity: check every invariant at every step.
         poison: overwrite free slots with NaN at every step.
@@ -57,8 +58,8 @@ class RuntimeParts:
     selector: Selector
     selections: SelectionQueue
     buffers: StepBuffers
+    questions: QuestionQueries
     prefill: StreamedPrefill
-    query_window: int
     counters: CounterWriter
     check_integrity: bool
     poison: bool

@@ -1,4 +1,4 @@
-"""Keeps the last token's queries of the anchor layers, where a captured graph can write them, and a prompt's last."""
+"""Keeps the last token's queries of the anchor layers, where a captured graph can write them."""
 
 from collections.abc import Sequence
 
@@ -23,31 +23,18 @@ class QueryBuffer:
         self._queries = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self._last_token = torch.zeros(max_rows, dtype=torch.int64, device=shape.device)
         self._num_rows = 0
-        # Of the rows whose prompt ends in this step: where their newest tokens but the last lie, and their queries
-        self._earlier_tokens: dict[int, torch.Tensor] = {}
-        self._earlier: dict[int, list[torch.Tensor]] = {}
 
-    def set_rows(self, num_tokens: Sequence[int], ending: Sequence[int] = (), window: int = 1) -> None:
+    def set_rows(self, num_tokens: Sequence[int]) -> None:
         """Say where each row's last token lies.
 
         Args:
             num_tokens: scheduled tokens of each batch row, in order.
-            ending: rows whose prompt ends in this step.
-            window: newest tokens of such a row, the last one among them, whose queries are to be kept; only those of
-                them that are scheduled in this step.
         """
         self._num_rows = len(num_tokens)
-        self._earlier_tokens, self._earlier = {}, {}
         if max(num_tokens, default=1) == 1:
             return  # each row is its own last token: `capture` needs no table
-        device = self._last_token.device
         last = np.cumsum(np.asarray(num_tokens, dtype=np.int64)) - 1
-        self._last_token[: self._num_rows].copy_(upload(last, device))
-        for row in ending:
-            count = min(window, num_tokens[row]) - 1
-            if count:
-                self._earlier_tokens[row] = upload(np.arange(last[row] - count, last[row]), device)
-                self._earlier[row] = [torch.empty(0)] * len(self._queries)
+        self._last_token[: self._num_rows].copy_(upload(last, self._last_token.device))
 
     def capture(self, anchor: int, query: torch.Tensor, *, one_token_rows: bool) -> None:
         """Copy each row's last query of one anchor layer.
@@ -65,8 +52,6 @@ class QueryBuffer:
         else:
             rows = self._num_rows
             torch.index_select(query, 0, self._last_token[:rows], out=self._queries[anchor, :rows])
-            for row, tokens in self._earlier_tokens.items():
-                self._earlier[row][anchor] = query.index_select(0, tokens)
 
     @property
     def all_rows(self) -> torch.Tensor:
@@ -80,11 +65,3 @@ class QueryBuffer:
     def row(self, index: int) -> torch.Tensor:
         """Queries [A, Hq, D] of one batch row, a view."""
         return self._queries[:, index]
-
-    def earlier(self, index: int) -> torch.Tensor | None:
-        """Queries [Q, A, Hq, D] of the tokens before the last one of a row whose prompt has just ended, if there are.
-
-        A tensor of its own.
-        """
-        kept = self._earlier.get(index)
-        return None if kept is None else torch.stack(kept, dim=1)

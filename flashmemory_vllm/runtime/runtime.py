@@ -11,7 +11,6 @@ import torch
 
 from flashmemory_vllm.residency.types import (
     BoolArray,
-    Copies,
     DueSelection,
     IntArray,
     Row,
@@ -21,6 +20,7 @@ from flashmemory_vllm.residency.types import (
 )
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
+from flashmemory_vllm.runtime.poison import poison_free_slots, poisoned
 from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
@@ -116,9 +116,8 @@ class ResidencyRuntime:
         if self._plan is None:
             return
         self._rows = [self._plan.rows[req_id] for req_id in req_ids]
-        first = {due.req_id for due in self._plan.due if due.first}
-        ending = [index for index, req_id in enumerate(req_ids) if req_id in first]
-        self._queries.set_rows([row.num_tokens for row in self._rows], ending, self._parts.query_window)
+        self._queries.set_rows([row.num_tokens for row in self._rows])
+        self._parts.questions.set_rows(self._rows, self._prompt_len)
         self._parts.prefill.set_rows(self._rows)
 
     def translate_slots(self, slot_mapping: torch.Tensor) -> None:
@@ -181,6 +180,7 @@ class ResidencyRuntime:
         anchor = self._anchor_of.get(layer)
         if anchor is not None:
             self._queries.capture(anchor, query, one_token_rows=one_token_rows)
+            self._parts.questions.capture(anchor, query)
         if self._plan is not None:
             self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output)
 
@@ -209,6 +209,7 @@ class ResidencyRuntime:
         self._parts.engine.synchronize()
         self._parts.planner.reset()
         self._parts.selections.reset()
+        self._parts.questions.reset()
 
     def release(self) -> None:
         """Give the host pool back; the runtime must not be used afterwards."""
@@ -217,14 +218,16 @@ class ResidencyRuntime:
 
     def _begin(self, step_input: StepInput) -> None:
         parts = self._parts
-        parts.selections.forget([*step_input.finished, *step_input.preempted])
+        parts.selections.forget(step_input.finished)
+        parts.questions.forget(step_input.finished)
+        parts.selections.preempt(step_input.preempted)
         for selection in parts.selections.deliver(step_input.step):
             parts.planner.offer(selection)
         parts.planner.hasten(parts.selections.drifted(step_input.step))
         plan = parts.planner.plan(step_input)
         for copies in plan.recalls:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
-        parts.engine.fence((*plan.fresh, *self._poisoned()))
+        parts.engine.fence((*plan.fresh, *poisoned(parts)))
         for copies in plan.prefetches:
             parts.engine.recall(copies.group, copies.blocks, copies.slots)
         self._history.note(plan)
@@ -232,7 +235,7 @@ class ResidencyRuntime:
         if parts.check_integrity:
             parts.planner.check_integrity()
         if parts.poison:
-            self._poison_free_slots(plan)
+            poison_free_slots(parts, plan)
         self._plan, self._rows = plan, []
 
     def _end(self) -> None:
@@ -245,7 +248,7 @@ class ResidencyRuntime:
         row_of = {row.req_id: index for index, row in enumerate(self._rows)}
         for due in plan.due:
             row = row_of[due.req_id]
-            queries, earlier = self._queries.row(row), self._queries.earlier(row)
+            queries, earlier = self._queries.row(row), parts.questions.earlier(due, self._rows[row])
             parts.selections.score(plan.step, due, queries, self._resident(due), earlier)
         parts.selections.watch(plan, row_of)
         self._report.publish()
@@ -274,27 +277,10 @@ class ResidencyRuntime:
     def _resident(self, due: DueSelection) -> BoolArray | None:
         return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))
 
+    def _prompt_len(self, req_id: str) -> int:
+        state = self._parts.planner.requests.get(req_id)
+        assert state is not None  # it is scheduled
+        return state.prompt_len
+
     def _upload_ids(self, ids: IntArray) -> torch.Tensor:
         return upload(ids.astype(np.int64), self._parts.shape.device)
-
-    def _poisoned(self) -> list[Copies]:
-        """The slots that are about to be overwritten with NaN; the blocks beside them mean nothing."""
-        if not self._parts.poison:
-            return []
-        free = [self._parts.planner.free_slots(group) for group in range(len(self._parts.groups))]
-        return [Copies(group, slots, slots) for group, slots in enumerate(free)]
-
-    def _poison_free_slots(self, plan: StepPlan) -> None:
-        """Overwrite every slot without an owner with NaN and clear the newly written ones (debugging).
-
-        A block that is being written must not inherit NaN: kernels load whole pages and mask by weight zero.
-        """
-        parts = self._parts
-        for poisoned in self._poisoned():
-            free = self._upload_ids(poisoned.slots)
-            fresh = [self._upload_ids(copies.slots) for copies in plan.fresh if copies.group == poisoned.group]
-            for layer in parts.groups[poisoned.group]:
-                pages = parts.engine.layout.page_view(layer)
-                pages[free] = float("nan")
-                for slots in fresh:
-                    pages[slots] = 0.0

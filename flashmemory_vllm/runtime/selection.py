@@ -1,6 +1,6 @@
 """Runs the selector for requests that are due and delivers its scores some steps later, without a stall."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +68,7 @@ class SelectionQueue:
             due: the request and its full history blocks.
             queries: [A, Hq, D] of its last token; may be overwritten once this returns.
             resident: bool [G, n], the set in force; None when there is none.
-            earlier: [Q, A, Hq, D] of prompt tokens before it, with a first selection; not overwritten later.
+            earlier: [Q, A, Hq, D] of the newest prompt tokens before it, with a first selection; not overwritten later.
         """
         index = self._num_selections.get(due.req_id, 0)
         self._num_selections[due.req_id] = index + 1
@@ -77,7 +77,7 @@ class SelectionQueue:
         def work() -> torch.Tensor:
             ids = upload(due.block_ids.astype(np.int64), self._device)
             mask = None if resident is None else upload(resident, self._device)
-            return self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask, earlier, due.num_tokens))
+            return self._selector.score(ScoringRequest(due.req_id, ids, queries, index, mask, earlier, due.prompt_len))
 
         delay = 0 if due.at_once else self._delay_steps
         inputs = [queries] if earlier is None else [queries, earlier]
@@ -105,15 +105,19 @@ class SelectionQueue:
         """Requests whose queries have turned away from those of their last selection, as it is known from `step` on."""
         return () if self._drift is None else self._drift.drifted(step)
 
-    def forget(self, req_ids: Sequence[str]) -> None:
-        """Drop what is kept for requests that ended or were preempted."""
+    def preempt(self, req_ids: Collection[str]) -> None:
+        """Drop what is under way for requests that lost their blocks; what is known of their questions stays."""
         gone = set(req_ids)
         self._pending = [pending for pending in self._pending if pending.req_id not in gone]
-        for req_id in gone:
-            self._num_selections.pop(req_id, None)
-            self._selector.forget(req_id)
         if self._drift is not None:
             self._drift.forget(req_ids)
+
+    def forget(self, req_ids: Collection[str]) -> None:
+        """Drop what is kept for requests that ended."""
+        self.preempt(req_ids)
+        for req_id in req_ids:
+            self._num_selections.pop(req_id, None)
+            self._selector.forget(req_id)
 
     def warm_up(self, queries: torch.Tensor, num_groups: int) -> None:
         """Score the null block for a request that does not exist, the first time and again.

@@ -19,7 +19,7 @@ from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
-from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime
+from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime, query_window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,11 @@ class ResidencyWorker:
         with set_current_vllm_config(self.vllm_config):
             specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
             budget = sizing.budget_policy(self.vllm_config, self.flashmemory_config, specs)
-            return {name: FlashMemorySpec.from_spec(spec, budget, self._counters_dir) for name, spec in specs.items()}
+            window = query_window(self.flashmemory_config)
+            return {
+                name: FlashMemorySpec.from_spec(spec, budget, self._counters_dir, window)
+                for name, spec in specs.items()
+            }
 
     def determine_available_memory(self) -> int:
         """Bytes that the scheduler turns into logical blocks: the host pool's, not the device's.

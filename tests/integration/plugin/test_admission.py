@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from flashmemory_vllm.observability.counters import Capacity, CounterReader, CounterWriter, worker_name
@@ -82,3 +83,42 @@ def test_under_pressure_requests_start_sparse_and_the_reason_is_counted(counters
     assert values['requests_dense_total{reason="below_min_sparse_tokens"}'] == 1
     assert values['requests_dense_total{reason="mode_pressure"}'] == 1
     assert values["requests_sparse_total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "min_sparse_tokens", "hits"),
+    [
+        # As vLLM's own manager: of 100 blocks that are known, all but the one with the last token
+        (100 * BLOCK, 1, 0, 99),
+        (100 * BLOCK + 1, 1, 0, 100),
+        # The last tokens of the prompt are computed again, wherever it ends
+        (100 * BLOCK, 16, 0, 99),
+        (100 * BLOCK, 17, 0, 98),
+        (100 * BLOCK + 15, 16, 0, 99),
+        (100 * BLOCK + 16, 16, 0, 100),
+        (5, 16, 0, 0),
+        # Nobody asks where no request is ever sparse
+        (100 * BLOCK + 1, 64, 900 * BLOCK + 1, 100),
+    ],
+)
+def test_a_prefix_hit_leaves_the_question_to_be_computed(
+    tokens: int, window: int, min_sparse_tokens: int, hits: int
+) -> None:
+    budget = BudgetPolicy(BLOCK, 0.1, min_sparse_tokens, BLOCK, BLOCK, 40 * BLOCK, 900 * BLOCK, 0)
+    stock = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = FlashMemorySpec.merge([FlashMemorySpec.from_spec(stock, budget, Path(), window)] * 2)
+    pool = BlockPool(NUM_BLOCKS, enable_caching=True, hash_block_size=BLOCK)
+    hashes = [BlockHash(bytes([index])) for index in range(100)]
+    for block, block_hash in zip(pool.get_new_blocks(100), hashes, strict=True):
+        pool.cached_block_hash_to_block.insert(make_block_hash_with_group_id(block_hash, 0), block)
+    found: tuple[list[KVCacheBlock], ...]
+    found, num_tokens = FlashMemoryManager.find_longest_cache_hit(
+        block_hashes=hashes[: tokens // BLOCK],
+        max_length=tokens - 1,
+        kv_cache_group_ids=[0],
+        block_pool=pool,
+        kv_cache_spec=spec,
+        drop_eagle_block=False,
+        alignment_tokens=BLOCK,
+    )
+    assert (len(found[0]), num_tokens) == (hits, hits * BLOCK)

@@ -152,23 +152,33 @@ def test_what_the_question_asked_for_keeps_its_score(checkpoint: str) -> None:
     assert torch.equal(selector.score(ScoringRequest("r", history.ids, other, 3)), alone)
 
 
+def test_a_request_may_come_back_with_a_block_less(checkpoint: str) -> None:
+    history = History()
+    selector = NeuralSelector(make_geometry(), checkpoint)
+    selector.add_blocks(history.ids, list(history.keys))
+    first = selector.score(ScoringRequest("r", history.ids, history.queries, 0)).clone()
+    again = selector.score(ScoringRequest("r", history.ids[:-1], history.queries, 1))
+    assert again.shape == (1, len(history.ids) - 1)
+    assert bool((again >= first[:, :-1]).all())
+
+
 def test_the_blocks_that_the_question_lies_in_are_kept(checkpoint: str) -> None:
     selector = create_selector("neural", make_geometry(), indexer=checkpoint)
     history = History()
     selector.add_blocks(history.ids, list(history.keys))
     ids = history.ids
 
-    def kept(num_blocks: int, step: int, num_tokens: int) -> list[int]:
-        request = ScoringRequest("r", ids[:num_blocks], history.queries, step, num_tokens=num_tokens)
+    def kept(num_blocks: int, step: int, prompt_len: int) -> list[int]:
+        request = ScoringRequest("r", ids[:num_blocks], history.queries, step, prompt_len=prompt_len)
         return torch.nonzero(selector.score(request)[0] == 1).flatten().tolist()
 
     # Three tokens of blocks of eight: the last of block 9, and two of block 10, which is not full yet
-    assert kept(10, 0, num_tokens=82) == [9]
-    assert kept(12, 1, num_tokens=99) == [9, 10]
+    assert kept(10, 0, prompt_len=82) == [9]
+    assert kept(12, 1, prompt_len=82) == [9, 10]
     selector.forget("r")
-    assert kept(12, 1, num_tokens=99) == []
+    assert kept(12, 1, prompt_len=82) == []
     # Nobody told
-    assert kept(12, 0, num_tokens=0) == []
+    assert kept(12, 0, prompt_len=0) == []
 
 
 def test_the_last_chunks_of_a_block_speak_for_the_next() -> None:

@@ -228,6 +228,19 @@ def test_heavy_hitter_takes_new_blocks_and_an_empty_resident_set() -> None:
     assert torch.equal(grown[:, 20:], torch.zeros(1, 3))
 
 
+def test_heavy_hitter_goes_on_with_its_mass_after_a_preemption() -> None:
+    history = History()
+    selector = create_selector("h2o", make_geometry())
+    history.add_to(selector)
+    first = selector.score(history.request())
+    # Without a set, with a block less, and with a question that the mass has in it already
+    again = ScoringRequest("r", history.ids[:-1], history.queries, 1, earlier=torch.randn(2, A, HQ, D))
+    exact = create_selector("exact", make_geometry())
+    history.add_to(exact)
+    alone = exact.score(ScoringRequest("r", history.ids[:-1], history.queries, 0))
+    torch.testing.assert_close(selector.score(again), first[:, :-1] + alone, **TOL)
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"selector must be one of full, .*; got 'best'"):
         create_selector("best", make_geometry())

@@ -26,33 +26,6 @@ def test_rows_of_one_token_need_no_word_from_the_host() -> None:
     assert torch.equal(torch.stack([buffer.row(index)[0] for index in range(4)]), query[:4])
 
 
-def test_a_prompt_that_ends_leaves_the_queries_of_its_newest_tokens() -> None:
-    buffer = QueryBuffer(2, 4, SHAPE)
-    queries = torch.randn(2, 9, 3, 8)
-    buffer.set_rows([4, 1, 3, 1], ending=[0, 2, 3], window=3)
-    for anchor, query in enumerate(queries):
-        buffer.capture(anchor, query, one_token_rows=False)
-    earlier = [buffer.earlier(row) for row in range(4)]
-    assert earlier[1] is None
-    assert earlier[3] is None  # one token: it has no others in this step
-    assert earlier[0] is not None
-    assert torch.equal(earlier[0], queries[:, 1:3].transpose(0, 1))
-    assert earlier[2] is not None
-    assert torch.equal(earlier[2], queries[:, 5:7].transpose(0, 1))
-    assert torch.equal(buffer.row(2), queries[:, 7])
-
-
-def test_a_step_forgets_the_tokens_of_the_step_before() -> None:
-    buffer = QueryBuffer(1, 4, SHAPE)
-    buffer.set_rows([4], ending=[0], window=9)
-    buffer.capture(0, torch.randn(4, 3, 8), one_token_rows=False)
-    kept = buffer.earlier(0)
-    assert kept is not None
-    assert len(kept) == 3
-    buffer.set_rows([1])
-    assert buffer.earlier(0) is None
-
-
 def test_rows_are_copied() -> None:
     buffer = QueryBuffer(2, 4, SHAPE)
     buffer.all_rows.copy_(torch.randn(2, 4, 3, 8))

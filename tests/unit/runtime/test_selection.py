@@ -22,11 +22,15 @@ class QuerySum(Selector):
     def __init__(self) -> None:
         super().__init__(GEOMETRY)
         self.requests: list[ScoringRequest] = []
+        self.forgotten: list[str] = []
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         assert request.queries is not None
         self.requests.append(request)
         return request.queries.sum().expand(1, len(request.block_ids)).clone()
+
+    def forget(self, req_id: str) -> None:
+        self.forgotten.append(req_id)
 
 
 def due(req_id: str = "a", *, first: bool, at_once: bool = False) -> DueSelection:
@@ -57,7 +61,7 @@ def test_queries_may_be_overwritten_after_scoring_was_asked_for() -> None:
     assert selector.requests[0].queries is not None
     assert selector.requests[0].queries.sum() == 8
     assert selector.requests[0].block_ids.tolist() == [5, 2, 6]
-    assert selector.requests[0].num_tokens == 13
+    assert selector.requests[0].prompt_len == 13
 
 
 def test_selections_of_a_request_are_counted_until_it_is_gone() -> None:
@@ -77,3 +81,16 @@ def test_queries_of_earlier_tokens_reach_the_selector() -> None:
     queue.score(2, due(first=False), torch.ones(1, 2, 4), np.ones((1, 3), np.bool_))
     assert selector.requests[0].earlier is earlier
     assert selector.requests[1].earlier is None
+
+
+def test_a_preemption_drops_what_is_under_way_but_not_what_is_known() -> None:
+    queue, selector = make_queue(delay=1)
+    for step in (1, 2):
+        queue.score(step, due(first=step == 1), torch.ones(1, 2, 4), None)
+    queue.preempt(["a", "never heard of"])
+    assert queue.deliver(9) == []
+    assert selector.forgotten == []
+    queue.score(10, due(first=True), torch.ones(1, 2, 4), None)
+    assert [request.step_index for request in selector.requests] == [0, 1, 2]
+    queue.forget(["a"])
+    assert selector.forgotten == ["a"]
