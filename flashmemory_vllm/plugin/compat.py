@@ -177,7 +177,8 @@ def keep_steps_out_of_full_graphs(runner: Any, needs_python: Callable[[], bool])
 
     Args:
         runner: vLLM's GPUModelRunner (V1) or the V2 runner.
-        needs_python: whether the step that has begun must not be replayed.
+        needs_python: whether the step that has begun must not be replayed; the same on every rank, whose all-reduce
+            buffers are paired by graph.
     """
     if hasattr(runner, "gather_batch_req_state"):
         gather = runner.gather_batch_req_state

@@ -243,6 +243,14 @@ class StepPlan:
     rows: Mapping[str, Row]
     due: tuple[DueSelection, ...]
 
+    @property
+    def may_stream(self) -> bool:
+        """Whether a row attends to all its history, wherever that is.
+
+        Follows from the scheduler's step alone: ranks of one model, whose slots may hold different blocks, agree.
+        """
+        return any(row.phase is Phase.PREFILL for row in self.rows.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

@@ -90,8 +90,8 @@ class ResidencyRuntime:
 
     @property
     def needs_python(self) -> bool:
-        """Whether this step streams history, which the replay of a captured graph would leave out."""
-        return self._plan is not None and any(len(ids) for row in self._plan.rows.values() for ids in row.streamed)
+        """Whether this step may stream history, which the replay of a captured graph would leave out."""
+        return self._plan is not None and self._plan.may_stream
 
     def group_of(self, layer: int) -> int:
         """The layer group of an attention layer."""
