@@ -118,26 +118,32 @@ class StepPlanner:
     def offer(self, selection: Selection) -> None:
         """Hand in a selector's scores; they take effect at the next plan that schedules the request.
 
-        A selection for a request that is gone or in prefill is ignored.
+        A selection for a request that is gone or in prefill is ignored. After one without scores the request goes on
+        as it is.
 
         Raises:
             IntegrityError: the scores are of another number of groups, or of more blocks than the request has
-                filled.
+                filled, or there is no order between them.
         """
         state = self._requests.get(selection.req_id)
         if state is None or state.num_tokens < state.prefill_len:
             self._counters.ignored_selections += 1
             return
+        if state.asked_at:
+            latency = time.perf_counter() - state.asked_at.pop(0)
+            self._counters.selection_latency_seconds.observe(np.array([latency]))
         scores, num_full = selection.scores, state.num_tokens // self._geometry.block_size
+        if scores is None:
+            state.at_once = False
+            return
         if scores.ndim != 2 or scores.shape[0] != self._geometry.num_groups or scores.shape[1] > num_full:
             raise IntegrityError(
                 f"request {selection.req_id}: scores of shape {scores.shape}, "
                 f"allowed are {self._geometry.num_groups} groups of at most {num_full} blocks"
             )
-        if state.asked_at:
-            latency = time.perf_counter() - state.asked_at.pop(0)
-            self._counters.selection_latency_seconds.observe(np.array([latency]))
-        state.offered = np.where(np.isnan(scores), -np.inf, scores).astype(np.float32)
+        if np.isnan(scores).any():
+            raise IntegrityError(f"request {selection.req_id}: a score is NaN, allowed are numbers")
+        state.offered = scores.astype(np.float32)
 
     def hasten(self, req_ids: Iterable[str]) -> None:
         """Make requests due in their next step, as far as the cap on selections allows.

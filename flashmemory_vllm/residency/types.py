@@ -120,12 +120,12 @@ class Selection:
 
     Attributes:
         req_id: the request.
-        scores: float32 `[G, num_blocks_scored]` by position from 0, higher is better; NaN ranks lowest.
+        scores: float32 `[G, num_blocks_scored]` by position from 0, higher is better. None: the selector failed.
             Blocks written after the scoring have no score and rank above all others, the newest first.
     """
 
     req_id: str
-    scores: FloatArray
+    scores: FloatArray | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

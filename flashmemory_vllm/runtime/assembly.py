@@ -146,8 +146,9 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     sizes: RuntimeSizes,
     counters: CounterWriter,
     buffers: StepBuffers | None = None,
+    pool: HostPool | None = None,
 ) -> ResidencyRuntime:
-    """Allocate the host pool, index keys and staging, and wire the runtime.
+    """Allocate the host pool, index keys and staging, and wire the runtime. Changes nothing before all could be had.
 
     Args:
         shape: the model's attention layers.
@@ -160,13 +161,14 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
         counters: this worker's shared counters.
         buffers: of an earlier runtime with the same layer groups and anchor layers, which captured CUDA graphs
             refer to. Default: None, new ones.
+        pool: host memory of an earlier runtime over the same caches, to be taken over. Default: None, a new one.
 
     Raises:
         ConfigError: host memory cannot be had, or an option does not fit the model.
     """
     groups, anchors = shape.layer_groups(config.layer_groups), anchor_layers(config, shape)
-    engine = _engine(PageLayout(caches, groups), sizes.num_logical_blocks, config, shape.device)
     selector = _selector(config, _geometry(config, shape, sizes.num_logical_blocks, shape.device))
+    engine = _engine(PageLayout(caches, groups), sizes.num_logical_blocks, config, pool)
     buffers = buffers or _buffers(sizes, len(anchors), shape, config, budget)
     return ResidencyRuntime(
         RuntimeParts(
@@ -261,12 +263,17 @@ def _prefill(
     )
 
 
-def _engine(layout: PageLayout, num_blocks: int, config: FlashMemoryConfig, device: torch.device) -> TransferEngine:
-    if device.type != "cuda":
-        return CpuTransferEngine(layout, HostPool(num_blocks, layout))
+def _engine(layout: PageLayout, num_blocks: int, config: FlashMemoryConfig, pool: HostPool | None) -> TransferEngine:
+    is_cuda = layout.device.type == "cuda"
+    if pool is None:
+        pool = HostPool(num_blocks, layout, pin=is_cuda and config.pin_host_memory)
+    else:
+        pool = pool.laid_out(layout)
+    if not is_cuda:
+        return CpuTransferEngine(layout, pool)
     from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 
-    return CudaTransferEngine(layout, HostPool(num_blocks, layout, pin=config.pin_host_memory))
+    return CudaTransferEngine(layout, pool)
 
 
 def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int, device: torch.device) -> IndexGeometry:

@@ -70,6 +70,8 @@ class Reporter:
             "late_recalls_total": moved.late_fences,
             "stall_seconds_total": moved.stall_seconds + self._selections.stall_seconds,
         }
+        for reason, count in self._selections.failures.items():
+            totals[series("failed_selections_total", reason)] = count
         for name, total in totals.items():
             if growth := total - self._published.get(name, 0):
                 self._counters.add(name, growth)

@@ -25,6 +25,7 @@ from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
 from flashmemory_vllm.runtime.uploads import upload
+from flashmemory_vllm.transfer.host_pool import HostPool
 
 
 class ResidencyRuntime:
@@ -72,6 +73,11 @@ class ResidencyRuntime:
     def buffers(self) -> StepBuffers:
         """For a runtime that takes this one's place."""
         return self._parts.buffers
+
+    @property
+    def pool(self) -> HostPool:
+        """The host tier, likewise."""
+        return self._parts.engine.pool
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -193,8 +199,9 @@ class ResidencyRuntime:
             parts.engine.write_back(group, null, null)
             parts.engine.recall(group, null, null)
         parts.engine.fence(())
-        self._index_full_blocks(WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
-        parts.selections.warm_up(self._queries.row(0), len(parts.groups))
+        with parts.selections.strict():
+            self._index_full_blocks(WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
+            parts.selections.warm_up(self._queries.row(0), len(parts.groups))
         query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
         key = query[:, : shape.num_kv_heads].contiguous()
         parts.prefill.warm_up(query, key, key)
@@ -204,17 +211,23 @@ class ResidencyRuntime:
         """The fields of `RuntimeStatus` between two steps; `client_id` turns the engine's request ids into others."""
         return runtime_status(self._parts.planner, self._history, client_id)
 
+    def synchronize(self) -> None:
+        """Block until all issued copies have landed."""
+        self._parts.engine.synchronize()
+
     def reset(self) -> None:
         """Drop all residency: nothing on the device or in the host pool is valid any more."""
-        self._parts.engine.synchronize()
+        self.synchronize()
         self._parts.planner.reset()
         self._parts.selections.reset()
         self._parts.questions.reset()
 
     def release(self) -> None:
-        """Give the host pool back; the runtime must not be used afterwards."""
-        self._parts.engine.synchronize()
-        self._parts.engine.pool.close()
+        """Give the host pool back, whatever became of the last copies; the runtime must not be used afterwards."""
+        try:
+            self.synchronize()
+        finally:
+            self.pool.close()
 
     def _begin(self, step_input: StepInput) -> None:
         parts = self._parts
@@ -262,13 +275,13 @@ class ResidencyRuntime:
         slots = [slots_of[self._group_of[layer]] for layer in parts.anchors]
         if parts.page_format.keys_are_views:
             keys = [self._keys(layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
-            parts.selector.add_blocks(self._upload_ids(full.blocks), keys, slots)
+            parts.selections.add_blocks(full.blocks, self._upload_ids(full.blocks), keys, slots)
         else:
             keys = [
                 self._keys(layer, parts.engine.layout.page_view(layer).index_select(0, at))
                 for layer, at in zip(parts.anchors, slots, strict=True)
             ]
-            parts.selector.add_blocks(self._upload_ids(full.blocks), keys)
+            parts.selections.add_blocks(full.blocks, self._upload_ids(full.blocks), keys)
 
     def _keys(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
         """Keys [n, Hkv, block_size, D] of a layer's pages [n, page_elems]."""

@@ -1,22 +1,27 @@
 """Runs the selector for requests that are due and delivers its scores some steps later, without a stall."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flashmemory_vllm.indexer.base import ScoringRequest, Selector
-from flashmemory_vllm.residency.types import BoolArray, DueSelection, Phase, Selection, StepPlan
+from flashmemory_vllm.residency.types import BoolArray, DueSelection, FloatArray, IntArray, Phase, Selection, StepPlan
 from flashmemory_vllm.runtime.drift import QueryDrift
+from flashmemory_vllm.runtime.selector_guard import SelectorGuard
 from flashmemory_vllm.runtime.side_stream import Arrival, SideStream
 from flashmemory_vllm.runtime.uploads import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pending:
+    """A selection on its way; `scores` is None if it has failed already."""
+
     req_id: str
-    scores: Arrival
+    num_blocks: int
+    scores: Arrival | None
     deliver_step: int
 
 
@@ -25,6 +30,7 @@ class SelectionQueue:
 
     A fixed delay, not "as soon as it has landed", so that equal requests give equal text however fast the copies
     are. A request's first selection is never delayed, it has no set to decode with yet; nor are those of its opening.
+    One that fails is delivered at the same step, without scores.
 
     Args:
         selector: scores blocks.
@@ -41,6 +47,7 @@ class SelectionQueue:
         drift: QueryDrift | None = None,
     ) -> None:
         self._selector = selector
+        self._guard = SelectorGuard(selector)
         self._delay_steps = delay_steps
         self._side_stream = side_stream
         self._drift = drift
@@ -52,6 +59,25 @@ class SelectionQueue:
     def stall_seconds(self) -> float:
         """Time in which a step waited for scores, or for who has drifted, and the device had nothing else to do."""
         return self._side_stream.stall_seconds
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Selections that failed, by reason."""
+        return self._guard.failures
+
+    def strict(self) -> AbstractContextManager[None]:
+        """Inside, what the selector raises is passed on."""
+        return self._guard.strict()
+
+    def add_blocks(
+        self,
+        blocks: IntArray,
+        block_ids: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        slots: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """Have the selector make the index keys of full blocks; see `SelectorGuard.add_blocks`."""
+        self._guard.add_blocks(blocks, block_ids, keys, slots)
 
     def score(
         self,
@@ -81,13 +107,14 @@ class SelectionQueue:
 
         delay = 0 if due.at_once else self._delay_steps
         inputs = [queries] if earlier is None else [queries, earlier]
-        self._pending.append(_Pending(due.req_id, self._side_stream.fetch(work, *inputs), step + 1 + delay))
+        scores = self._guard.score(due.block_ids, lambda: self._side_stream.fetch(work, *inputs))
+        self._pending.append(_Pending(due.req_id, len(due.block_ids), scores, step + 1 + delay))
 
     def deliver(self, step: int) -> list[Selection]:
-        """The selections whose scores are used from `step` on."""
+        """The selections whose scores are used from `step` on, and those that should have been and failed."""
         ready = [pending for pending in self._pending if pending.deliver_step <= step]
         self._pending = [pending for pending in self._pending if pending.deliver_step > step]
-        return [Selection(pending.req_id, self._side_stream.wait(pending.scores).numpy()) for pending in ready]
+        return [Selection(pending.req_id, self._scores_of(pending)) for pending in ready]
 
     def watch(self, plan: StepPlan, row_of: Mapping[str, int]) -> None:
         """Compare the queries of the step that was just enqueued with those that its requests were scored with.
@@ -117,7 +144,7 @@ class SelectionQueue:
         self.preempt(req_ids)
         for req_id in req_ids:
             self._num_selections.pop(req_id, None)
-            self._selector.forget(req_id)
+            self._guard.forget(req_id)
 
     def warm_up(self, queries: torch.Tensor, num_groups: int) -> None:
         """Score the null block for a request that does not exist, the first time and again.
@@ -140,3 +167,9 @@ class SelectionQueue:
     def reset(self) -> None:
         """Forget every request."""
         self.forget([*self._num_selections])
+
+    def _scores_of(self, pending: _Pending) -> FloatArray | None:
+        if pending.scores is None:
+            return None
+        scores: FloatArray = self._side_stream.wait(pending.scores).numpy()
+        return scores if self._guard.accepts(scores, pending.num_blocks) else None

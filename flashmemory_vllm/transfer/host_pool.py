@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import mmap
 import os
@@ -57,6 +58,23 @@ class HostPool:
         if pin:
             _advise(memory)
             self._pin()
+
+    def laid_out(self, layout: PageLayout) -> HostPool:
+        """The same memory, pinned as it is, with another order of the layers; what lies in it means nothing then.
+
+        Closing either pool closes both.
+
+        Raises:
+            ConfigError: a row of that layout has another size.
+        """
+        if (layout.dtype, layout.block_elems) != (self.layout.dtype, self.layout.block_elems):
+            raise ConfigError(
+                f"host pool: rows of {layout.block_elems} elements ({layout.dtype}) given, allowed are "
+                f"{self.layout.block_elems} ({self.layout.dtype}), as it was mapped with"
+            )
+        other = copy.copy(self)
+        other.layout = layout
+        return other
 
     def layer_view(self, layer: int) -> torch.Tensor:
         """One layer's pages [N, page_elems], strided, in the cache dtype."""

@@ -1,7 +1,7 @@
 """What our workers add to vLLM's: a residency runtime under the model runner."""
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flashmemory_vllm.runtime.capacity import CapacityPlan
     from flashmemory_vllm.runtime.parts import StepBuffers
     from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+    from flashmemory_vllm.transfer.host_pool import HostPool
 
 # vLLM sets up handlers for the names below its own only.
 logger = init_logger("vllm.flashmemory")
@@ -42,15 +43,16 @@ class ResidencyWorker:
     model_runner: Any
     device: torch.device
     rank: int
+    # What a worker that fails while it is made has by then
+    flashmemory_runtime: "ResidencyRuntime | None" = None
+    _counters: CounterWriter | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's worker; our options are read here and stay frozen."""
         super().__init__(*args, **kwargs)
         self.flashmemory_config = read_config(self.vllm_config)
-        self.flashmemory_runtime: ResidencyRuntime | None = None
         self._counters_dir = engine_counters_directory(self.vllm_config)
         self._capacity: CapacityPlan | None = None
-        self._counters: CounterWriter | None = None
         self._translator = StepTranslator()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -99,7 +101,8 @@ class ResidencyWorker:
         num_slots = min(capacity.num_slots, num_logical_blocks)
         super().initialize_from_config(self._physical_config(kv_cache_config, num_slots))  # type: ignore[misc]
         self._counters = self._open_counters(Capacity(num_slots, num_logical_blocks))
-        self._attach_runtime(kv_cache_config.kv_cache_groups[0].layer_names, num_logical_blocks)
+        layer_names = kv_cache_config.kv_cache_groups[0].layer_names
+        self._attach_runtime(self._build_runtime(layer_names, num_logical_blocks, self.flashmemory_config))
         compat.install_slot_translation(
             self.model_runner,
             translate=self._translate_slots,
@@ -110,6 +113,7 @@ class ResidencyWorker:
     def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
         """Replace the runtime by one with other options; for evaluation, between requests.
 
+        The new one is built before the old one is given up: after an error the worker serves on as it did.
         The scheduler keeps the slot budgets it started with, so they bound what may be asked for. Its prefix cache
         must be reset afterwards: the new runtime has no blocks.
 
@@ -144,10 +148,12 @@ class ResidencyWorker:
         runtime = self._runtime()
         layer_names, num_logical_blocks = list(runtime.layer_names), runtime.num_logical_blocks
         buffers = self._buffers_to_keep(runtime, config)
-        runtime.release()
+        built = self._build_runtime(layer_names, num_logical_blocks, config, buffers, runtime.pool)
+        # Its last copies use the pool that the new one takes over.
+        runtime.synchronize()
+        self._attach_runtime(built)
         self.flashmemory_config = config
-        self._attach_runtime(layer_names, num_logical_blocks, buffers)
-        return self._runtime().index_bytes_per_block
+        return built.index_bytes_per_block
 
     def flashmemory_status(self) -> dict[str, Any]:
         """What this worker holds: the fields of `status_reader.Status`. vLLM calls it between two steps."""
@@ -179,13 +185,17 @@ class ResidencyWorker:
         super().sleep(level)  # type: ignore[misc]
 
     def shutdown(self) -> None:
-        """As vLLM's; unpins the host pool first, which can take long for a large one."""
-        if self.flashmemory_runtime is not None:
-            self.flashmemory_runtime.release()
-            self.flashmemory_runtime = None
-        if self._counters is not None:
-            self._counters.close()
-        super().shutdown()  # type: ignore[misc]
+        """As vLLM's; unpins the host pool first, which can take long for a large one.
+
+        After a device fault every call to the device raises again; each of these steps is taken all the same.
+        """
+        runtime, self.flashmemory_runtime = self.flashmemory_runtime, None
+        with ExitStack() as steps:  # the last one put in is the first one taken
+            steps.callback(super().shutdown)  # type: ignore[misc]
+            if self._counters is not None:
+                steps.callback(self._counters.close)
+            if runtime is not None:
+                steps.callback(runtime.release)
 
     def _translate_slots(self, slot_mapping: torch.Tensor) -> None:
         if self.flashmemory_runtime is not None:
@@ -216,20 +226,25 @@ class ResidencyWorker:
             )
         return None
 
-    def _attach_runtime(
-        self, layer_names: list[str], num_logical_blocks: int, buffers: "StepBuffers | None" = None
-    ) -> None:
-        """Build the runtime over the allocated KV cache and bind every attention layer to it."""
+    def _build_runtime(
+        self,
+        layer_names: list[str],
+        num_logical_blocks: int,
+        config: FlashMemoryConfig,
+        buffers: "StepBuffers | None" = None,
+        pool: "HostPool | None" = None,
+    ) -> "ResidencyRuntime":
+        """A runtime over the allocated KV cache; the worker and its layers are left as they are."""
         assert self._counters is not None
         assert self._capacity is not None
         layers = sizing.attention_layers(self.vllm_config, layer_names)
-        runtime = build_runtime(
+        return build_runtime(
             shape=sizing.attention_shape(self.vllm_config, layers, self.device),
             caches=[layer.kv_cache for layer in layers.values()],
             page_format=sizing.page_format(self.vllm_config, layers, self.device),
             attend=sizing.partial_attention(self.device),
-            config=self.flashmemory_config,
-            budget=sizing.budget_policy(self.vllm_config, self.flashmemory_config, {}),
+            config=config,
+            budget=sizing.budget_policy(self.vllm_config, config, {}),
             sizes=RuntimeSizes(
                 num_logical_blocks=num_logical_blocks,
                 staging_blocks=self._capacity.staging.blocks,
@@ -238,7 +253,12 @@ class ResidencyWorker:
             ),
             counters=self._counters,
             buffers=buffers,
+            pool=pool,
         )
+
+    def _attach_runtime(self, runtime: "ResidencyRuntime") -> None:
+        """Bind every attention layer to a runtime, and step with it from now on."""
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
         for index, layer in enumerate(layers.values()):
             layer.impl.bind(runtime, index, runtime.group_of(index))
         self.flashmemory_runtime = runtime

@@ -150,8 +150,8 @@ class History:
         self.under_way = [(when, due) for when, due in self.under_way if when > step_number]
         for due in arrived:
             scores = self.scores.integers(0, 6, (self.geometry.num_groups, due.num_history_blocks)).astype(np.float32)
-            scores[scores == 0] = np.nan
-            self.planner.offer(Selection(due.req_id, scores))
+            scores[scores == 0] = -np.inf
+            self.planner.offer(Selection(due.req_id, scores if self.random.random() < 0.95 else None))
 
     def _check_reserves(self) -> None:
         usage = self.planner.usage()

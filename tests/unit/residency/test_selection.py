@@ -181,11 +181,39 @@ def test_groups_choose_on_their_own() -> None:
     driver.prefill("a", 12)
     scores = np.zeros((2, 12), np.float32)
     scores[0, 3] = scores[1, 8] = 1.0
-    scores[:, 5] = np.nan
     driver.planner.offer(Selection("a", scores))
     plan = driver.step(a=1)
     assert positions(plan, "a", 0) == [0, 3, 12]
     assert positions(plan, "a", 1) == [0, 8, 12]
+
+
+def test_scores_without_an_order_are_refused() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    scores = np.zeros((1, 12), np.float32)
+    scores[0, 5] = np.nan
+    with pytest.raises(IntegrityError, match="request a: a score is NaN"):
+        driver.planner.offer(Selection("a", scores))
+
+
+def test_after_a_selection_that_failed_the_set_in_force_stays() -> None:
+    driver = Driver(tau=2)
+    driver.prefill("a", 12)
+    driver.offer("a", 12, best=[3])
+    assert positions(driver.step(a=1), "a") == [0, 3, 12]
+    driver.planner.offer(Selection("a", None))
+    assert positions(driver.step(a=1), "a") == [0, 3, 12]
+    driver.offer("a", 12, best=[7])
+    driver.step(a=1)
+    assert positions(driver.step(a=1), "a") == [0, 7, 12]
+
+
+def test_a_request_whose_first_selection_failed_decodes_with_what_has_a_slot() -> None:
+    driver = Driver()
+    driver.prefill("a", 12)
+    driver.planner.offer(Selection("a", None))
+    assert positions(driver.step(a=1), "a") == [0, 11, 12]
+    assert driver.planner.counters.missing_selections == 1
 
 
 def test_blocks_below_the_threshold_get_no_slot_though_there_is_room() -> None:

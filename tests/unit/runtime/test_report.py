@@ -19,7 +19,7 @@ from tests.unit.residency.driver import Driver
 
 # The reporter reads nothing else of an engine and of a selection queue
 ENGINE = SimpleNamespace(counters=TransferCounters(bytes_h2d=5, stall_seconds=1.0))
-SELECTIONS = SimpleNamespace(stall_seconds=0.5)
+SELECTIONS = SimpleNamespace(stall_seconds=0.5, failures={"exception": 2})
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def test_totals_are_published_once(counters: CounterWriter) -> None:
     assert values["workers"] == 1
     assert values["recalled_bytes_total"] == 5
     assert values["stall_seconds_total"] == 1.5
+    assert values['failed_selections_total{reason="exception"}'] == 2
     assert values["selections_total"] == counted.selections == 2
     assert values["selected_blocks_total"] == counted.selected_blocks == 6
     assert values["selection_candidates_total"] == counted.selection_candidates == 22

@@ -57,7 +57,9 @@ def test_queries_may_be_overwritten_after_scoring_was_asked_for() -> None:
     queries = torch.ones(1, 2, 4)
     queue.score(1, due(first=True), queries, None)
     queries.fill_(99)
-    assert queue.deliver(2)[0].scores.tolist() == [[8.0, 8.0, 8.0]]
+    (selection,) = queue.deliver(2)
+    assert selection.scores is not None
+    assert selection.scores.tolist() == [[8.0, 8.0, 8.0]]
     assert selector.requests[0].queries is not None
     assert selector.requests[0].queries.sum() == 8
     assert selector.requests[0].block_ids.tolist() == [5, 2, 6]

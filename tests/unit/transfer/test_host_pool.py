@@ -96,3 +96,22 @@ def test_memory_that_cannot_be_pinned_is_given_back_and_refused(monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"cannot pin 0.00 GiB of host pool: failed after .* \(cudaHostRegister: 2\)"):
         HostPool(50, PageLayout(block_outermost(1)), pin=True)
     assert runtime.pinned == {}
+
+
+def test_the_same_memory_takes_another_order_of_layers_and_is_unpinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = install(monkeypatch, limit=100)
+    caches = block_outermost(3)
+    pool = HostPool(50, PageLayout(caches), pin=True)
+    other = pool.laid_out(PageLayout(caches, groups=[[2], [0, 1]]))
+    assert other.pages is pool.pages
+    other.layer_view(2).fill_(7)
+    assert bool((pool.pages[:, :PAGE_ELEMS] == 7).all())
+    other.close()
+    pool.close()
+    assert runtime.pinned == {}
+
+
+def test_a_layout_with_other_rows_is_refused() -> None:
+    pool = HostPool(5, PageLayout(block_outermost(1)))
+    with pytest.raises(ConfigError, match=r"rows of 192 elements \(torch.float32\) given, allowed are 96"):
+        pool.laid_out(PageLayout(block_outermost(2)))
