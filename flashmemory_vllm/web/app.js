@@ -230,30 +230,45 @@ function show(state, text) {
   byId("content").hidden = latest === null;
 }
 
-async function problem(response) {
-  const body = await response.json().catch(() => ({}));
-  return body.error?.message ?? body.detail ?? `status ${response.status}`;
-}
-
-async function poll() {
-  const key = sessionStorage.getItem(KEY);
+/** The server's answer; null where there is no connection, or none of it in time. */
+async function ask(key) {
   try {
     const response = await fetch("flashmemory/status", {
       headers: key ? { Authorization: `Bearer ${key}` } : {},
       cache: "no-store",
       signal: AbortSignal.timeout(ANSWER_MS),
     });
-    if (response.status === 401) return askForKey(key);
-    if (!response.ok) throw new Error(await problem(response));
-    latest = await response.json();
-    failures = 0;
-    show("live", "live");
-    draw();
-  } catch (error) {
-    failures += 1;
-    const gone = error instanceof TypeError || error.name === "TimeoutError";
-    show("error", `${gone ? "server does not answer" : error.message} · trying again in ${pollMs() / 1000} s`);
+    return { status: response.status, ok: response.ok, text: await response.text() };
+  } catch {
+    return null;
   }
+}
+
+/** Draws an answer; gives what is wrong with it, or null. */
+function take({ ok, status, text }) {
+  try {
+    const body = JSON.parse(text);
+    if (!ok) return body.error?.message ?? body.detail ?? `status ${status}`;
+    latest = body;
+    byId("content").hidden = false;
+    draw();
+    return null;
+  } catch (error) {
+    if (!ok) return `status ${status}`;
+    // The server is there: its answer, or what is done with it here, is wrong.
+    latest = null;
+    return `the answer cannot be shown: ${error.message}`;
+  }
+}
+
+async function poll() {
+  const key = sessionStorage.getItem(KEY);
+  const answer = await ask(key);
+  if (answer?.status === 401) return askForKey(key);
+  const trouble = answer === null ? "server does not answer" : take(answer);
+  failures = trouble === null ? 0 : failures + 1;
+  if (trouble === null) show("live", "live");
+  else show("error", `${trouble} · trying again in ${pollMs() / 1000} s`);
   schedule();
 }
 

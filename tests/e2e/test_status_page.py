@@ -182,6 +182,17 @@ def test_a_server_that_goes_away_is_told_and_found_again(page: Page) -> None:
         expect(page.get_by_text("step 99")).to_be_visible()
 
 
+def test_an_answer_that_cannot_be_drawn_is_not_called_none(page: Page) -> None:
+    told = make_status(make_request("cmpl-a-0"))
+    broken = {name: value for name, value in told.items() if name != "memory"}
+    with serving(make_app([told])) as port:
+        page.route("**/flashmemory/status", lambda route: route.fulfill(json=broken))
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.get_by_role("status")).to_contain_text("the answer cannot be shown")
+        page.unroute_all()
+        expect(page.get_by_role("heading", name="cmpl-a-0")).to_be_visible()
+
+
 def test_another_backend_is_told(page: Page) -> None:
     app = make_app([])
     app.state.flashmemory_status = None

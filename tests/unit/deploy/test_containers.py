@@ -88,6 +88,20 @@ def test_prometheus_scrapes_the_server_and_grafana_asks_prometheus() -> None:
     assert sorted(mounts("grafana")[folder].glob("*.json")) == DASHBOARDS
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_publishes_ports_to_this_machine_alone(service: str) -> None:
+    published = SERVICES[service]["ports"]
+    assert published
+    assert [port for port in published if not port.startswith("127.0.0.1:")] == []
+
+
+def test_grafana_has_no_account_with_a_known_password() -> None:
+    environment = SERVICES["grafana"]["environment"]
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert not [name for name in environment if "PASSWORD" in name]
+
+
 def test_a_stopping_server_has_time_to_unpin() -> None:
     shutdown = parse_arguments(server_command({}))[0].shutdown_timeout
     unpin = int(SERVICES["vllm"]["environment"]["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"])
