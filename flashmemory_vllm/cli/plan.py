@@ -28,6 +28,8 @@ SHAPES = {"llama-8b": LLAMA_8B}
 # Those that the server accepts, for weights and for KV
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size", "kv_cache_memory_bytes")
+# Fields of configurations in which layers differ, or some have no attention: of DeciLM, and of Transformers
+DIFFERING_LAYERS = ("block_configs", "per_layer_config")
 # Fields of configurations whose weights are not those of a plain dense decoder
 NOT_PLAIN = ("num_experts", "num_local_experts", "n_routed_experts", "quantization_config")
 
@@ -141,6 +143,10 @@ def model_sizes(fields: dict[str, Any], dtype: str, kv_dtype: str = "auto") -> "
     missing = [name for name in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not fields.get(name)]
     if missing:
         raise ConfigError(f"--model: its configuration has no {', '.join(missing)}, allowed is a decoder-only model")
+    if differing := [name for name in DIFFERING_LAYERS if fields.get(name)]:
+        raise ConfigError(
+            f"--model: its layers differ ({', '.join(differing)}), allowed is one size of KV in all layers"
+        )
     windows = fields.get("sliding_window") or set(fields.get("layer_types") or ()) - {"full_attention"}
     if windows or fields.get("kv_lora_rank"):
         raise ConfigError("--model: it has sliding-window, linear or MLA layers; allowed is full attention only")

@@ -51,11 +51,17 @@ class FlashMemorySpec(FullAttentionSpec):
         """Translate vLLM's spec of one layer.
 
         Raises:
-            UnsupportedError: the layer is not plain full attention over an unquantised cache.
+            UnsupportedError: the layer is not plain full attention over an unquantised cache, or its keys and values
+                differ in size.
         """
         if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
             raise UnsupportedError(
                 f"model: a layer has KV cache spec {spec}; allowed: FullAttentionSpec, causal, no window"
+            )
+        if spec.head_size_v != spec.head_size:
+            raise UnsupportedError(
+                f"model: a layer has keys of {spec.head_size} elements and values of {spec.head_size_v}; "
+                "allowed with --attention-backend flashmemory: equal sizes"
             )
         if spec.kv_quant_mode:
             raise UnsupportedError(

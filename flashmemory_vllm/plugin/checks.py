@@ -11,16 +11,16 @@ from flashmemory_vllm.indexer.checkpoint import check_indexer, fetched_commit, r
 from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.counter_files import announce_engine
+from flashmemory_vllm.plugin.models import ignore_windows_that_never_bind
 from flashmemory_vllm.plugin.names import BACKEND_NAME, CPU_WORKER, CUDA_WORKER
+from flashmemory_vllm.plugin.refusals import refuse_unsupported
 from flashmemory_vllm.plugin.seams import check_seams
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 # vLLM sets up handlers for the names below its own only.
 logger = init_logger("vllm.flashmemory")
-
-CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def is_selected(vllm_config: "VllmConfig") -> bool:
@@ -54,7 +54,9 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     check_vllm_version()
     check_seams()
     config = read_config(vllm_config)
-    refuse_unsupported(vllm_config)
+    if ignore_windows_that_never_bind(vllm_config):
+        logger.info_once("flashmemory: no request is longer than the model's sliding window, which is ignored")
+    refuse_unsupported(vllm_config, config)
     _pin_indexer(vllm_config, config)
     choose_worker(vllm_config)
     announce_engine(vllm_config)
@@ -130,68 +132,3 @@ def choose_worker(vllm_config: "VllmConfig") -> None:
     if given not in ("auto", worker):
         raise ConfigError(f"--worker-cls: {given} conflicts with --attention-backend flashmemory, which sets {worker}")
     vllm_config.parallel_config.worker_cls = worker
-
-
-def refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Refuse every engine option that this plugin cannot serve correctly.
-
-    Raises:
-        UnsupportedError: names the option, what was given and what is allowed.
-    """
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    speculative = vllm_config.speculative_config
-    refusals = [
-        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "set", "no KV connector"),
-        (
-            speculative is not None,
-            "--speculative-config",
-            getattr(speculative, "method", None),
-            "no speculative decoding",
-        ),
-        _more_than_one("--decode-context-parallel-size", parallel.decode_context_parallel_size),
-        _more_than_one("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
-        _more_than_one("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        (bool(parallel.use_ubatching), "--enable-dbo", True, "dual batch overlap off"),
-        (vllm_config.attention_config.hisparse_config is not None, "hisparse_config", "set", "no HiSparse"),
-        (
-            cache.cache_dtype not in CACHE_DTYPES,
-            "--kv-cache-dtype",
-            cache.cache_dtype,
-            ", ".join(CACHE_DTYPES),
-        ),
-        (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill", True, "off"),
-    ]
-    ranks, config = parallel.tensor_parallel_size, read_config(vllm_config)
-    if ranks > 1 and config.mode == "pressure":
-        # The scheduler decides by the slots of all ranks, each worker by its own
-        refusals.append((True, "flashmemory.mode", f"pressure with {ranks} ranks", "always, or one rank"))
-    if ranks > 1 and config.indexer is not None:
-        # It reads all heads, of which a rank has only some
-        refusals.append((True, "flashmemory.indexer", f"{config.indexer} with {ranks} ranks", "one rank, or unset"))
-    if vllm_config.model_config is not None:
-        refusals += _model_refusals(vllm_config.model_config)
-    for refused, option, given, allowed in refusals:
-        if refused:
-            raise UnsupportedError(
-                f"{option}: {given} is not supported with --attention-backend flashmemory; allowed: {allowed}"
-            )
-
-
-def _more_than_one(option: str, size: int) -> tuple[bool, str, object, str]:
-    return size > 1, option, size, "1"
-
-
-def _model_refusals(model: "ModelConfig") -> list[tuple[bool, str, object, str]]:
-    window, chunk = model.get_sliding_window(), model.attention_chunk_size
-    kinds = {
-        "multi-head latent attention": model.use_mla,
-        "hybrid attention and state-space layers": model.is_hybrid,
-        "no attention": model.is_attention_free,
-        "encoder-decoder": model.is_encoder_decoder,
-        "ALiBi position biases": model.uses_alibi,
-        f"sliding window of {window} tokens": window is not None,
-        f"attention in chunks of {chunk} tokens": chunk is not None,
-    }
-    allowed = "decoder-only models with plain full attention in every layer"
-    refusals = [(bool(refused), "model", f"{model.model} ({kind})", allowed) for kind, refused in kinds.items()]
-    return [(model.runner_type != "generate", "--runner", model.runner_type, "generate"), *refusals]

@@ -12,8 +12,9 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime import capacity
 from flashmemory_vllm.runtime.assembly import index_bytes_per_block, plan_staging
@@ -119,7 +120,19 @@ def attention_layers(vllm_config: "VllmConfig", names: list[str]) -> dict[str, A
 
 
 def attention_shape(vllm_config: "VllmConfig", layers: Mapping[str, Attention], device: torch.device) -> AttentionShape:
-    """Sizes shared by all layers; vLLM has put them into one KV cache group, so they agree."""
+    """Sizes shared by all layers.
+
+    Raises:
+        UnsupportedError: they differ. vLLM puts layers of several sizes into one KV cache group if all else is equal.
+    """
+    sizes = {
+        index: LayerSizes(layer.num_heads, layer.num_kv_heads, layer.head_size)
+        for index, layer in enumerate(layers.values())
+    }
+    if differences := describe_differences(sizes):
+        raise UnsupportedError(
+            f"model: {differences}; allowed with --attention-backend flashmemory: the same in every attention layer"
+        )
     first = next(iter(layers.values()))
     return AttentionShape(
         layer_names=tuple(layers),
@@ -141,12 +154,14 @@ def max_num_tokens(vllm_config: "VllmConfig") -> int:
 
 def _announced_shape(vllm_config: "VllmConfig") -> AttentionShape:
     """The sizes that the model's configuration announces, before there are layers."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
+    layers = layer_sizes(model, vllm_config.parallel_config)
+    first = next(iter(layers.values()))
     return AttentionShape(
-        layer_names=tuple(str(layer) for layer in range(model.get_num_layers(parallel))),
-        num_query_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
-        head_dim=model.get_head_size(),
+        layer_names=tuple(map(str, layers)),
+        num_query_heads=first.num_query_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
         softmax_scale=1.0,
         block_size=vllm_config.cache_config.block_size,
         dtype=kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model),

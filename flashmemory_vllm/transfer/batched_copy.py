@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flashmemory_kernels.common import expect_contiguous_rows, expect_dtype, expect_shape
 
 from flashmemory_vllm.transfer.engine import Ids
 
@@ -69,8 +70,16 @@ def batched_copy(
         stream: any but the default stream, which the driver refuses.
 
     Raises:
+        ValueError: pages differ in width or dtype, are not contiguous, or there are not as many targets as sources:
+            the driver, which sees addresses only, would write over the next page.
         RuntimeError: the driver lacks the call or refuses the copies.
     """
+    expect_shape("target", target, (None, source.shape[1]))
+    expect_dtype("target", target, source.dtype)
+    expect_contiguous_rows("source", source)
+    expect_contiguous_rows("target", target)
+    if len(source_ids) != len(target_ids):
+        raise ValueError(f"target_ids: expected {len(source_ids)}, one for each source, got {len(target_ids)}")
     call = _driver_call()
     if call is None:
         raise RuntimeError("cuMemcpyBatchAsync: needs a CUDA driver of at least 12.8; use copy_pages")

@@ -3,7 +3,6 @@
 All of it before a model is loaded: the tests build the engine's configuration as `vllm serve` does, and stop there.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,29 +11,18 @@ from typing import Any
 import huggingface_hub
 import pytest
 import vllm
-from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models import registry
 
 import flashmemory_vllm
-from flashmemory_vllm.errors import ConfigError, FlashMemoryError, RefusedError, UnsupportedError
+from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
 from flashmemory_vllm.plugin import checks
 from flashmemory_vllm.plugin.backends.cpu import FlashMemoryCpuImpl
 from flashmemory_vllm.plugin.checks import prepare_config, read_config
 from tests.helpers.indexers import save_untrained, spoil
+from tests.integration.configurations import configure, refusal
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "max_position_embeddings": 8192,
-    "torch_dtype": "float32",
-}
 ALTERNATING = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
 LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 # By a name of ours: architecture, model type, what differs from SIZES, the reason we give
@@ -94,7 +82,7 @@ ENGINE_AND_ALLOWED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         "--speculative-config: ngram",
-        "no speculative decoding",
+        "no speculative decoding, by --spec-method or a speculator as --model neither",
     ),
     (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
@@ -104,60 +92,24 @@ ENGINE_AND_ALLOWED: list[tuple[dict[str, Any], str, str]] = [
     ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size: 2", "1"),
     ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: 2", "1"),
     ({"enable_dbo": True}, "--enable-dbo: True", "dual batch overlap off"),
-    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype: fp8", "auto, float16, bfloat16, float32"),
+    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype: fp8", "auto, which is float32, the model's dtype"),
+    ({"kv_cache_dtype": "float16"}, "--kv-cache-dtype: float16", "auto, which is float32, the model's dtype"),
+    (
+        {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
+        "--kv-cache-dtype: float16",
+        "auto or bfloat16, the model's dtype",
+    ),
+    (
+        {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
+        "--attention-config.backend_per_kind: full_attention",
+        "unset: one backend for all layers",
+    ),
+    ({"attention_config": {"use_non_causal": True}}, "--attention-config.use_non_causal: True", "causal attention"),
+    ({"ubatch_size": 2}, "--ubatch-size: 2", "1"),
     ({"runner": "pooling"}, "--runner: pooling", "generate"),
 ]
 
-Configure = Callable[..., VllmConfig]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _plugin() -> None:
-    flashmemory_vllm.register()
-
-
-@pytest.fixture(autouse=True)
-def _inspect_models_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """VLLM looks at model classes in a subprocess each, to keep CUDA out of this one; that costs ten seconds each."""
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def save_model(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
-    """Write a model folder that has a configuration and no weights."""
-
-    def save(config: Mapping[str, Any]) -> Path:
-        (tmp_path / "config.json").write_text(json.dumps(SIZES | dict(config)))
-        return tmp_path
-
-    return save
-
-
-@pytest.fixture
-def llama(save_model: Callable[[Mapping[str, Any]], Path]) -> Path:
-    """A model that we serve."""
-    return save_model({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-
-
-def configure(model: Path, options: Mapping[str, Any] | None = None, **engine: Any) -> VllmConfig:
-    """The configuration that `vllm serve MODEL --attention-backend flashmemory` builds first."""
-    arguments: dict[str, Any] = {"block_size": 32, "dtype": "float32", "skip_tokenizer_init": True, **engine}
-    additional = {"flashmemory": dict(options or {})}
-    return EngineArgs(
-        model=str(model), attention_backend="flashmemory", additional_config=additional, **arguments
-    ).create_engine_config()
-
-
-def refusal(model: Path, options: Mapping[str, Any] | None = None, **engine: Any) -> FlashMemoryError:
-    """The one error with which a configuration is refused: as it is, not within a validation error of vLLM's."""
-    with pytest.raises(RefusedError) as caught:
-        configure(model, options, **engine)
-    error = caught.value.__cause__
-    assert isinstance(error, FlashMemoryError)
-    assert str(error) == str(caught.value)
-    assert "\n" not in str(error)
-    return error
+pytestmark = pytest.mark.usefixtures("plugin_here")
 
 
 def test_a_plain_model_is_accepted_and_gets_our_worker(llama: Path) -> None:
@@ -189,7 +141,7 @@ def test_engine_options(llama: Path, engine: dict[str, Any], given: str, allowed
 def test_a_draft_model(llama: Path) -> None:
     draft = {"model": str(llama), "num_speculative_tokens": 2}
     message = str(refusal(llama, speculative_config=draft))
-    assert message.startswith("--speculative-config: draft_model is not supported")
+    assert message.startswith(f"--speculative-config: draft_model with {llama} is not supported")
 
 
 def test_hisparse(llama: Path) -> None:
@@ -213,6 +165,7 @@ def test_models_with_other_attention(save_model: Callable[[Mapping[str, Any]], P
     assert str(refusal(model)) == (
         f"model: {model} ({reason}) is not supported with --attention-backend flashmemory; "
         "allowed: decoder-only models with plain full attention in every layer"
+        + (", or --disable-sliding-window for requests no longer than that" if "sliding window" in reason else "")
     )
 
 

@@ -128,6 +128,12 @@ def test_models_that_the_server_refuses_are_refused(changes: dict[str, Any]) -> 
         model_sizes(LLAMA_8B | changes, "auto")
 
 
+@pytest.mark.parametrize("field", ["block_configs", "per_layer_config"])
+def test_models_whose_layers_differ_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"its layers differ \({field}\), allowed is one size of KV in all layers"):
+        model_sizes(LLAMA_8B | {field: [{}, {}]}, "auto")
+
+
 @pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"quantization_config": {"bits": 4}}])
 def test_weights_that_cannot_be_estimated_are_asked_for(changes: dict[str, Any]) -> None:
     fields = LLAMA_8B | changes

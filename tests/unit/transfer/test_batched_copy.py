@@ -74,3 +74,24 @@ def test_a_driver_without_the_call_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert not has_batched_copy()
     with pytest.raises(RuntimeError, match=r"needs a CUDA driver of at least 12\.8"):
         batched_copy(torch.zeros(2, 2), np.arange(2), torch.zeros(2, 2), np.arange(2), STREAM)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "num_targets", "message"),
+    [
+        (torch.zeros(4, 96), torch.zeros(4, 64), 2, r"target: expected shape \[\*, 96\], got \[4, 64\]"),
+        (torch.zeros(4, 64), torch.zeros(4, 96), 2, r"target: expected shape \[\*, 64\], got \[4, 96\]"),
+        (torch.zeros(4, 8), torch.zeros(4, 8).half(), 2, r"target: expected dtype torch.float32, got torch.float16"),
+        (torch.zeros(8, 4).T, torch.zeros(4, 8), 2, r"source: expected a last dim of stride 1"),
+        (torch.zeros(4, 8), torch.zeros(8, 4).T, 2, r"target: expected a last dim of stride 1"),
+        (torch.zeros(4, 8), torch.zeros(4, 8), 3, r"target_ids: expected 2, one for each source, got 3"),
+    ],
+)
+def test_what_would_write_over_the_next_page_is_refused(
+    monkeypatch: pytest.MonkeyPatch, source: torch.Tensor, target: torch.Tensor, num_targets: int, message: str
+) -> None:
+    driver = Driver()
+    install(monkeypatch, driver)
+    with pytest.raises(ValueError, match=message):
+        batched_copy(source, np.arange(2), target, np.arange(num_targets), STREAM)
+    assert driver.streams == []
