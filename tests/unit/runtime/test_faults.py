@@ -1,16 +1,19 @@
 """What goes wrong in the middle of a runtime's life, and what is left of it: parts that fail on purpose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import ScoringRequest, Selector
-from flashmemory_vllm.transfer.engine import CpuTransferEngine
+from flashmemory_vllm.residency.types import NOTHING, Copies, NewRequest
+from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
+from flashmemory_vllm.transfer.layout import PageLayout
 from tests.helpers.indexers import save_untrained, spoil
 from tests.unit.runtime.driven import BLOCK, HEAD_DIM, QUERY_HEADS, DrivenRuntime
 
@@ -176,3 +179,89 @@ def test_a_selector_that_fails_before_the_server_is_up_is_refused(tmp_path: Path
     driven = DrivenRuntime(tmp_path, selector=type("AtOnce", (FailingSelector,), {"first_failure": 0}))
     with pytest.raises(KeyError, match="no weight"):
         driven.runtime.warm_up()
+
+
+class SlowEngine(CpuTransferEngine):
+    """Every copy lands at the last moment that the contract allows, as if the link were a hundred times slower."""
+
+    def __init__(self, layout: PageLayout, pool: HostPool) -> None:
+        super().__init__(layout, pool)
+        self._recalls: list[tuple[int, Ids, Ids]] = []
+        self._saves: list[tuple[int, Ids, Ids]] = []
+
+    def fence(self, reused: Sequence[Copies]) -> None:
+        self.counters.late_fences += bool(self._recalls)
+        for copies in reused:
+            self._save(copies.group, slots=copies.slots)
+        for group, blocks, slots in self._recalls:
+            super()._recall(group, blocks, slots)
+        self._recalls = []
+
+    def wait(self, marker: Marker | None) -> None:
+        if isinstance(marker, Gather):
+            marker.land()
+
+    def synchronize(self) -> None:
+        self.fence(())
+        for group in range(len(self.layout.groups)):
+            self._save(group, slots=np.arange(self.layout.num_slots))
+
+    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
+        self._save(group, blocks, slots)
+        self._recalls.append((group, blocks, slots))
+
+    def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
+        self._saves.append((group, blocks, slots))
+
+    def _gather_layer(  # type: ignore[override]
+        self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
+    ) -> Marker:
+        for group in range(len(self.layout.groups)):
+            self._save(group, host_blocks)
+        return Gather(lambda: super(SlowEngine, self)._gather_layer(layer, blocks, host_blocks, out, after))
+
+    def _save(self, group: int, blocks: Ids = NOTHING, slots: Ids = NOTHING) -> None:
+        """Let the write-backs of these blocks land, and those out of these slots."""
+        waiting = []
+        for save in self._saves:
+            if save[0] == group and (np.isin(save[1], blocks).any() or np.isin(save[2], slots).any()):
+                super()._write_back(*save)
+            else:
+                waiting.append(save)
+        self._saves = waiting
+
+
+class Gather:
+    """A gather that lands when it is waited for."""
+
+    def __init__(self, land: Callable[[], None]) -> None:
+        self.land = land
+
+    def query(self) -> bool:
+        return False
+
+    def wait(self, stream: object = None) -> None:
+        raise AssertionError(f"only the engine waits, on {stream}")
+
+
+def outputs_of(driven: DrivenRuntime) -> list[torch.Tensor]:
+    """Two requests that do not fit together; the second is a prompt in chunks that stream what went before."""
+    outputs = list(driven.prefill("a", 12).values())
+    outputs += driven.decode("a", 3)
+    prompt = NewRequest("b", tuple(range(40, 90)), 0, 160)
+    outputs += driven.step([prompt], tokens={"b": 64}).values()
+    outputs += driven.decode("a", 1)
+    for count in (64, 32):
+        outputs += driven.step(tokens={"b": count}).values()
+    for _ in range(12):
+        outputs += driven.step(tokens={"a": 1, "b": 1}).values()
+    return outputs
+
+
+def test_slow_copies_change_no_output_and_are_counted(tmp_path: Path) -> None:
+    quick, slow = DrivenRuntime(tmp_path / "a"), DrivenRuntime(tmp_path / "b", engine=SlowEngine)
+    for mine, theirs in zip(outputs_of(slow), outputs_of(quick), strict=True):
+        assert torch.equal(mine, theirs)
+    for name in ("recalled_blocks_total", "prefetched_blocks_total", "streamed_blocks_total"):
+        assert slow.metric(name) == quick.metric(name) > 0
+    assert slow.metric("late_recalls_total") > 0 == quick.metric("late_recalls_total")
