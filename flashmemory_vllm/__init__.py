@@ -5,6 +5,18 @@ import logging
 __version__ = "0.1.0"
 
 
+def announce_backend() -> None:
+    """Make the name of the backend known to vLLM's options.
+
+    vLLM calls this through the `vllm.platform_plugins` entry point, the first that it loads in a process: as it looks
+    for its platform, of which this is none. `LLM(attention_config={"backend": "flashmemory"})` is checked before
+    general plugins are loaded.
+    """
+    from flashmemory_vllm.plugin.register import backend_member
+
+    backend_member()
+
+
 def register() -> None:
     """Make the `flashmemory` attention backend known to vLLM.
 

@@ -35,7 +35,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from flashmemory_vllm.errors import FlashMemoryError, RefusedError, UnsupportedError
@@ -87,6 +86,9 @@ def wrap_platform_config_check(before: ConfigHook, after: ConfigHook) -> None:
         before: called first, when nothing of the platform is decided yet.
         after: called last, when the platform has chosen, say, the block size.
     """
+    # Not with the module: it may be imported while vLLM looks for its platform
+    from vllm.platforms import current_platform
+
     platform_cls = type(current_platform)
     original = platform_cls.check_and_update_config.__func__
     if hasattr(original, "__flashmemory__"):

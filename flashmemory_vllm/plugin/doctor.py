@@ -8,7 +8,7 @@ from vllm import __version__, envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from flashmemory_vllm.doctor.finding import Finding
+from flashmemory_vllm.doctor.finding import Finding, Status
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.seams import FIELD_SEAMS, FUNCTION_SEAMS, check_seams
@@ -17,10 +17,13 @@ PLUGIN_NAME = "flashmemory"
 # Group -> what does not work without it
 GROUPS = {
     "vllm.general_plugins": "--attention-backend flashmemory is unknown",
+    "vllm.platform_plugins": 'LLM(attention_config={"backend": "flashmemory"}) is unknown; attention_backend= is not',
     "vllm.stat_logger_plugins": "/metrics lacks our counters",
     "vllm.endpoint_plugins": "there is no GET /flashmemory/stats",
 }
 OPTIONAL_GROUP = "vllm.endpoint_plugins"
+# All else works without it
+EARLY_GROUP = "vllm.platform_plugins"
 
 
 def vllm_findings() -> Iterator[Finding]:
@@ -73,7 +76,8 @@ def plugin(group: str, allowed: list[str] | None) -> Finding:
     check, loss = group.removeprefix("vllm."), GROUPS[group]
     entries = {entry.value: entry for entry in entry_points(group=group, name=PLUGIN_NAME)}
     if not entries:
-        return Finding(check, "fail", f"not installed: {loss}", "pip install flashmemory-vllm into vLLM's environment")
+        status: Status = "warn" if group == EARLY_GROUP else "fail"
+        return Finding(check, status, f"not installed: {loss}", "pip install flashmemory-vllm into vLLM's environment")
     if len(entries) > 1:
         return Finding(check, "fail", f"several plugins of our name: {', '.join(entries)}", "uninstall the others")
     ((value, entry),) = entries.items()
@@ -83,7 +87,7 @@ def plugin(group: str, allowed: list[str] | None) -> Finding:
     if allowed is not None and PLUGIN_NAME not in allowed:
         return Finding(
             check,
-            "warn" if is_optional else "fail",
+            "warn" if is_optional or group == EARLY_GROUP else "fail",
             f"kept out by VLLM_PLUGINS={','.join(allowed)}: {loss}",
             f"VLLM_PLUGINS={','.join([*filter(None, allowed), PLUGIN_NAME])}",
         )

@@ -9,7 +9,7 @@ from vllm.triton_utils import HAS_TRITON
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.plugin import doctor
 
-GENERAL, STATS, ENDPOINTS = doctor.GROUPS
+GENERAL, EARLY, STATS, ENDPOINTS = doctor.GROUPS
 
 
 def install(folder: Path, name: str, group: str, value: str) -> None:
@@ -29,6 +29,7 @@ def install(folder: Path, name: str, group: str, value: str) -> None:
         # vLLM does not strip blanks
         (GENERAL, ["lora_resolver", " flashmemory"], "fail"),
         (GENERAL, [""], "fail"),
+        (EARLY, ["lora_resolver"], "warn"),
         (STATS, ["lora_resolver"], "fail"),
         (ENDPOINTS, None, "ok"),
         (ENDPOINTS, ["lora_resolver"], "warn"),
@@ -66,8 +67,9 @@ def test_a_plugin_that_cannot_be_loaded_is_told(tmp_path: Path, monkeypatch: pyt
 
 def test_a_plugin_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
-    finding = doctor.plugin(GENERAL, None)
-    assert (finding.status, finding.found.split(":")[0]) == ("fail", "not installed")
+    for group, status in ((GENERAL, "fail"), (EARLY, "warn")):
+        finding = doctor.plugin(group, None)
+        assert (finding.status, finding.found.split(":")[0]) == (status, "not installed")
 
 
 @pytest.mark.parametrize(("check", "function"), [("vLLM", "check_vllm_version"), ("vLLM's seams", "check_seams")])

@@ -48,7 +48,10 @@ def test_reference_path_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_installed_entry_points_exist() -> None:
-    groups = ("console_scripts", "vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
+    groups = (
+        "console_scripts",
+        *(f"vllm.{kind}_plugins" for kind in ("general", "platform", "stat_logger", "endpoint")),
+    )
     for group in groups:
         (ours,) = entry_points(group=group, name="flashmemory")
         assert callable(ours.load())
