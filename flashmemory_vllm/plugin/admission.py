@@ -146,6 +146,7 @@ class FlashMemoryManager(FullAttentionManager):
         """As vLLM's; finished, aborted and preempted requests give their slot budget back."""
         self._ledger.release(request_id)
         self._prefill_lens.pop(request_id, None)
+        self._refused.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def _prefill_len(self, request_id: str, num_tokens: int, prefill_end: int) -> int:

@@ -64,6 +64,32 @@ def test_what_does_not_fit_waits_until_another_returns_its_slots(counters: Path)
     assert (values["refused_admissions_total"], values["requests_sparse_total"]) == (1, 3)
 
 
+def num_kept(manager: FlashMemoryManager) -> int:
+    """Entries of everything that the manager and its ledger keep by request."""
+    owners = (manager, manager._ledger)
+    return sum(len(kept) for owner in owners for kept in vars(owner).values() if isinstance(kept, dict | set))
+
+
+def test_nothing_is_kept_of_a_request_however_it_ends(counters: Path) -> None:
+    """As vLLM ends them: `free` is all that it calls, for running, waiting and preempted ones."""
+    manager = make_manager(counters)
+    tokens = 50 * BLOCK
+    assert admit(manager, "a", tokens, tokens, 40 * BLOCK)
+    assert admit(manager, "b", tokens, tokens, 40 * BLOCK)
+    before = num_kept(manager)
+    for number in range(5):
+        assert not admit(manager, f"waiting-{number}", tokens, tokens, 40 * BLOCK)
+        manager.free(f"waiting-{number}")
+    assert num_kept(manager) == before
+    manager.free("a")
+    assert admit(manager, "c", tokens, tokens, 40 * BLOCK)
+    assert not admit(manager, "a", tokens, tokens, 40 * BLOCK)
+    for name in "abc":
+        manager.free(name)
+    assert num_kept(manager) == 0
+    assert CounterReader(counters).read()["refused_admissions_total"] == 6
+
+
 def test_a_preempted_request_reserves_for_a_prefill_of_all_its_tokens(counters: Path) -> None:
     manager = make_manager(counters)
     # 30 blocks with outputs, of which vLLM counts all but the last token as prefill: one chunk writes them all.
