@@ -20,6 +20,20 @@ BLOCK, QUERY_HEADS, KV_HEADS, HEAD_DIM, MAX_SEQS = 4, 2, 1, 4, 16
 LAYERS = ("0", "1")
 
 
+def small_budget() -> BudgetPolicy:
+    """Three tenths of a request's blocks, prefilled eight at a time."""
+    return BudgetPolicy(
+        block_size=BLOCK,
+        resident_ratio=0.3,
+        min_sparse_tokens=0,
+        sink_tokens=BLOCK,
+        recent_tokens=BLOCK,
+        max_num_batched_tokens=8 * BLOCK,
+        max_model_len=200,
+        growth_reserve_tokens=0,
+    )
+
+
 class TinyModel:
     """A runtime under a model whose keys, values and queries are noise.
 

@@ -4,23 +4,13 @@ from pathlib import Path
 from random import Random
 
 from flashmemory_vllm.observability.counters import CounterReader, CounterWriter, worker_name
-from flashmemory_vllm.residency.budget import BudgetPolicy
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
-from tests.unit.runtime.runtimes import BLOCK, TinyModel
+from tests.unit.runtime.runtimes import BLOCK, TinyModel, small_budget
 
 NUM_SLOTS, NUM_BLOCKS, NUM_STEPS = 56, 300, 120
-# Among them 6 steps like decode in which one rank streams and the other does not.
-SEEDS = (2, 3, 4)
-POLICY = BudgetPolicy(
-    block_size=BLOCK,
-    resident_ratio=0.3,
-    min_sparse_tokens=0,
-    sink_tokens=BLOCK,
-    recent_tokens=BLOCK,
-    max_num_batched_tokens=32,
-    max_model_len=200,
-    growth_reserve_tokens=0,
-)
+# Among them 5 steps like decode in which one rank streams and the other does not.
+SEEDS = (3, 4)
+POLICY = small_budget()
 
 
 def arriving(random: Random) -> list[Request]:
