@@ -1,30 +1,32 @@
 """An engine's process: started with a job, followed through the events that it writes to a file."""
 
 import json
+import math
 import os
-import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from flashmemory_vllm.benchmark.cells import EngineSetup
 from flashmemory_vllm.benchmark.measure import Work
+from flashmemory_vllm.processes.engine_log import find_error, has_failed
+from flashmemory_vllm.processes.guarded import GuardedProcess
 
 WORKER_MODULE = "flashmemory_vllm.cli.bench_worker"
+STARTUP_SECONDS = 1800.0
 POLL_SECONDS = 0.1
-STOP_SECONDS = 30
-# The last words of vLLM's processes, which only say that something was said before, and what it goes on after
-_NO_CAUSES = ("Engine core initialization failed", "EngineCore encountered an issue", "EngineDeadError", " WARNING ")
-_ERROR = re.compile(r"(?:^|[\s\])])((?:\w+\.)*\w+(?:Error|Exception|Interrupt): .+)$")
+# For an engine that has said that it failed, or that it is done, to end by itself
+ENDING_SECONDS = 30.0
+# Characters of the log that are looked at again with what comes next: enough for a sentence that was cut
+_OVERLAP = 200
 
-EventKind = Literal["begin", "figures", "skipped"]
+EventKind = Literal["up", "begin", "figures", "skipped", "done"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Event:
     """What an engine's process tells.
 
     Attributes:
-        kind: a load begins, its figures are there, or it was skipped.
-        place: which load of the job.
+        kind: the engine is up, a load begins, its figures are there, it was skipped, or all is done.
+        place: which load of the job; 0 where it is about none.
         figures: fields of a row, or `error` with the reason for skipping.
     """
 
@@ -83,105 +85,87 @@ class EngineProcess:
     Args:
         job: what to do.
         log: file that the log is appended to. Default: none is kept.
+        startup_seconds: how long the engine may take until it is up.
     """
 
-    def __init__(self, job: Job, log: Path | None = None) -> None:
+    def __init__(self, job: Job, log: Path | None = None, startup_seconds: float = STARTUP_SECONDS) -> None:
         self._job = job
         self._kept_log = log
-        self._folder = tempfile.TemporaryDirectory(prefix="flashmemory-bench-")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._startup_seconds = startup_seconds
+        self._is_done, self._has_failed = False, False
+        self._given_up: str | None = None
 
     def __enter__(self) -> "EngineProcess":
-        self._job.write(self._path("job.json"))
-        self._path("events.jsonl").touch()
-        plugins = "" if self._job.setup.ours is None else "flashmemory"
-        command = [sys.executable, "-m", WORKER_MODULE, str(self._path("job.json")), str(self._path("events.jsonl"))]
-        with self._path("log").open("wb") as log:
-            # A session of its own, so that the engine's core and workers can be stopped with it
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "VLLM_PLUGINS": plugins},
-            )
+        with ExitStack() as started:
+            self._folder = Path(started.enter_context(tempfile.TemporaryDirectory(prefix="flashmemory-bench-")))
+            self._job.write(self._folder / "job.json")
+            self._events.touch()
+            plugins = "" if self._job.setup.ours is None else "flashmemory"
+            command = [sys.executable, "-m", WORKER_MODULE, str(self._folder / "job.json"), str(self._events)]
+            log = started.enter_context(self._log.open("wb"))
+            started.callback(self._keep_log)
+            self._process = started.enter_context(GuardedProcess(command, log, {**os.environ, "VLLM_PLUGINS": plugins}))
+            self._running = started.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
-        if self._kept_log is not None:
-            with self._kept_log.open("a", encoding="utf-8") as kept:
-                kept.write(self._path("log").read_text(encoding="utf-8", errors="replace"))
-        self._folder.cleanup()
+        self._running.close()
 
     def follow(self) -> Iterator[Event]:
-        """Events as they are told, until the process has ended."""
-        assert self._process is not None
-        with self._path("events.jsonl").open(encoding="utf-8") as file:
-            partial = ""
+        """Events of loads as they are told, until all are done, the process has ended, or it will never go on."""
+        deadline = time.monotonic() + self._startup_seconds
+        given_up = f"the engine was not up after {self._startup_seconds:g} s"
+        with self._events.open(encoding="utf-8") as events, self._log.open(encoding="utf-8", errors="replace") as log:
+            partial, printed = "", ""
             while True:
                 has_ended = self._process.poll() is not None
-                partial += file.read()
+                partial += events.read()
                 *lines, partial = partial.split("\n")
-                yield from (Event(**json.loads(line)) for line in lines)
+                for event in (Event(**json.loads(line)) for line in lines):
+                    if event.kind == "up":
+                        deadline = math.inf
+                    elif event.kind == "done":
+                        self._let_it_end()
+                        return
+                    else:
+                        yield event
                 if has_ended:
+                    return
+                printed = printed[-_OVERLAP:] + log.read()
+                if not self._has_failed and has_failed(printed):
+                    # It may hang on its way out, and vLLM's other processes wait for it without a limit
+                    self._has_failed = True
+                    deadline, given_up = time.monotonic() + ENDING_SECONDS, "the engine failed and does not end"
+                if time.monotonic() > deadline:
+                    self._given_up = given_up
                     return
                 time.sleep(POLL_SECONDS)
 
     def error(self) -> str | None:
-        """Why the process has ended early, in one line; None if it has done its job."""
-        assert self._process is not None
-        status = self._process.wait()
-        if status == 0:
+        """Why the engine has ended early or was given up, in one line; None if it has done its job."""
+        status = self._process.poll()
+        if self._is_done or status == 0:
             return None
-        return find_error(self._path("log").read_text(encoding="utf-8", errors="replace")) or f"exit code {status}"
+        told = find_error(self._log.read_text(encoding="utf-8", errors="replace"))
+        if self._given_up is None or self._has_failed:
+            return told or self._given_up or f"exit code {status}"
+        return self._given_up if told is None else f"{self._given_up}; the last error in its log: {told}"
 
-    def _path(self, name: str) -> Path:
-        return Path(self._folder.name) / name
+    @property
+    def _events(self) -> Path:
+        return self._folder / "events.jsonl"
 
-    def _stop(self) -> None:
-        """End the process and its children, and wait until they have given the device's memory back."""
-        if self._process is None:
-            return
-        # The process leads its group, and its children may outlive it
-        group = self._process.pid
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(group, sign)
-            deadline = time.monotonic() + STOP_SECONDS
-            while (self._process.poll() is None or _has_members(group)) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-        self._process.wait()
-        self._process = None
+    @property
+    def _log(self) -> Path:
+        return self._folder / "log"
 
+    def _let_it_end(self) -> None:
+        """It has told all that it has to: it may clean up, but if it hangs on its way out, nobody waits for it."""
+        self._is_done = True
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_SECONDS)
 
-def _has_members(group: int) -> bool:
-    """Whether a process of the group lives; one that has ended but was not waited for holds no memory."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
-            # After the name, which may have spaces in it: state, parent, group
-            state, _, of_group = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
-            if int(of_group) == group and state != "Z":
-                return True
-    return False
-
-
-def find_error(log: str) -> str | None:
-    """The error that a log of vLLM ends with, without the echoes of it in other processes.
-
-    Args:
-        log: what the processes printed.
-
-    Returns:
-        The error's type and the first line of its message, or None without an error.
-    """
-    told = None
-    lines = log.splitlines()
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        match = _ERROR.search(line)
-        if match and not any(word in line for word in _NO_CAUSES):
-            told = match.group(1)
-            if "validation error" in told:  # pydantic says on the next line what is wrong
-                told = f"{told}: {following.split(' [type=')[0].strip()}"
-    return told
+    def _keep_log(self) -> None:
+        if self._kept_log is not None:
+            with self._kept_log.open("a", encoding="utf-8") as kept:
+                kept.write(self._log.read_text(encoding="utf-8", errors="replace"))

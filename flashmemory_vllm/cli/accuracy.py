@@ -1,7 +1,6 @@
 """`flashmemory accuracy`: what each selector costs in accuracy, cell by cell, in one resumable file."""
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -99,8 +98,6 @@ def _measure(args: argparse.Namespace) -> None:
     began = time.time()
     if args.time_limit is not None and args.time_limit <= 0:
         raise ConfigError(f"--time-limit is {args.time_limit}: allowed is a number > 0")
-    # Ended as by an interrupt, so that no engine outlives this process and keeps the device's memory
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     deadline = None if args.time_limit is None else began + args.time_limit
     cells = make_cells(args)
     shape = read_shape(args)

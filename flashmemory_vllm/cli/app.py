@@ -8,6 +8,7 @@ from flashmemory_vllm import __version__
 from flashmemory_vllm.cli import accuracy, bench, capture, demo, docs, doctor, plan, reference, train
 from flashmemory_vllm.cli import eval as evaluate
 from flashmemory_vllm.errors import FlashMemoryError
+from flashmemory_vllm.processes.interrupts import Interrupted, interruptible
 
 EXIT_USER_ERROR = 2
 
@@ -29,14 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name. Default: those of this process.
 
     Returns:
-        The command's exit code, or 2 after an error that the user can mend, told in one line.
+        The command's exit code, or 2 after an error that the user can mend, told in one line; after a signal that asks
+        for an end, 128 and its number, once nothing that the command has started runs any more.
     """
     args = build_parser().parse_args(argv)
     try:
-        status: int = args.run(args)
+        with interruptible():
+            status: int = args.run(args)
     except FlashMemoryError as error:
         print(f"flashmemory: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Interrupted as interrupted:
+        print(f"flashmemory: ended by {interrupted}", file=sys.stderr)
+        return interrupted.exit_code
     return status
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +46,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", type=Path, help="JSON file; every row is written as soon as it is measured")
     parser.add_argument("--resume", action="store_true", help="go on with --out: what has a row is not measured again")
     parser.add_argument("--time-limit", type=float, metavar="S", help="begin no measurement after so many seconds")
+    parser.add_argument(
+        "--startup-seconds",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="patience for an engine. Default: %(default)s",
+    )
     parser.add_argument("--log", type=Path, help="file that the engines' logs are appended to. Default: none")
     parser.add_argument(
         "--set",
@@ -89,6 +95,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--plot is not given: --replot needs a file for the picture")
     if args.time_limit is not None and args.time_limit <= 0:
         raise ConfigError(f"--time-limit is {args.time_limit}: allowed is a number > 0")
+    if not args.startup_seconds > 0:
+        raise ConfigError(f"--startup-seconds is {args.startup_seconds}: allowed is a number > 0")
 
 
 def _old_rows(args: argparse.Namespace) -> "list[BenchRow]":
@@ -105,8 +113,6 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
     from flashmemory_vllm.benchmark.process import EngineProcess
     from flashmemory_vllm.benchmark.run import BenchRun
 
-    # Ended as by an interrupt, so that no engine outlives this process and keeps the device's memory
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     engines = read_engines(args.engines)
     scenarios = [load_scenario(path, args.settings) for path in args.scenarios]
     _check_names(scenarios)
@@ -119,7 +125,7 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
         provenance,
         args.resume,
         args.time_limit,
-        lambda job: EngineProcess(job, args.log),
+        lambda job: EngineProcess(job, args.log, args.startup_seconds),
     )
     return bench.run(cells)
 

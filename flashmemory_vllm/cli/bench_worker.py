@@ -3,10 +3,13 @@
 `python -m flashmemory_vllm.cli.bench_worker JOB EVENTS`, see `flashmemory_vllm.benchmark.process`.
 """
 
+import os
 import sys
 import time
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
 
 from flashmemory_vllm.benchmark.measure import Work, measure
 from flashmemory_vllm.benchmark.process import Event, Job, tell
@@ -21,6 +24,7 @@ def main(job_path: Path, events_path: Path) -> None:
 
     job = Job.read(job_path)
     engine = BenchEngine(job.setup.llm, job.setup.ours)
+    tell(events_path, Event("up", 0, {}))
     sizes = engine.sizes()
     longest = min(max(max(work.prompt_lens) for work in job.works), sizes.max_model_len // 2, *WARM_UP.prompt_lens)
     measure(engine, replace(WARM_UP, prompt_lens=(longest,) * 2))
@@ -35,7 +39,16 @@ def main(job_path: Path, events_path: Path) -> None:
         tell(events_path, Event("begin", place, {}))
         tell(events_path, Event("figures", place, measure(engine, work) | asdict(sizes)))
     engine.close()
+    tell(events_path, Event("done", 0, {}))
+
+
+def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say why and be gone at once: Python's own way out waits for threads, and what has failed may never answer."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":
+    sys.excepthook = leave
     main(Path(sys.argv[1]), Path(sys.argv[2]))

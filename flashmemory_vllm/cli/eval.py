@@ -1,7 +1,6 @@
 """`flashmemory eval`: what a sparse KV cache costs in accuracy on a model of one's own, beside dense attention."""
 
 import argparse
-import signal
 import sys
 from math import isfinite
 from pathlib import Path
@@ -100,8 +99,6 @@ def _measure(args: argparse.Namespace) -> None:
     from flashmemory_vllm.evaluation.eval_run import EvalRun, adopt_dense
     from flashmemory_vllm.evaluation.provenance import Provenance
 
-    # Ended as by an interrupt, so that no server outlives this process and keeps the device's memory
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_installed()
     model = args.model or str(reference_model_path())
     servers = choose_servers(args, model)

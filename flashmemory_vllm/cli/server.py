@@ -3,13 +3,12 @@
 import http.client
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -18,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from flashmemory_vllm.errors import ConfigError, FlashMemoryError
+from flashmemory_vllm.processes.guarded import GuardedProcess
 
 HOST = "127.0.0.1"
 MODEL_NAME = "reference"
-STOP_SECONDS = 30
 REQUEST_SECONDS = 900
 # vLLM prints the cause first, in the process where it arose, then long echoes in two more
 LOG_LINES = 60
@@ -70,29 +69,20 @@ class Server:
             if log is None
             else log.open("w+", encoding="utf-8")
         )
-        self._process: subprocess.Popen[str] | None = None
+        self._process = GuardedProcess(self._command, self._log, self._environment)
 
     def __enter__(self) -> "Server":
-        # A session of its own, so that its engine and workers can be stopped with it
-        self._process = subprocess.Popen(
-            self._command,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env=self._environment,
-        )
-        try:
-            self._wait_until_healthy(self._process)
-        except BaseException:
-            self._stop()
-            raise
+        with ExitStack() as started:
+            started.callback(self._log.close)
+            started.enter_context(self._process)
+            self._wait_until_healthy()
+            self._running = started.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._running.close()
 
     @property
     def url(self) -> str:
@@ -143,11 +133,11 @@ class Server:
             raise FlashMemoryError(f"{method} {path} got status {response.status}: {detail}{self._log_excerpt()}")
         return content
 
-    def _wait_until_healthy(self, process: "subprocess.Popen[str]") -> None:
+    def _wait_until_healthy(self) -> None:
         started = time.monotonic()
         while (waited := time.monotonic() - started) < self._startup_seconds:
-            if process.poll() is not None:
-                raise FlashMemoryError(f"the server ended with code {process.returncode}{self._log_excerpt()}")
+            if (code := self._process.poll()) is not None:
+                raise FlashMemoryError(f"the server ended with code {code}{self._log_excerpt()}")
             _show_progress(f"starting vllm serve: {waited:.0f} s")
             if self._is_healthy():
                 _show_progress(f"server is up after {waited:.0f} s\n")
@@ -161,22 +151,6 @@ class Server:
         except (ConnectionError, TimeoutError):
             return False
         return True
-
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                # the process is the leader of its group
-                os.killpg(self._process.pid, sign)
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-            except ProcessLookupError:
-                break
-        self._process.wait()
-        self._process = None
-        self._log.close()
 
     def _log_excerpt(self) -> str:
         """The log from its first traceback on; without one, its end."""

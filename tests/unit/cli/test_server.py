@@ -40,7 +40,10 @@ def make_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         vllm.chmod(0o755)
         for name in ("config.json", "reference.yaml"):
             (tmp_path / name).write_text("{}")
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
         return Server(tmp_path, tmp_path / "reference.yaml", startup_seconds)
 
     return make

@@ -1,0 +1,1 @@
+"""Processes that end with the one that needs them, however that one ends."""
