@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.observability.counters import SCHEDULER, CounterWriter, read_capacity
 from flashmemory_vllm.observability.metrics import series
+from flashmemory_vllm.plugin import compat
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.ledger import SlotLedger
 from flashmemory_vllm.residency.modes import reason
@@ -178,10 +180,17 @@ class FlashMemoryManager(FullAttentionManager):
             self._counters.add("refused_admissions_total", 1)
 
 
+def counts_slots(scheduler: Scheduler) -> bool:
+    """Whether a scheduler works with our block manager."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return any(isinstance(manager, FlashMemoryManager) for manager in managers)
+
+
 def _register() -> None:
     # vLLM registers its own specs only while its list is empty: make it do so before ours goes in.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(FlashMemorySpec, FlashMemoryManager, uniform_type_base_spec=FullAttentionSpec)
+    compat.let_sessions_give_up_their_blocks(Scheduler, counts_slots)
 
 
 # At import: the engine core imports this module when it unpickles the workers' specs.

@@ -3,7 +3,8 @@
 Each docstring names the symptom that made the change necessary, why it works, and when it can go.
 No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
 instance attribute on an enum member, one official backend override (CPU only), two wrapped bound methods
-on our own worker's model runner, and the interpreter's hook for uncaught errors once one of ours is raised.
+on our own worker's model runner, two wrapped methods of the scheduler that change nothing for other engines,
+and the interpreter's hook for uncaught errors once one of ours is raised.
 
 Overrides stand in the classes of ours that need them. Those that go further than vLLM offers a way for:
 
@@ -199,6 +200,44 @@ def keep_steps_out_of_full_graphs(runner: Any, needs_python: Callable[[], bool])
             return not needs_python() and is_uniform(*args, **kwargs)
 
         runner._is_uniform_decode = _is_uniform_decode
+
+
+def let_sessions_give_up_their_blocks(scheduler_cls: Any, is_ours: Callable[[Any], bool]) -> None:
+    """Make a streaming-input session a preempted request while it waits for its client's next turn.
+
+    Symptom: vLLM keeps the blocks of a session between turns and lets the next one begin within a block. Slots are
+    promised to a request that may never go on; the next turn is prefilled without being admitted for it; and a
+    worker has no answer to a prefix hit within a block, which was the end of the engine for everybody.
+    Cure: wrap the two methods of the scheduler that stop a turn and begin the next one, for engines of ours. A turn
+    that stops gives its blocks up, as a preemption does, and workers are told in the same way; the next turn
+    is a waiting request like any other, and finds what was computed in the prefix cache.
+    Remove when vLLM preempts waiting sessions itself, or asks a block manager for whole blocks between turns.
+
+    Args:
+        scheduler_cls: vLLM's scheduler, which others inherit from.
+        is_ours: whether a scheduler counts slots.
+    """
+    stop, go_on = scheduler_cls._handle_stopped_request, scheduler_cls._update_request_as_session
+    if hasattr(stop, "__flashmemory__"):
+        return
+
+    @functools.wraps(stop)
+    def _handle_stopped_request(self: Any, request: Any) -> bool:
+        is_finished: bool = stop(self, request)
+        if not is_finished and is_ours(self):
+            self._free_request_blocks(request)
+            self.reset_preempted_req_ids.add(request.request_id)
+        return is_finished
+
+    @functools.wraps(go_on)
+    def _update_request_as_session(self: Any, session: Any, update: Any) -> None:
+        go_on(self, session, update)
+        if is_ours(self):
+            session.num_computed_tokens = 0
+
+    _handle_stopped_request.__flashmemory__ = True  # type: ignore[attr-defined]
+    scheduler_cls._handle_stopped_request = _handle_stopped_request
+    scheduler_cls._update_request_as_session = _update_request_as_session
 
 
 def _wrap_v2(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:

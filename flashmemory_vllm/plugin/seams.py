@@ -57,6 +57,9 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
         "self",
         "request_id",
     ),
+    "vllm.v1.core.sched.scheduler:Scheduler._handle_stopped_request": ("self", "request"),
+    "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session": ("self", "session", "update"),
+    "vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks": ("self", "request"),
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": ("kvcache_spec_cls", "manager_class"),
     "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
 }

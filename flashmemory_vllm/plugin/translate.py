@@ -15,6 +15,9 @@ class StepTranslator:
     The runners disagree on how a preempted request comes back: V2 sends it as a new request with all its
     tokens, V1 as a cached one marked resumed. Both become a NewRequest here. Prompt lengths are remembered
     because a resumed V1 request names only its output length.
+
+    A streaming-input session that goes on is a new request with a longer prompt, in both. Here the one before it has
+    ended: what it asked for counts no more.
     """
 
     def __init__(self) -> None:
@@ -30,9 +33,13 @@ class StepTranslator:
         if scheduled.kv_cache_block_copies or scheduled.new_block_ids_to_zero:
             raise UnsupportedError("vllm asked to copy or zero KV blocks: this model's cache type is not supported")
         self._step += 1
-        finished = tuple(scheduled.finished_req_ids)
-        for req_id in finished:
+        for req_id in scheduled.finished_req_ids:
             self._prompt_len.pop(req_id, None)
+        ended = [
+            new.req_id
+            for new in scheduled.scheduled_new_reqs
+            if self._prompt_len.get(new.req_id, new.prompt_len) != new.prompt_len
+        ]
         cached = scheduled.scheduled_cached_reqs
         new = [self._new(request) for request in scheduled.scheduled_new_reqs]
         new += [
@@ -47,7 +54,7 @@ class StepTranslator:
         ]
         return StepInput(
             step=self._step,
-            finished=finished,
+            finished=(*scheduled.finished_req_ids, *ended),
             preempted=tuple(scheduled.preempted_req_ids or ()),
             new=tuple(new),
             running=tuple(running),
