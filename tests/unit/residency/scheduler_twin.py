@@ -206,7 +206,8 @@ class SchedulerTwin:
             num_tokens = min(request.num_tokens - num_hit_tokens, tokens_left)
             self.ledger.commit(request.req_id, num_hit_tokens + num_tokens, request.prefill_len)
             self._grow(request, num_tokens)
-            new.append(NewRequest(request.req_id, tuple(request.block_ids), num_hit_tokens, request.prefill_len))
+            blocks = tuple(request.block_ids)
+            new.append(NewRequest(request.req_id, blocks, num_hit_tokens, request.prefill_len, request.num_prompt))
             scheduled[request.req_id] = num_tokens
             tokens_left -= num_tokens
         return new
