@@ -58,6 +58,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
         logger.info_once("flashmemory: no request is longer than the model's sliding window, which is ignored")
     refuse_unsupported(vllm_config, config)
     _pin_indexer(vllm_config, config)
+    _tell_options(vllm_config)
     choose_worker(vllm_config)
     announce_engine(vllm_config)
 
@@ -93,6 +94,13 @@ def _pin_indexer(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> None:
         # The mapping may be the user's own
         options = {**vllm_config.additional_config[SECTION], "indexer_revision": commit}
         vllm_config.additional_config = {**vllm_config.additional_config, SECTION: options}
+
+
+def _tell_options(vllm_config: "VllmConfig") -> None:
+    """Log which options of ours are in force: one on vLLM's command line replaces the whole section of a file."""
+    given = read_config(vllm_config).model_dump(exclude_unset=True)
+    told = ", ".join(f"{name} {value!r}" for name, value in sorted(given.items()))
+    logger.info_once("flashmemory: options given: %s; defaults for all others", told or "none")
 
 
 def _check_indexer(config: FlashMemoryConfig) -> None:

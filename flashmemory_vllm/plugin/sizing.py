@@ -1,5 +1,6 @@
 """Reads vLLM's objects and fills the sizes that our own code works with."""
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, lay
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime import capacity
 from flashmemory_vllm.runtime.assembly import index_bytes_per_block, plan_staging
-from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_capacity
+from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_automatic, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
 from flashmemory_vllm.transfer.streaming import PartialAttention
@@ -92,13 +93,25 @@ def _plan(
         # Device and host are the same memory here: the stock share is split so that slots hold the ratio of the pool.
         device_bytes = int(device_bytes * config.resident_ratio / (1 + config.resident_ratio))
         host_bytes = min(host_bytes, int(device_bytes / config.resident_ratio))
-    return plan_capacity(
-        MemoryBudget(device_bytes, host_bytes, config.device_slots, vllm_config.scheduler_config.max_num_seqs),
+    # vLLM keeps what was asked for: -1 is "auto"
+    is_automatic = vllm_config.model_config.original_max_model_len == -1
+    max_num_seqs, device_option = vllm_config.scheduler_config.max_num_seqs, _device_option(vllm_config)
+    return (plan_automatic if is_automatic else plan_capacity)(
+        MemoryBudget(device_bytes, host_bytes, config.device_slots, max_num_seqs, device_option),
         budget,
         shape.block_bytes,
         index_bytes_per_block(config, shape),
         plan_staging(config, shape, device_bytes),
     )
+
+
+def _device_option(vllm_config: "VllmConfig") -> str:
+    """What says how much device memory there is for KV."""
+    if vllm_config.cache_config.kv_cache_memory_bytes is None:
+        return "--gpu-memory-utilization"
+    # vLLM's CPU platform makes the option of it
+    space = "VLLM_CPU_KVCACHE_SPACE"
+    return space if current_platform.is_cpu() and os.environ.get(space) else "--kv-cache-memory-bytes"
 
 
 def _host_bytes(config: FlashMemoryConfig) -> int:

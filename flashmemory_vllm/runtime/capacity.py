@@ -1,6 +1,7 @@
 """How many slots and logical blocks fit: one calculation for the server's start and for planning ahead."""
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from flashmemory_vllm.config import FlashMemoryConfig
@@ -19,12 +20,14 @@ class MemoryBudget:
         host_bytes: host memory for the pool.
         device_slots: explicit number of slots, or None to fill `device_bytes`.
         max_num_seqs: most requests that run at once.
+        device_option: what the user says `device_bytes` with, for messages.
     """
 
     device_bytes: int
     host_bytes: int
     device_slots: int | None
     max_num_seqs: int
+    device_option: str = "--kv-cache-memory-bytes"
 
 
 class Staging(NamedTuple):
@@ -151,7 +154,7 @@ def plan_capacity(
         )
     if num_slots - 1 < request_slots:
         needed = (request_slots + 1) * block_bytes + staging.bytes + (request_blocks + 1) * index_bytes_per_block
-        given = f"--kv-cache-memory-bytes: {device}" if memory.device_slots is None else slots_given
+        given = f"{memory.device_option}: {device}" if memory.device_slots is None else slots_given
         raise ConfigError(
             f"{given} makes {num_slots} slots, but one request of --max-model-len {budget.max_model_len} needs "
             f"{request_slots + 1} ({needed} bytes with index keys and staging); give more, lower --max-model-len or "
@@ -160,3 +163,36 @@ def plan_capacity(
         )
     index_bytes = num_blocks * index_bytes_per_block
     return CapacityPlan(num_slots, num_blocks, block_bytes, index_bytes, staging, request_slots)
+
+
+def plan_automatic(
+    memory: MemoryBudget, budget: BudgetPolicy, block_bytes: int, index_bytes_per_block: int, staging: Staging
+) -> CapacityPlan:
+    """As `plan_capacity` for `--max-model-len auto`, with the model's own length.
+
+    vLLM would make it shorter later, by the host pool alone, without a look at slots.
+
+    Raises:
+        ConfigError: that does not fit; the message has the longest length that does.
+    """
+
+    def plan(length: int) -> CapacityPlan:
+        return plan_capacity(memory, replace(budget, max_model_len=length), block_bytes, index_bytes_per_block, staging)
+
+    def is_too_long(length: int) -> bool:
+        try:
+            plan(length)
+        except ConfigError:
+            return True
+        return False
+
+    try:
+        return plan(budget.max_model_len)
+    except ConfigError as error:
+        longest = bisect_left(range(1, budget.max_model_len), x=True, key=is_too_long)
+        if longest == 0:
+            raise
+        raise ConfigError(
+            f"--max-model-len: auto is the model's own {budget.max_model_len} tokens, allowed: a number, at most "
+            f"{longest} ({error})"
+        ) from None

@@ -9,11 +9,13 @@ from typing import Any, cast
 import pytest
 import torch
 from vllm.config import ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from flashmemory_vllm.errors import UnsupportedError
-from flashmemory_vllm.plugin import sizing
+from flashmemory_vllm.plugin import checks, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
@@ -211,3 +213,46 @@ def test_a_speculator_as_the_model(save_model: SaveModel, tmp_path: Path) -> Non
 
 def test_tokens_by_the_short_names_of_speculation(llama: Path) -> None:
     assert "by --spec-method" in str(refusal(llama, spec_method="ngram", spec_tokens=2))
+
+
+def test_one_option_on_the_command_line_replaces_those_of_the_file(tmp_path: Path) -> None:
+    """As the page on configuration says: when vLLM starts to merge them, the page can change."""
+    file = tmp_path / "config.yaml"
+    file.write_text('additional-config: {"flashmemory": {"tau_steps": 4}}')
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = ["--config", str(file), "--additional-config.flashmemory.resident_ratio", "0.2"]
+    arguments = parser.parse_args(["--model", "any", *given])
+    assert arguments.additional_config == {"flashmemory": {"resident_ratio": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"resident_ratio": 0.2, "mode": "pressure"}, "mode 'pressure', resident_ratio 0.2"), ({}, "none")],
+)
+def test_the_options_in_force_are_told(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], told: str
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(checks.logger, "info_once", lambda message, *values: lines.append(message % values))
+    configure(llama, options)
+    assert lines == [f"flashmemory: options given: {told}; defaults for all others"]
+
+
+def test_an_automatic_length_that_does_not_fit(llama: Path) -> None:
+    """VLLM takes the model's own length first, and would make it shorter only after our check."""
+    options = {"host_memory_gib": 101 * 16384 / 2**30}
+    message = str(refusal(llama, options, max_model_len=-1))
+    assert message.startswith(
+        "--max-model-len: auto is the model's own 8192 tokens, allowed: a number, at most 3200 "
+        "(flashmemory.host_memory_gib: "
+    )
+    assert configure(llama, options, max_model_len=3200).model_config.max_model_len == 3200
+    assert "--max-model-len 3201 needs 102" in str(refusal(llama, options, max_model_len=3201))
+    enough = {"host_memory_gib": 257 * 16384 / 2**30}
+    assert configure(llama, enough, max_model_len=-1).model_config.max_model_len == 8192
+
+
+def test_device_memory_by_an_environment_variable(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    message = str(refusal(llama, {"staging_blocks": 100_000}))
+    assert message.startswith("VLLM_CPU_KVCACHE_SPACE: 1073741824 bytes of device memory makes ")

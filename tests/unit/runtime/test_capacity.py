@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.runtime.capacity import CapacityPlan, MemoryBudget, Staging, plan_capacity
+from flashmemory_vllm.runtime.capacity import CapacityPlan, MemoryBudget, Staging, plan_automatic, plan_capacity
 
 BLOCK_BYTES = 1000
 
@@ -93,3 +93,28 @@ def test_a_plan_never_spends_more_than_it_has(
     assert made.slot_bytes + made.index_bytes <= device_blocks * BLOCK_BYTES
     assert made.host_bytes <= host_blocks * BLOCK_BYTES
     assert made.request_slots < made.num_slots <= made.num_logical_blocks
+
+
+def automatic(device_blocks: int, host_blocks: int, max_model_len: int = 32768) -> CapacityPlan:
+    memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, None, 8)
+    policy = budget(max_num_batched_tokens=256, max_model_len=max_model_len)
+    return plan_automatic(memory, policy, BLOCK_BYTES, 0, Staging(1, 0))
+
+
+@pytest.mark.parametrize(("device_blocks", "host_blocks", "longest"), [(400, 1001, 16000), (100, 5000, 11840)])
+def test_an_automatic_length_that_does_not_fit_tells_which_does(
+    device_blocks: int, host_blocks: int, longest: int
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^--max-model-len: auto is .* 32768 tokens, allowed: .* at most {longest} "
+    ):
+        automatic(device_blocks, host_blocks)
+    automatic(device_blocks, host_blocks, longest)
+    with pytest.raises(ConfigError):
+        automatic(device_blocks, host_blocks, longest + 1)
+
+
+@pytest.mark.parametrize(("device_blocks", "host_blocks"), [(400, 1), (1, 5000)])
+def test_an_automatic_length_that_no_number_helps(device_blocks: int, host_blocks: int) -> None:
+    with pytest.raises(ConfigError, match=r"^(?!.*auto)"):
+        automatic(device_blocks, host_blocks)
