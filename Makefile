@@ -1,7 +1,7 @@
 # Every target is complete on a fresh machine: it creates .venv and installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo test quality style docs clean
+.PHONY: demo test soak quality style docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# On a CPU both model runners, the second one through Triton's interpreter: 20 minutes. On a GPU 8 minutes with full graphs.
+soak: $(VENV)/.installed
+ifeq ($(BUILD),cpu)
+	PYTHONPATH=tests/tools/triton_cpu$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/flashmemory soak --runners v1,v2 \
+	--scheduling sync,async --seconds 1200 --requests 2000 --out docs/results/soak-cpu.json
+else
+	$(BIN)/flashmemory soak --runners v1,v2 --scheduling async --seconds 480 --requests 100000 --out docs/results/soak-gpu.json
+endif
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "reference": {"evaluation"},
     "evaluation": {"indexer", "residency", "reference", "processes", KERNELS},
     "benchmark": {"evaluation", "processes"},
+    "soak": {"evaluation", "processes"},
     "capture": {"evaluation", "indexer"},
     "training": {"indexer", "residency", "evaluation", "reference", "processes", KERNELS},
     "plugin": {
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "observability",
         "doctor",
         "capture",
+        "soak",
         "processes",
         KERNELS,
     },
@@ -53,6 +55,7 @@ MAY_IMPORT = {
         "training",
         "observability",
         "processes",
+        "soak",
     },
 }
 # What only one part may import, and what pure parts may import beside the standard library.

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from flashmemory_vllm import __version__
-from flashmemory_vllm.cli import accuracy, bench, capture, demo, docs, doctor, plan, reference, train
+from flashmemory_vllm.cli import accuracy, bench, capture, demo, docs, doctor, plan, reference, soak, train
 from flashmemory_vllm.cli import eval as evaluate
 from flashmemory_vllm.errors import FlashMemoryError
 from flashmemory_vllm.processes.interrupts import Interrupted, interruptible
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashmemory", description="Virtual memory for vLLM's KV cache.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (plan, doctor, demo, evaluate, accuracy, bench, capture, train, reference, docs):
+    for command in (plan, doctor, demo, evaluate, accuracy, bench, soak, capture, train, reference, docs):
         command.add_parser(subparsers)
     return parser
 

@@ -46,6 +46,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "results/exactness.md": measured_tables.exactness_table,
     "results/indexer.md": measured_tables.indexer_tables,
     "results/reference.md": measured_tables.equal_bytes_tables,
+    "results/soak.md": measured_tables.soak_tables,
     "results/speed.md": measured_tables.speed_tables,
 }
 

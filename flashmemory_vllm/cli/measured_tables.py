@@ -101,12 +101,13 @@ def _number(value: float | None) -> str:
 
 
 def exactness_table(folder: Path) -> str:
-    """Texts that equal those of stock vLLM at a resident ratio of 1, by device, graphs, runner and load.
+    """Texts that equal those of stock vLLM at a resident ratio of 1, and of eager steps at less, by device and runner.
 
     Args:
         folder: `docs/`.
     """
-    path, rows = _load(folder, EXACTNESS)
+    path, all_rows = _load(folder, EXACTNESS)
+    rows = [row for row in all_rows if row["case"] != "sparse"]
     header = (
         *("device", "decode", "dtype", "runner", "load", "equal texts"),
         *("slots", "logical blocks", "evictions", "recalls", "preemptions"),
@@ -120,7 +121,55 @@ def exactness_table(folder: Path) -> str:
         )
         for row in rows
     )
-    return f"{table(header, cells)}\n{_origins(path, rows)}"
+    sparse = _sparse_table([row for row in all_rows if row["case"] == "sparse"])
+    return f"{table(header, cells)}\n{sparse}{_origins(path, all_rows)}"
+
+
+def _sparse_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    header = (
+        *(
+            "device",
+            "decode",
+            "dtype",
+            "runner",
+            "load",
+            "layer groups",
+            "ratio",
+            "texts equal to eager",
+            "right answers",
+        ),
+        *("evictions", "prefetches", "streamed", "outputs checked", "largest error", "allowed"),
+    )
+    cells = (
+        (
+            *(str(row[name]) for name in ("device", "mode", "dtype", "runner", "load", "layer_groups", "ratio")),
+            f"{row['identical']} of {row['texts']}",
+            "" if row["answers_right"] is None else f"{row['answers_right']} of {row['texts']}",
+            *(f"{row[name]:,}" for name in ("evictions", "prefetches", "streamed", "oracle_outputs")),
+            "not a number" if row["oracle_max_error"] is None else f"{row['oracle_max_error']:.1e}",
+            f"{row['tolerance']:.1e}",
+        )
+        for row in rows
+    )
+    return f"### Sparse decode\n\n{table(header, cells)}\n"
+
+
+def soak_tables(folder: Path) -> str:
+    """What long runs under load came to, a table for each file of rows.
+
+    Args:
+        folder: `docs/`; the rows are the files `results/soak-*.json`.
+    """
+    from flashmemory_vllm.soak.report import format_report
+    from flashmemory_vllm.soak.rows import load_rows
+
+    parts = [
+        f"### {path.stem}\n\n{format_report(load_rows(path))}\n{_origins(path, _read(path))}"
+        for path in sorted((folder / "results").glob("soak-*.json"))
+    ]
+    return "\n".join(parts) or "No run is recorded yet.\n"
 
 
 def device_tables(folder: Path) -> str:
@@ -224,7 +273,7 @@ def _origins(path: Path, rows: Sequence[Row]) -> str:
         f"- {row['gpu'] or 'CPU'}, {_versions(row['versions'])}, commit {row['commit']}: `{row['command']}`"
         for row in rows
     )
-    return "\n".join((f"Rows: [{path.name}](../{BENCHMARKS}/{path.name}), from", "", *lines, ""))
+    return "\n".join((f"Rows: [{path.name}](../{path.parent.name}/{path.name}), from", "", *lines, ""))
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -82,8 +82,11 @@ class SelectionHistory:
             self._num_late = self._copied.late_fences
             for cycle in due:
                 cycle.late = True
+        if len(self._latest) > len(self._planner.requests):
+            self._forget_gone()
         if self._arriving:
-            self._arriving = [cycle for cycle in self._arriving if cycle.state.is_changing]
+            # The set of one that is gone goes on waiting for ever
+            self._arriving = [cycle for cycle in self._arriving if cycle.state.is_changing and self._knows(cycle)]
 
     def _chosen_now(self, plan: StepPlan) -> list[RequestState]:
         states = (self._planner.requests.get(req_id) for req_id in plan.rows)
@@ -108,8 +111,10 @@ class SelectionHistory:
         return cycle
 
     def _forget_gone(self) -> None:
-        known = self._planner.requests
-        self._latest = {req_id: cycle for req_id, cycle in self._latest.items() if known.get(req_id) is cycle.state}
+        self._latest = {req_id: cycle for req_id, cycle in self._latest.items() if self._knows(cycle)}
+
+    def _knows(self, cycle: Cycle) -> bool:
+        return self._planner.requests.get(cycle.state.req_id) is cycle.state
 
 
 def _recalled(state: RequestState, plan: StepPlan) -> tuple[IntArray, ...]:

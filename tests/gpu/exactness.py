@@ -11,6 +11,8 @@ and the third finds its prompts in the prefix cache and has to recall them.
 The batch that a token is computed in changes the last bits of its logits. The text is therefore only certain to
 be the same where both engines run the same batches, or where fp32 keeps those bits far from any decision. vLLM's
 FlashAttention has no fp32: on a GPU the preempting case reports how far the texts agree.
+
+Then come the regimes of `tests/gpu/sparse.py`, in which only some blocks are resident.
 """
 
 import argparse
@@ -18,15 +20,17 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from flashmemory_vllm.evaluation.provenance import Provenance
+from tests.gpu.sparse import SPARSE_REGIMES, SparseRow, make_work, measure_sparse
 from tests.helpers.engine import EngineResult, EngineRun, run_engine
 from tests.helpers.tiny_model import VOCABULARY, save_tiny_llama
 
@@ -279,24 +283,35 @@ def measure(regime: Regime, provenance: Provenance, folder: Path, jobs: int = 1)
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the regimes of this machine and write a row for each case; 1 if one has a problem."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.exactness", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew unless --append is given")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --out has")
     parser.add_argument("--jobs", type=int, default=1, help="engines that run at once. Default: 1")
     parser.add_argument("--only", default="", help="regimes whose name has this in it. Default: all of the device's")
     parser.add_argument("--commit", help="commit to name in the rows, where git is not there to ask")
     args = parser.parse_args(argv)
     provenance = Provenance.collect(["python", "-m", "tests.gpu.exactness", *sys.argv[1:]], args.commit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    regimes = [regime for regime in REGIMES if regime.device == device and args.only in str(regime)]
-    rows: list[ExactnessRow] = []
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.append and args.out.exists() else []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    has_problem = False
+    for row in _measure_all("cuda" if torch.cuda.is_available() else "cpu", args.only, args.jobs, provenance):
+        rows.append(asdict(row))
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
+        has_problem |= bool(row.problems())
+    return int(has_problem)
+
+
+def _measure_all(device: str, only: str, jobs: int, provenance: Provenance) -> Iterator[ExactnessRow | SparseRow]:
+    """Rows of every regime of a device whose name has `only` in it, as they are measured."""
     with tempfile.TemporaryDirectory() as folder:
-        for regime in regimes:
-            rows += measure(regime, provenance, Path(folder), args.jobs)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-            for row in rows[-len(CASES) :]:
-                sys.stdout.write(f"{row}\n")
-                sys.stdout.flush()
-    return int(any(row.problems() for row in rows))
+        for regime in REGIMES:
+            if regime.device == device and only in str(regime):
+                yield from measure(regime, provenance, Path(folder), jobs)
+        sparse = [regime for regime in SPARSE_REGIMES if regime.device == device and only in str(regime)]
+        works = [make_work(regime, Path(folder)) for regime in sparse]
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(partial(measure_sparse, provenance=provenance), sparse, works)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class AttentionOracle:
     def __init__(self) -> None:
         self.checked: dict[Kind, Checked] = {}
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._is_token = torch.empty(0, dtype=torch.bool)
         self._rows: Sequence[Row] = ()
         self._batch = _Batch(torch.empty(0), [], [], 1)
         self._history: dict[int, torch.Tensor] = {}
@@ -94,7 +95,9 @@ class AttentionOracle:
 
     def see_slots(self, call: Call) -> None:
         """Keep vLLM's slot mapping, which is still logical."""
-        self._slots = call.slot_mapping.clone().reshape(-1)
+        slots = call.slot_mapping.reshape(-1)
+        self._is_token = slots >= 0
+        self._slots = slots[self._is_token]
 
     def see_batch(self, call: Call) -> None:
         """Keep vLLM's block table and lengths, which are still logical."""
@@ -116,26 +119,29 @@ class AttentionOracle:
         impl = call.self
         if not _in_step(impl):
             return
-        is_token = self._slots >= 0
-        both = torch.stack((call.key, call.value), dim=1)[: len(self._slots)][is_token]
+        both = torch.stack((call.key, call.value), dim=1)
+        # On a GPU either may be padded
+        num_tokens = min(len(both), len(self._is_token))
+        both = both[:num_tokens][self._is_token[:num_tokens]]
         if impl.layer_index not in self._history:
-            num_tokens = impl.runtime.num_logical_blocks * self._batch.block_size
+            size = impl.runtime.num_logical_blocks * self._batch.block_size
             # Whatever was never written is NaN, so that reading it shows
-            self._history[impl.layer_index] = torch.full((num_tokens, *both.shape[1:]), torch.nan)
-        self._history[impl.layer_index][self._slots[is_token]] = both.float()
+            self._history[impl.layer_index] = torch.full((size, *both.shape[1:]), torch.nan, device=both.device)
+        self._history[impl.layer_index][self._slots] = both.float()
 
     def check(self, call: Call) -> None:
         """Compare a layer's output, row by row."""
         impl, query = call.self, call.query
         if not _in_step(impl):
             return
-        outputs = call.output.view_as(query)
+        outputs = call.output.reshape(query.shape)
         for index, row in enumerate(self._rows):
             start, stop = self._batch.token_bounds[index : index + 2]
             seq_len = self._batch.seq_lens[index]
             positions = self._positions(index, row, impl.group)
             history = self._history[impl.layer_index][self._logical_slots(index, positions)]
-            hidden = positions[None, :] > torch.arange(seq_len - (stop - start), seq_len)[:, None]
+            asking = torch.arange(seq_len - (stop - start), seq_len, device=positions.device)
+            hidden = positions[None, :] > asking[:, None]
             expected = _attention(query[start:stop], history[:, 0], history[:, 1], hidden, impl.scale)
             error = float((outputs[start:stop].double() - expected).abs().max() / expected.abs().max())
             checked = self.checked.setdefault(self._kind(index, row, impl.group), Checked())
@@ -143,10 +149,11 @@ class AttentionOracle:
 
     def _positions(self, index: int, row: Row, group: int) -> torch.Tensor:
         """Tokens that a row is to attend to: int64 positions in its request, ascending."""
-        every = torch.arange(self._batch.seq_lens[index])
+        device = self._batch.block_table.device
+        every = torch.arange(self._batch.seq_lens[index], device=device)
         if row.phase is Phase.PREFILL:
             return every
-        blocks = torch.from_numpy(row.positions[group].astype(np.int64))
+        blocks = torch.from_numpy(row.positions[group].astype(np.int64)).to(device)
         return every[torch.isin(every // self._batch.block_size, blocks)]
 
     def _logical_slots(self, index: int, positions: torch.Tensor) -> torch.Tensor:
@@ -158,7 +165,8 @@ class AttentionOracle:
             return "sparse_decode" if row.evicted_tokens[group] else "dense_decode"
         if not len(row.streamed[group]):
             return "prefill"
-        history = self._logical_slots(index, torch.arange(row.num_computed_tokens))
+        earlier = torch.arange(row.num_computed_tokens, device=self._batch.block_table.device)
+        history = self._logical_slots(index, earlier)
         return "same_step_prefill" if torch.isin(history, self._slots).any() else "streamed_prefill"
 
 

@@ -86,3 +86,21 @@ def test_a_missing_file_is_told(folder: Path) -> None:
     (folder / "benchmarks" / "kernels.json").unlink()
     with pytest.raises(ConfigError, match=r"kernels\.json cannot be read"):
         measured_tables.device_tables(folder)
+
+
+def test_sparse_decode_has_a_table_of_its_own(folder: Path) -> None:
+    assert "Sparse decode" not in measured_tables.exactness_table(folder)
+    rows = json.loads((folder / "benchmarks" / "exactness.json").read_text())
+    known = {name: rows[0][name] for name in ("device", "dtype", "runner", "command", "commit", "gpu", "versions")}
+    counted = dict.fromkeys(("evictions", "prefetches", "streamed", "oracle_outputs"), 1234)
+    sparse = {**known, **counted, "case": "sparse", "mode": "graphs", "load": "random", "layer_groups": 2, "ratio": 0.3}
+    sparse |= {"identical": 47, "texts": 48, "answers_right": None, "oracle_max_error": 0.00123, "tolerance": 0.03125}
+    (folder / "benchmarks" / "exactness.json").write_text(json.dumps([*rows, sparse]))
+    told = measured_tables.exactness_table(folder)
+    line = next(line for line in told.split("### Sparse decode")[1].splitlines() if "random" in line)
+    assert "| random | 2 | 0.3 | 47 of 48 |  | 1,234 | 1,234 | 1,234 | 1,234 | 1.2e-03 | 3.1e-02 |" in line
+    assert "steady" not in told.split("### Sparse decode")[1]
+
+
+def test_a_soak_is_shown_when_there_is_one(folder: Path) -> None:
+    assert measured_tables.soak_tables(folder) == "No run is recorded yet.\n"

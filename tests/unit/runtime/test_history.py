@@ -4,6 +4,7 @@ import pytest
 
 from flashmemory_vllm.residency.types import NewRequest, StepPlan
 from flashmemory_vllm.runtime.history import MAX_SELECTIONS, Cycle, SelectionHistory
+from flashmemory_vllm.soak.leftovers import find_mentions
 from flashmemory_vllm.transfer.engine import TransferCounters
 from tests.unit.residency.driver import Driver
 
@@ -127,3 +128,16 @@ def test_a_request_that_comes_again_under_its_name_starts_over() -> None:
     assert watched.history.cycle_of(state) is None
     watched.step(best=[3, 5, 7])
     assert watched.newest().first
+
+
+def test_who_is_gone_is_kept_among_the_last_selections_only() -> None:
+    watched = Watched(max_prefetches=1)
+    watched.step(best=[3, 5, 7])
+    watched.make_absent()
+    watched.step(best=[9, 10, 3])
+    # Its client goes away while blocks of its set still come in
+    (state,) = watched.driver.planner.requests
+    assert state.is_changing
+    watched.history.note(watched.driver.step(finished=["a"]))
+    assert len(list(watched.history)) == 2
+    assert find_mentions({"history": watched.history}, ["a"]) == []

@@ -1,0 +1,114 @@
+"""The processes of a soak: one serves the trace, the other one judges the texts; files in a folder between them."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flashmemory_vllm.processes.engine_log import find_error
+from flashmemory_vllm.processes.guarded import GuardedProcess
+from flashmemory_vllm.soak.drive import Text
+from flashmemory_vllm.soak.settings import Device, SoakSettings
+
+WORKER_MODULE = "flashmemory_vllm.cli.soak_worker"
+# What Python's faulthandler begins its report with when a process has waited for too long
+HANG_MARK = "Timeout ("
+Task = Literal["serve", "judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What both processes need beside the trace.
+
+    Attributes:
+        model: folder of the model.
+        indexer: trained indexer of the sparse phase, or None.
+        seconds: no request arrives later than this, or None.
+        memory_gib: device memory for KV of the reference, which has to hold all that runs at once.
+    """
+
+    model: str
+    indexer: str | None
+    seconds: float | None
+    memory_gib: float
+
+
+class SoakFolder:
+    """Where the processes of one cell leave what they have.
+
+    Args:
+        path: the folder; created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.trace = path / "trace.json"
+        self.log = path / "log.txt"
+        self._texts = path / "texts.jsonl"
+
+    def write(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Write a document."""
+        (self.path / f"{name}.json").write_text(json.dumps(dict(fields)), encoding="utf-8")
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A document, or None if the process that was to write it has not come so far."""
+        path = self.path / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def keep(self, text: Text) -> None:
+        """Append a finished text."""
+        with self._texts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(text)) + "\n")
+
+    def texts(self) -> list[Text]:
+        """All finished texts."""
+        return list(self._read_texts())
+
+    def _read_texts(self) -> Iterator[Text]:
+        if not self._texts.exists():
+            return
+        with self._texts.open(encoding="utf-8") as file:
+            for line in file:
+                fields = json.loads(line)
+                yield Text(fields["name"], fields["place"], tuple(fields["token_ids"]))
+
+
+def worker_environment(settings: SoakSettings, device: Device, task: Task) -> dict[str, str]:
+    """Variables of a worker's process."""
+    env = dict(os.environ) | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if settings.runner == "v2" and task == "serve" else "0",
+        # The reference is vLLM as it is
+        "VLLM_PLUGINS": "flashmemory" if task == "serve" else "",
+    }
+    env.pop("TRITON_INTERPRET", None)
+    if device == "cpu":
+        # Threads that wait for each other spin: on cores shared with anything else, a small model is faster with one
+        env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if settings.runner == "v2" and task == "serve":
+            env["TRITON_INTERPRET"] = "1"
+    else:
+        env |= {"VLLM_USE_V2_MODEL_RUNNER": "1" if settings.runner == "v2" else "0"}
+    return env
+
+
+def run_worker(folder: SoakFolder, task: Task, env: Mapping[str, str]) -> str | None:
+    """Run one of the processes to its end; it never outlives this call.
+
+    Returns:
+        None, or why it failed; after a hang with the place where each thread was.
+    """
+    command = [sys.executable, "-m", WORKER_MODULE, str(folder.path), task]
+    with folder.log.open("ab") as log, GuardedProcess(command, log, env) as process:
+        status = process.wait()
+    if status == 0:
+        return None
+    printed = folder.log.read_text(encoding="utf-8", errors="replace")
+    if HANG_MARK in printed:
+        return f"{task}: a step did not return\n" + printed[printed.rindex(HANG_MARK) :]
+    return f"{task}: {find_error(printed) or f'exit code {status}'}"

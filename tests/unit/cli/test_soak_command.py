@@ -1,0 +1,86 @@
+"""What `flashmemory soak` makes of its arguments."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from flashmemory_vllm.cli.app import build_parser, main
+from flashmemory_vllm.cli.soak import read_settings
+from flashmemory_vllm.soak.adapter import RANK, write_adapter
+from flashmemory_vllm.soak.process import worker_environment
+
+
+def _arguments(*words: str) -> argparse.Namespace:
+    return build_parser().parse_args(["soak", "--out", "rows.json", *words])
+
+
+def test_every_phase_on_every_runner_with_every_scheduling_shares_requests() -> None:
+    cells = read_settings(
+        _arguments("--runners", "v2,v1", "--scheduling", "async,sync", "--requests", "2000", "--seed", "7"), "cpu"
+    )
+    assert len({(cell.phase, cell.runner, cell.is_async) for cell in cells}) == len(cells) == 8
+    assert [cell.num_requests for cell in cells] == [250] * 8
+    assert [cell.seed for cell in cells] == list(range(7, 15))
+
+
+def test_what_is_given_replaces_what_suits_the_device() -> None:
+    (cell,) = read_settings(
+        _arguments("--phases", "sparse", "--ratio", "0.2", "--dtype", "float16", "--selector", "exact", "--eager"),
+        "cuda",
+    )
+    assert (cell.resident_ratio, cell.dtype, cell.is_eager) == (0.2, "float16", True)
+    assert cell.options["selector"] == "exact"
+    (known,) = read_settings(_arguments("--phases", "sparse"), "cuda")
+    assert (known.resident_ratio, known.dtype, known.is_eager) == (0.135, "bfloat16", False)
+    assert known.uses_shipped_indexer
+    assert "selector" not in known.options
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--runners", "v3"), "--runners has 'v3': allowed is v1, v2"),
+        (("--phases", "dense,wet"), "--phases has 'wet': allowed is dense, sparse"),
+        (("--scheduling", ""), "--scheduling has '': allowed is sync, async"),
+        (("--seconds", "0"), "--seconds is 0.0: allowed is a number > 0"),
+        (("--requests", "-1"), "--requests is -1: allowed is a number > 0"),
+    ],
+)
+def test_what_is_not_allowed_is_told(
+    words: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["soak", "--out", str(tmp_path / "rows.json"), *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_only_the_engine_under_test_has_our_plugin_and_on_a_cpu_only_its_second_runner_is_interpreted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    first, second = read_settings(_arguments("--phases", "dense", "--runners", "v1,v2"), "cpu")
+    assert "TRITON_INTERPRET" not in worker_environment(first, "cpu", "serve")
+    served, judged = (worker_environment(second, "cpu", task) for task in ("serve", "judge"))
+    assert (served["VLLM_PLUGINS"], served["VLLM_USE_V2_MODEL_RUNNER"], served["TRITON_INTERPRET"]) == (
+        "flashmemory",
+        "1",
+        "1",
+    )
+    assert (judged["VLLM_PLUGINS"], judged["VLLM_USE_V2_MODEL_RUNNER"]) == ("", "0")
+    assert "TRITON_INTERPRET" not in judged
+    assert worker_environment(second, "cuda", "judge")["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+
+
+def test_an_adapter_fits_its_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    folder = write_adapter(tmp_path, tmp_path / "adapter", 1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    place = "base_model.model.model.layers.2.self_attn"
+    assert len(tensors) == 3 * 2 * 2
+    assert tensors[f"{place}.q_proj.lora_A.weight"].shape == (RANK, 32)
+    assert tensors[f"{place}.v_proj.lora_B.weight"].shape == (16, RANK)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == RANK
