@@ -9,6 +9,10 @@ class ConfigError(FlashMemoryError, ValueError):
     """A setting or argument is outside of what is allowed."""
 
 
+class StorageError(FlashMemoryError, OSError):
+    """A file could not be written, as on a full disk; what was there before is untouched."""
+
+
 class IntegrityError(FlashMemoryError, RuntimeError):
     """A conservation law of blocks, slots or bytes is broken: state can no longer be trusted."""
 

@@ -1,6 +1,7 @@
-"""Files and functions stay short enough to be read at once."""
+"""Files and functions stay short enough to be read at once, and no duration is read off a clock that can jump."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,9 @@ def test_a_long_function_is_found(tmp_path: Path) -> None:
     file = tmp_path / "long.py"
     file.write_text("\n".join(lines))
     assert list(_long_functions(file)) == ["long has 61 lines"]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if _name(path).startswith("flashmemory_vllm")], ids=_name)
+def test_a_clock_that_is_set_changes_no_duration(path: Path) -> None:
+    # The wall clock jumps when it is set; deadlines and durations are those of `time.monotonic` and `perf_counter`
+    assert re.findall(r"\btime\.time(?:_ns)?\(|import time as|from time import", path.read_text(encoding="utf-8")) == []

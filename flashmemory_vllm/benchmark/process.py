@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from flashmemory_vllm.benchmark.cells import EngineSetup
 from flashmemory_vllm.benchmark.measure import Work
+from flashmemory_vllm.files import write_json
 from flashmemory_vllm.processes.engine_log import find_error, has_failed
 from flashmemory_vllm.processes.guarded import GuardedProcess
 
@@ -51,7 +52,7 @@ class Job:
     Attributes:
         setup: how to start the engine.
         works: loads, one after the other.
-        deadline: time.time() after which no load begins, or None.
+        deadline: `time.monotonic()` of this machine after which no load begins, or None.
     """
 
     setup: EngineSetup
@@ -60,7 +61,7 @@ class Job:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_json(path, asdict(self), indent=None)
 
     @classmethod
     def read(cls, path: Path) -> "Job":

@@ -8,6 +8,7 @@ from typing import Any
 
 from flashmemory_vllm.benchmark.scenario import Metric
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import write_json
 
 # Field of a row and unit of each metric; of the first kind less is better
 _METRICS: dict[Metric, tuple[str, str]] = {
@@ -208,9 +209,7 @@ def load_rows(path: Path) -> list[BenchRow]:
 def save_rows(path: Path, rows: Sequence[BenchRow]) -> None:
     """Write the rows so that an interrupted run leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, [asdict(row) for row in rows])
 
 
 def format_tables(rows: Sequence[BenchRow]) -> str:

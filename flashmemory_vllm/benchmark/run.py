@@ -46,7 +46,7 @@ class BenchRun:
         self._model = model
         self._path = path
         self._provenance = provenance
-        self._deadline = None if time_limit is None else time.time() + time_limit
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._start = start
         self._rows = load_rows(path)
 
@@ -111,4 +111,4 @@ class BenchRun:
         progress.update()
 
     def _is_late(self) -> bool:
-        return self._deadline is not None and time.time() > self._deadline
+        return self._deadline is not None and time.monotonic() > self._deadline

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from flashmemory_vllm.capture.document import Array, with_prefix
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import whole_file, write_json
 
 FORMAT = 2
 SHARD_BYTES = 512 << 20
@@ -171,9 +172,8 @@ class CaptureWriter:
         if not self._num_pending:
             return
         path = self._folder / f"shard-{len(self._shards):05d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file(self._pending, partial, metadata={"documents": str(self._num_pending)})
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_file(self._pending, partial, metadata={"documents": str(self._num_pending)})
         self._shards.append(_describe(path))
         self._written_bytes += self._shards[-1]["bytes"]
         self._pending, self._num_pending, self._pending_bytes = {}, 0, _HEADER_BYTES
@@ -181,8 +181,8 @@ class CaptureWriter:
     def finish(self) -> None:
         """Write what is kept, then the final `meta.json` and the index that marks the folder as complete."""
         self.flush()
-        _write_json(self._folder / _META, self._meta.as_json(self.num_documents))
-        _write_json(self._folder / _INDEX, {"shards": self._shards})
+        write_json(self._folder / _META, self._meta.as_json(self.num_documents))
+        write_json(self._folder / _INDEX, {"shards": self._shards})
 
     def _continue_or_begin(self) -> None:
         path, ours = self._folder / _META, _identity(self._meta.as_json(0))
@@ -197,7 +197,7 @@ class CaptureWriter:
         elif any(self._folder.glob(_SHARDS)):
             raise ConfigError(f"--out: {self._folder} has shards but no {_META}; allowed is an empty folder")
         else:
-            _write_json(path, self._meta.as_json(0))
+            write_json(path, self._meta.as_json(0))
 
 
 def _identity(meta: dict[str, Any]) -> dict[str, Any]:
@@ -215,10 +215,3 @@ def _describe(path: Path) -> dict[str, Any]:
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no complete shard ({error}): remove it and what follows it") from None
     return {"file": path.name, "documents": documents, "bytes": path.stat().st_size}
-
-
-def _write_json(path: Path, content: object) -> None:
-    """Whoever reads it meets the old content or the new, never a part."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

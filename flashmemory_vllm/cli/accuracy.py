@@ -95,7 +95,7 @@ def _measure(args: argparse.Namespace) -> None:
     from flashmemory_vllm.evaluation.accuracy_rows import load_rows
     from flashmemory_vllm.evaluation.provenance import Provenance
 
-    began = time.time()
+    began = time.monotonic()
     if args.time_limit is not None and args.time_limit <= 0:
         raise ConfigError(f"--time-limit is {args.time_limit}: allowed is a number > 0")
     deadline = None if args.time_limit is None else began + args.time_limit
@@ -112,7 +112,7 @@ def _measure(args: argparse.Namespace) -> None:
     )
     check_recorded(missing, conditions, folders)
     for start in make_starts(args, missing):
-        if deadline is None or time.time() < deadline:
+        if deadline is None or time.monotonic() < deadline:
             measure(Job(args.model, start, conditions, folders, args.out, command, args.commit, deadline))
     left = conditions.missing(cells, load_rows(args.out))
     if left:

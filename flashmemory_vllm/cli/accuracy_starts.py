@@ -70,7 +70,7 @@ class Job:
         path: file of the rows.
         command: words of the command line.
         commit: commit to name. None to ask git.
-        deadline: no cell is begun after this time, in seconds since the epoch. None for never.
+        deadline: no cell is begun after this time, of `time.monotonic()`. None for never.
     """
 
     model: Path

@@ -1,7 +1,6 @@
 """`flashmemory bench`: stock vLLM and our backend on the same loads, one row for each."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from flashmemory_vllm.benchmark.scenario import EngineName, Scenario, load_scena
 from flashmemory_vllm.cli.plan import SHAPES
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
+from flashmemory_vllm.files import write_json
 from flashmemory_vllm.reference import reference_model_path
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def model_arguments(model: str | None, shape: str | None) -> dict[str, Any]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "flashmemory" / "shapes" / shape
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | _SHAPE_REST), encoding="utf-8")
+    write_json(folder / "config.json", SHAPES[shape] | _SHAPE_REST)
     return {"model": str(folder), "load_format": "dummy"}
 
 

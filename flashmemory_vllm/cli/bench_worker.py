@@ -29,7 +29,7 @@ def main(job_path: Path, events_path: Path) -> None:
     longest = min(max(max(work.prompt_lens) for work in job.works), sizes.max_model_len // 2, *WARM_UP.prompt_lens)
     measure(engine, replace(WARM_UP, prompt_lens=(longest,) * 2))
     for place, work in enumerate(job.works):
-        if job.deadline is not None and time.time() > job.deadline:
+        if job.deadline is not None and time.monotonic() > job.deadline:
             break
         needed = work.num_blocks(sizes.block_size)
         if work.must_fit and needed >= sizes.num_blocks:

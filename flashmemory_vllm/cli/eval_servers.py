@@ -16,6 +16,7 @@ from flashmemory_vllm.config import SECTION
 from flashmemory_vllm.errors import ConfigError, FlashMemoryError
 from flashmemory_vllm.evaluation.eval_rows import Side
 from flashmemory_vllm.evaluation.target import Target
+from flashmemory_vllm.files import write_text
 
 BACKEND, ADDITIONAL = "attention-backend", "additional-config"
 KV_BYTES = "kv-cache-memory-bytes"
@@ -67,7 +68,7 @@ class ServerChoice:
             return
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"serve-{self.side}.yaml"
-        file.write_text(yaml.safe_dump(dict(self.config), sort_keys=False), encoding="utf-8")
+        write_text(file, yaml.safe_dump(dict(self.config), sort_keys=False))
         path = Path(self.model)
         model = path if path.is_dir() else self.model
         log = folder / f"serve-{self.side}.log"

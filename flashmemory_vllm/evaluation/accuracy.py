@@ -142,7 +142,7 @@ class AccuracyRun:
         conditions: what the cells have in common.
         provenance: where the rows come from.
         path: JSON file of the rows. Rows of other cells stay in it.
-        deadline: no cell is begun after this time, in seconds since the epoch. Default: never.
+        deadline: no cell is begun after this time, of `time.monotonic()`. Default: never.
 
     Raises:
         ConfigError: on construction, the file holds something else.
@@ -191,7 +191,7 @@ class AccuracyRun:
             yield from takewhile(lambda _: not self._is_late(), group)
 
     def _is_late(self) -> bool:
-        return self._deadline is not None and time.time() > self._deadline
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _measure(self, cell: Cell) -> AccuracyRow:
         samples = self._conditions.samples(cell.task, cell.tokens, cell.questions)

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.tasks import AnyTaskName
+from flashmemory_vllm.files import write_json
 
 DENSE = "full"
 NEURAL = "neural"
@@ -177,9 +178,7 @@ def load_rows(path: Path) -> list[AccuracyRow]:
 def save_rows(path: Path, rows: Sequence[AccuracyRow]) -> None:
     """Write a file of rows; whoever reads it meets the old ones or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, [asdict(row) for row in rows])
 
 
 def format_report(rows: Sequence[AccuracyRow]) -> str:

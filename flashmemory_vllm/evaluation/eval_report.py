@@ -11,6 +11,7 @@ from flashmemory_vllm.evaluation.gate import ALL_QUESTIONS, Judged, Limits, Verd
 from flashmemory_vllm.evaluation.loss import POSITIONS, loss_lines
 from flashmemory_vllm.evaluation.parity import TOP_LOGPROBS, Comparison
 from flashmemory_vllm.evaluation.report_blocks import Block, Heading, Picture, Table, Text, to_html, to_markdown
+from flashmemory_vllm.files import write_text
 from flashmemory_vllm.reference import reference_model_path
 
 MARKDOWN, HTML = "report.md", "report.html"
@@ -40,7 +41,7 @@ def write_report(folder: Path, limits: Limits) -> list[Path]:
     blocks = list(_blocks(evaluation, folder, limits))
     texts = {MARKDOWN: to_markdown(blocks), HTML: to_html(f"Evaluation of {evaluation.model}", blocks)}
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return [folder / name for name in texts]
 
 

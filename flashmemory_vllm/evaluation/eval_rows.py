@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import write_json
 
 FILE_NAME = "eval.json"
 Side = Literal["dense", "sparse"]
@@ -138,6 +139,4 @@ def load_evaluation(folder: Path) -> Evaluation | None:
 def save_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write the file of a folder; whoever reads it meets the old rows or the new ones, never a part."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{FILE_NAME}.partial"
-    partial.write_text(json.dumps(asdict(evaluation), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / FILE_NAME)
+    write_json(folder / FILE_NAME, asdict(evaluation))

@@ -34,6 +34,7 @@ from flashmemory_vllm.evaluation.standard import (
     run_all,
     save_rows,
 )
+from flashmemory_vllm.files import write_text
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -227,7 +228,7 @@ def _load_answers(path: Path) -> dict[str, Answer]:
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
     answers = [Answer(**json.loads(line)) for line in whole.split("\n") if line]
     return {answer.id: answer for answer in answers}
 

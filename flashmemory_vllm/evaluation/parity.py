@@ -22,6 +22,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.eval_rows import Figures
 from flashmemory_vllm.evaluation.needles import Questions
 from flashmemory_vllm.evaluation.target import Completion, Target
+from flashmemory_vllm.files import write_json
 
 TASK = "continuation"
 # Of an evaluation; the dense continuations are kept in it
@@ -181,7 +182,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def _save(path: Path, completions: Sequence[Completion]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(completion) for completion in completions]) + "\n", encoding="utf-8")
+    write_json(path, [asdict(completion) for completion in completions], indent=None)
 
 
 def _load(path: Path) -> list[Completion]:

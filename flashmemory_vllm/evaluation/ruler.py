@@ -35,6 +35,7 @@ from flashmemory_vllm.evaluation.standard import (
     run_all,
     save_rows,
 )
+from flashmemory_vllm.files import write_text
 
 SUITE = "ruler"
 # Tasks whose text the harness makes up itself.
@@ -221,7 +222,7 @@ def _run_cell(cell: _Cell, root: Path, options: RulerOptions) -> StandardRow:
     folder = (root / f"{cell.task}-{cell.tokens}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(cell.config(folder, options), sort_keys=False), encoding="utf-8")
+    write_text(config, yaml.safe_dump(cell.config(folder, options), sort_keys=False))
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as output:
         command = [*_HARNESS, "run", "--config", str(config)]

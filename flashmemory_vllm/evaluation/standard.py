@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import write_json
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -85,9 +86,7 @@ def load_rows(path: Path) -> list[StandardRow]:
 def save_rows(path: Path, rows: Sequence[StandardRow]) -> None:
     """Write a file of rows; whoever reads it meets the old ones or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, [asdict(row) for row in rows])
 
 
 def api_url(base_url: str) -> str:

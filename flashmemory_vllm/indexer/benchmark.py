@@ -8,7 +8,6 @@ beside the bandwidth that a plain copy reaches in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from flashmemory_kernels.benchmark import Measure, measure_ceilings, measure_cuda, row_facts
 
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.files import write_json
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.indexer.checkpoint import save_indexer
 from flashmemory_vllm.indexer.factory import create_selector
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{row.measurement:26} {row.value:9.2f} us {row.host_us:9.2f} us host {row.share:7.1%}\n")
         sys.stdout.flush()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_json(options.out, [asdict(row) for row in rows])
     return 0
 
 

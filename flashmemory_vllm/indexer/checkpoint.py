@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import whole_file
 from flashmemory_vllm.indexer.base import IndexGeometry
 from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
 
@@ -89,9 +90,8 @@ def save_indexer(model: NeuralIndexer, path: Path) -> None:
         for name, value in model.state_dict().items()
     }
     content = {"version": VERSION, "spec": asdict(model.spec)}
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata={METADATA_KEY: json.dumps(content)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(weights, partial, metadata={METADATA_KEY: json.dumps(content)})
 
 
 @torch.no_grad()

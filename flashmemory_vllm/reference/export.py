@@ -1,6 +1,5 @@
 """Writes a trained reference model as a Hugging Face checkpoint that vLLM serves as `Qwen3ForCausalLM`."""
 
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashmemory_vllm.evaluation import vocabulary as words
+from flashmemory_vllm.files import whole_file, write_json, write_text
 from flashmemory_vllm.reference.evaluate import AccuracyCell, format_table
 from flashmemory_vllm.reference.model import ReferenceModel
 from flashmemory_vllm.reference.tokenizer import write_tokenizer
@@ -20,7 +20,8 @@ def export_model(model: ReferenceModel, folder: Path) -> None:
     """Write bf16 weights, configuration and tokenizer into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole_file(folder / "model.safetensors") as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
     shape = model.config.to_dict()
     config = shape | {
         "architectures": ["Qwen3ForCausalLM"],
@@ -38,14 +39,14 @@ def export_model(model: ReferenceModel, folder: Path) -> None:
         "eos_token_id": words.END,
         "pad_token_id": words.PAD,
     }
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config, indent=2)
     generation = {
         "bos_token_id": words.BOS,
         "eos_token_id": words.END,
         "pad_token_id": words.PAD,
         "do_sample": False,
     }
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation, indent=2)
     write_tokenizer(folder, model.config.max_position_embeddings)
 
 
@@ -53,10 +54,8 @@ def write_card(folder: Path, settings: TrainSettings, result: TrainResult, cells
     """Write the model card and `evaluation.json`: how the weights came about and what they can do."""
     cuda = settings.device.startswith("cuda")
     num_parameters = sum(parameter.numel() for parameter in result.model.parameters())
-    _write_json(
-        folder / "evaluation.json",
-        [{name: getattr(cell, name) for name in AccuracyCell.__dataclass_fields__} for cell in cells],
-    )
+    rows = [{name: getattr(cell, name) for name in AccuracyCell.__dataclass_fields__} for cell in cells]
+    write_json(folder / "evaluation.json", rows, indent=2)
     card = _CARD.format(
         num_parameters=num_parameters / 1e6,
         layers=result.model.config.num_hidden_layers,
@@ -74,11 +73,7 @@ def write_card(folder: Path, settings: TrainSettings, result: TrainResult, cells
         arithmetic="bf16 weights and activations" if cuda else "bf16 weights, fp32 activations",
         table=format_table(cells),
     )
-    (folder / "README.md").write_text(card)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(folder / "README.md", card)
 
 
 _CARD = """\

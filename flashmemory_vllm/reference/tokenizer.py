@@ -1,6 +1,5 @@
 """The tokenizer of the reference language: one whitespace-separated word is one token, both ways exactly."""
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
@@ -9,6 +8,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from flashmemory_vllm.evaluation import vocabulary as words
+from flashmemory_vllm.files import write_json
 
 CHAT_TEMPLATE = (
     "<bos>"
@@ -44,4 +44,4 @@ def write_tokenizer(folder: Path, max_tokens: int) -> None:
         "model_max_length": max_tokens,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings, indent=2)

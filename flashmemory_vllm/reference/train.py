@@ -1,5 +1,6 @@
 """Trainer of the reference model: one process, one device, a wall-clock budget."""
 
+import io
 import json
 import math
 import time
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES, TaskName
+from flashmemory_vllm.files import whole_file
 from flashmemory_vllm.reference.curriculum import Curriculum
 from flashmemory_vllm.reference.data import BatchPlan, Prefetcher, TrainingBatch
 from flashmemory_vllm.reference.model import ReferenceConfig, ReferenceModel
@@ -232,9 +234,10 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        saved = io.BytesIO()
+        torch.save(state, saved)
+        with whole_file(self.checkpoint) as partial:
+            partial.write_bytes(saved.getbuffer())
 
     def resume(self) -> None:
         """Go on from the checkpoint with the settings of this run and the clock of the other."""

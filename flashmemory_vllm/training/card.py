@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
+from flashmemory_vllm.files import write_json, write_text
 from flashmemory_vllm.indexer.neural_model import IndexerSpec
 from flashmemory_vllm.training.evaluation import RATIOS
 from flashmemory_vllm.training.frame import MAIN_RATIO
@@ -71,9 +71,9 @@ def write_report(report: TrainingReport, weights: Path) -> tuple[Path, Path, Pat
     """
     card, curves, picture = (weights.with_suffix(suffix) for suffix in (".md", ".curves.json", ".png"))
     rows = {"history": [dict(row) for row in report.history], "selectors": report.scores}
-    curves.write_text(json.dumps(_without_nan(rows), indent=2) + "\n")
+    write_json(curves, _without_nan(rows), indent=2)
     _draw(report, picture)
-    card.write_text(_card(report, weights, picture, curves))
+    write_text(card, _card(report, weights, picture, curves))
     return card, curves, picture
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import whole_file
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
 from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps
 from flashmemory_vllm.training.dataset import TrainingData, split_documents
@@ -251,6 +253,7 @@ class Trainer:
             "losses": self._losses,
             "seconds": self.seconds,
         }
-        partial = self._state.with_name(self._state.name + ".partial")
-        torch.save(saved, partial)
-        partial.replace(self._state)
+        state = io.BytesIO()
+        torch.save(saved, state)
+        with whole_file(self._state) as partial:
+            partial.write_bytes(state.getbuffer())

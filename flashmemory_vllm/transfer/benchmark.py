@@ -8,7 +8,6 @@ matrix). The result is behind `cuda_engine.MIN_DMA_PAGE_BYTES` and `copy_pages`'
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.files import write_json
 from flashmemory_vllm.transfer.batched_copy import batched_copy, has_batched_copy
 from flashmemory_vllm.transfer.engine import Ids
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(table_line([getattr(row, column) for column in columns]))
         sys.stdout.flush()
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_json(out, [asdict(row) for row in rows])
     return 0
 
 

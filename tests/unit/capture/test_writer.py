@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from flashmemory_vllm.capture.document import Array
 from flashmemory_vllm.capture.writer import CaptureWriter, is_complete
-from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.errors import ConfigError, StorageError
+from tests.helpers.disk import full_disk
 from tests.unit.capture.documents import BLOCK_SIZE, MIN_VOTES, make_document, make_meta
 
 SHARD = 16_384
@@ -132,3 +133,21 @@ def test_shards_of_nobody_are_refused(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"has shards but no meta\.json"):
         CaptureWriter(tmp_path, make_meta(), PLENTY)
+
+
+def test_a_full_disk_leaves_whole_shards_that_the_next_run_goes_on_with(tmp_path: Path) -> None:
+    writer = CaptureWriter(tmp_path, make_meta(), PLENTY, SHARD)
+    for number in range(4):
+        writer.add(tensors_of(number))
+    writer.flush()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    writer.add(tensors_of(4))
+    with full_disk(1024), pytest.raises(StorageError, match=r"shard-\d+.safetensors: cannot be written"):
+        writer.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not is_complete(tmp_path)
+    again = CaptureWriter(tmp_path, make_meta(), PLENTY, SHARD)
+    assert again.num_documents == 4
+    again.add(tensors_of(4))
+    again.finish()
+    check(tmp_path, 5)

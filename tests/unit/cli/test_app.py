@@ -7,10 +7,13 @@ import pytest
 
 from flashmemory_vllm import __version__
 from flashmemory_vllm.cli import app, docs
-from flashmemory_vllm.errors import ConfigError, IntegrityError
+from flashmemory_vllm.errors import ConfigError, IntegrityError, StorageError
 
 
-@pytest.mark.parametrize("error", [ConfigError("x is 3: allowed is 4"), IntegrityError("used 3, free 4")])
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("x is 3: allowed is 4"), IntegrityError("used 3, free 4"), StorageError("a.json: cannot be written")],
+)
 def test_a_domain_error_is_one_line_and_exit_code_2(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.errors import ConfigError, StorageError
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.dataset import TrainingData
 from flashmemory_vllm.training.processes import Processes
 from flashmemory_vllm.training.settings import TrainSettings, make_spec
 from flashmemory_vllm.training.trainer import Trainer, TrainResult, learning_rate_share
 from flashmemory_vllm.training.validation import Validation
+from tests.helpers.disk import full_disk
 from tests.unit.training.recordings import Toy, write_recordings
 
 SETTINGS = TrainSettings(
@@ -116,6 +117,21 @@ def test_a_killed_run_goes_on_as_if_never_stopped(small: TrainingData, tmp_path:
     finished = _trainer(small, tmp_path / "killed.pt", settings)
     finished.resume()
     _assert_equal(finished.run(), whole)
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on(small: TrainingData, tmp_path: Path) -> None:
+    whole = _trainer(small, tmp_path / "whole.pt").run()
+    state = tmp_path / "full.pt"
+    _stop_after(_trainer(small, state), 9)
+    kept = state.read_bytes()
+    stopped, resumed = _trainer(small, state), _trainer(small, state)
+    stopped.resume()
+    with full_disk(len(kept) // 2), pytest.raises(StorageError, match=r"full.pt: cannot be written"):
+        stopped.run()
+    assert state.read_bytes() == kept
+    assert not list(tmp_path.glob("*.partial"))
+    resumed.resume()
+    _assert_equal(resumed.run(), whole)
 
 
 def test_other_settings_or_data_are_not_resumed(small: TrainingData, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all, whatever the disk does and whenever a process ends."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from flashmemory_vllm.errors import StorageError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to the path given inside the block; it takes the place of `path` once all is written.
+
+    Args:
+        path: the file. What was there before stays if anything goes wrong, and nothing else is left.
+
+    Raises:
+        StorageError: the disk is full, or takes the file for no other reason.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error}); files written before it are whole. Make room, then run the same "
+            "command again"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        StorageError: as `whole_file`.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        StorageError: as `whole_file`.
+    """
+    write_text(path, json.dumps(content, indent=indent) + "\n")

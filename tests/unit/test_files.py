@@ -1,0 +1,61 @@
+"""A file is there whole or not at all: on a full disk, after an error, and when it takes another one's place."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flashmemory_vllm.errors import StorageError
+from flashmemory_vllm.files import whole_file, write_json, write_text
+from tests.helpers.disk import full_disk
+
+FEW_BYTES = 4096
+
+
+def write_tensors(path: Path) -> None:
+    with whole_file(path) as partial:
+        save_file({"a": np.zeros(FEW_BYTES)}, partial)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_text(path, "x" * 2 * FEW_BYTES),
+    "json": lambda path: write_json(path, [0] * FEW_BYTES),
+    "tensors": write_tensors,
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("before")
+    with full_disk(FEW_BYTES), pytest.raises(StorageError, match=r"rows.json: cannot be written .*Make room"):
+        write(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["rows.json"]
+    assert path.read_text() == "before"
+    write(path)
+    assert path.stat().st_size > FEW_BYTES
+    assert [one.name for one in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_the_reason_is_the_systems_own(tmp_path: Path) -> None:
+    # What is written to this device meets a full disk
+    (tmp_path / "a.txt.partial").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        write_text(tmp_path / "a.txt", "x" * 2 * FEW_BYTES)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_file(tmp_path / "a.txt") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
