@@ -130,7 +130,7 @@ def _run_cell(
     model = args.model or str(reference_model_path())
     indexer = str(reference_indexer_path()) if settings.uses_shipped_indexer else None
     trace.save(folder.trace)
-    folder.write("job", asdict(Job(model, indexer, args.seconds_each, REFERENCE_GIB[device])))
+    folder.write("job", asdict(Job(model, indexer, args.seconds_each, REFERENCE_GIB[device], device)))
     error = run_worker(folder, "serve", worker_environment(settings, device, "serve"))
     has_hung = error is not None and HANG_MARK in error
     if error is None and settings.phase == "dense":

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from flashmemory_vllm.cli.bench_worker import leave
 from flashmemory_vllm.soak.adapter import write_adapter
@@ -12,6 +13,8 @@ from flashmemory_vllm.soak.process import Job, SoakFolder
 from flashmemory_vllm.soak.trace import Trace
 
 GIB = 1 << 30
+# Of a GPU, where several engines share it
+GPU_SHARE = 0.2
 
 
 def main(path: Path, task: str) -> None:
@@ -37,7 +40,7 @@ def _serve(folder: SoakFolder, job: Job, trace: Trace, adapters: list[Path]) -> 
         **settings.engine,
         "num_gpu_blocks_override": settings.logical_blocks,
         # More than the slots need: their number is set
-        "kv_cache_memory_bytes": int(job.memory_gib * GIB),
+        **_memory(job),
     }
     engine = ServedEngine(arguments, options, adapters, is_async=settings.is_async, patience=settings.patience_seconds)
     outcome = Driver(trace, engine, folder.keep, job.seconds).run()
@@ -54,11 +57,17 @@ def _judge(folder: SoakFolder, job: Job, trace: Trace, adapters: list[Path]) -> 
         "model": job.model,
         **settings.engine,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": int(job.memory_gib * GIB),
+        **_memory(job),
     }
     reference = DenseReference(arguments, adapters)
     folder.write("verdict", asdict(compare(trace, folder.texts(), reference, TOLERANCES[settings.dtype])))
     reference.close()
+
+
+def _memory(job: Job) -> dict[str, Any]:
+    """Memory for KV in bytes; vLLM's share of a GPU sizes nothing then, and has to leave room for other engines."""
+    share = {"gpu_memory_utilization": GPU_SHARE} if job.device == "cuda" else {}
+    return {"kv_cache_memory_bytes": int(job.memory_gib * GIB), **share}
 
 
 if __name__ == "__main__":

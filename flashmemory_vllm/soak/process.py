@@ -28,12 +28,14 @@ class Job:
         indexer: trained indexer of the sparse phase, or None.
         seconds: no request arrives later than this, or None.
         memory_gib: device memory for KV of the reference, which has to hold all that runs at once.
+        device: where the engines run.
     """
 
     model: str
     indexer: str | None
     seconds: float | None
     memory_gib: float
+    device: Device
 
 
 class SoakFolder:
