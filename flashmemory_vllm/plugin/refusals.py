@@ -76,6 +76,9 @@ def _option_refusals(vllm_config: "VllmConfig") -> Iterator[Refusal]:
     yield Refusal(bool(kinds), "--attention-config.backend_per_kind", kinds, "unset: one backend for all layers")
     yield Refusal(attention.use_non_causal, "--attention-config.use_non_causal", True, "causal attention")
     yield Refusal(bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill", True, "off")
+    # A ledger that is asked for a prompt's first chunk alone does not know how long a resumed request is
+    by_chunk = not vllm_config.scheduler_config.scheduler_reserve_full_isl
+    yield Refusal(by_chunk, "--no-scheduler-reserve-full-isl", "given", "unset: admitted by the whole prompt")
     yield Refusal(vllm_config.diffusion_config is not None, "--diffusion-config", "set", "autoregressive decoding")
     routed = vllm_config.aux_output_config.enabled
     yield Refusal(routed, "--enable-return-routed-experts", True, "off")

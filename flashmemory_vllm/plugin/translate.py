@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInput
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ class StepTranslator:
         """Translate one step.
 
         Raises:
-            UnsupportedError: vLLM asks to copy or zero blocks, which no supported model does.
+            IntegrityError: vLLM asks to copy or zero blocks. It zeroes them for state-space layers and caches of mixed
+                precision, and copies them where hits end within a block: none of that with one kind of full attention.
         """
         if scheduled.kv_cache_block_copies or scheduled.new_block_ids_to_zero:
-            raise UnsupportedError("vllm asked to copy or zero KV blocks: this model's cache type is not supported")
+            raise IntegrityError("vllm asked to copy or zero KV blocks: allowed are blocks that are written whole")
         self._step += 1
         for req_id in scheduled.finished_req_ids:
             self._prompt_len.pop(req_id, None)

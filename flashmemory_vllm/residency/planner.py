@@ -159,9 +159,8 @@ class StepPlanner:
         """Plan the memory of one step. Every plan is to be completed before the next one is made.
 
         Raises:
-            IntegrityError: the step contradicts what is known, or needs more slots than there are. The
-                planner is then unusable until `reset`.
-            UnsupportedError: the scheduler does something this planner has no answer to.
+            IntegrityError: the step contradicts what is known, or needs more slots than there are, of which neither
+                happens under a scheduler whose ledger counts them. The planner is then unusable until `reset`.
         """
         if self._open is not None:
             raise IntegrityError(f"step {step_input.step} is planned while step {self._open.step} is not complete")

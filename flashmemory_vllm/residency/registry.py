@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 
-from flashmemory_vllm.errors import IntegrityError, UnsupportedError
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.demand import joined
 from flashmemory_vllm.residency.modes import Modes
@@ -46,9 +46,12 @@ class RequestRegistry:
     def schedule(self, step_input: StepInput) -> list[ScheduledRequest]:
         """Forget who is gone, know who is new, and note what each scheduled request computes.
 
+        Nothing that vLLM's scheduler may do in a step raises. It hands out blocks of the pool that it was sized with,
+        never its null block; hits are whole blocks, for hashes are; a request that lost its blocks comes back as a new
+        one; and no token is taken back, for there are no drafts and no KV connector.
+
         Raises:
-            IntegrityError: the step contradicts what is known.
-            UnsupportedError: a prefix hit ends within a block.
+            IntegrityError: the step contradicts what is known, or a prefix hit ends within a block.
         """
         for req_id in chain(step_input.finished, step_input.preempted):
             self._forget(req_id)
@@ -93,7 +96,7 @@ class RequestRegistry:
     def _admit(self, new: NewRequest) -> IntArray:
         num_hits, rest = divmod(new.num_computed_tokens, self._geometry.block_size)
         if rest:
-            raise UnsupportedError(
+            raise IntegrityError(
                 f"request {new.req_id}: a prefix hit of {new.num_computed_tokens} tokens is given, "
                 f"allowed are multiples of the block size {self._geometry.block_size}"
             )

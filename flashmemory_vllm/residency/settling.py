@@ -6,7 +6,7 @@ from bisect import bisect_left
 
 import numpy as np
 
-from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.demand import Demand, joined
 from flashmemory_vllm.residency.fallback import DenseFallback
@@ -31,7 +31,8 @@ class Settler:
         """Bring the sets of a row up to date. A decode row that goes on in the same block has nothing to do.
 
         Raises:
-            UnsupportedError: a decode row writes more blocks than its budget has room for.
+            IntegrityError: a decode row writes more blocks than its budget has room for. One token, which is all that
+                a decode row computes without drafts, always fits: see `BudgetPolicy.decode_budget`.
         """
         if row.phase is Phase.PREFILL:
             self._settle_prefill(row, demand)
@@ -163,7 +164,7 @@ class Settler:
         recent_start = min(row.end - policy.recent_blocks(after), row.first_written)
         sink_end = min(policy.sink_blocks(after), recent_start)
         if sink_end + row.end - recent_start > budget:
-            raise UnsupportedError(
+            raise IntegrityError(
                 f"request {row.state.req_id}: a decode step of {row.num_tokens} tokens is given, "
                 f"which with {sink_end} sink blocks exceeds the budget of {budget} blocks; "
                 f"allowed are {row.block_size} tokens"

@@ -92,6 +92,11 @@ ENGINE_AND_ALLOWED: list[tuple[dict[str, Any], str, str]] = [
     ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size: 2", "1"),
     ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: 2", "1"),
     ({"enable_dbo": True}, "--enable-dbo: True", "dual batch overlap off"),
+    (
+        {"scheduler_reserve_full_isl": False},
+        "--no-scheduler-reserve-full-isl: given",
+        "unset: admitted by the whole prompt",
+    ),
     ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype: fp8", "auto, which is float32, the model's dtype"),
     ({"kv_cache_dtype": "float16"}, "--kv-cache-dtype: float16", "auto, which is float32, the model's dtype"),
     (

@@ -136,7 +136,7 @@ class Client:
             self.sessions[name] = rng.randint(0, 2)
             self.engine.add(name, tokens[:40], rng.randint(1, 6), rng.randrange(3), resumable=True)
         else:
-            self.plain[name] = tokens, rng.randint(1, 12)
+            self.plain[name] = tokens, rng.choice([1, 12, 40])
             self.engine.add(name, tokens, self.plain[name][1], rng.randrange(3))
 
     def _go_on(self, name: str, turns: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashmemory_vllm.errors import ConfigError, IntegrityError, UnsupportedError
+from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import NewRequest, Phase, RunningRequest, StepInput
@@ -173,7 +173,7 @@ def test_contradictions_are_refused() -> None:
 
     with pytest.raises(IntegrityError, match="begins at token 11, the last one ended at 12"):
         planner.plan(step(running=(RunningRequest("a", (9,), 11),), a=1))
-    with pytest.raises(UnsupportedError, match="prefix hit of 3 tokens"):
+    with pytest.raises(IntegrityError, match="prefix hit of 3 tokens"):
         planner.plan(step(NewRequest("b", (9,), 3, 4), b=1))
     with pytest.raises(IntegrityError, match="blocks 0 to 9 are given"):
         planner.plan(step(NewRequest("c", (9, 0), 0, 4), c=1))

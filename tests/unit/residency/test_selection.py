@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashmemory_vllm.errors import IntegrityError, UnsupportedError
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.types import NewRequest, Selection
 from tests.unit.residency.driver import BLOCK, Driver, positions
 
@@ -226,7 +226,7 @@ def test_blocks_below_the_threshold_get_no_slot_though_there_is_room() -> None:
 def test_a_decode_step_that_writes_more_than_the_budget_is_refused() -> None:
     driver = Driver()
     driver.prefill("a", 12)
-    with pytest.raises(UnsupportedError, match="a decode step of 16 tokens"):
+    with pytest.raises(IntegrityError, match="a decode step of 16 tokens"):
         driver.step(a=16)
 
 
