@@ -1,25 +1,28 @@
 """The engines behind `flashmemory accuracy`: which cells share one, how it starts, and the process it runs in."""
 
-import multiprocessing
+import json
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
+from flashmemory_vllm import errors
 from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import FlashMemoryError
-from flashmemory_vllm.evaluation import vocabulary
-from flashmemory_vllm.evaluation.accuracy import AccuracyRun, Cell, Conditions, Generator
+from flashmemory_vllm.evaluation.accuracy import Cell, Conditions
 from flashmemory_vllm.evaluation.accuracy_plan import ORACLE
 from flashmemory_vllm.evaluation.accuracy_rows import Setting
-from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.evaluation.questions import answer_len
+from flashmemory_vllm.processes.guarded import GuardedProcess
 
 if TYPE_CHECKING:
     from flashmemory_vllm.runtime.shape import AttentionShape
 
+WORKER_MODULE = "flashmemory_vllm.cli.accuracy_worker"
 # Shorter prompts keep every block.
 MIN_SPARSE_TOKENS = 1024
 
@@ -81,6 +84,15 @@ class Job:
     command: Sequence[str]
     commit: str | None
     deadline: float | None
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_bytes(TypeAdapter(Job).dump_json(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Job":
+        """Read what `write` wrote."""
+        return TypeAdapter(Job).validate_json(path.read_bytes())
 
 
 def index_bytes(setting: Setting, shape: "AttentionShape") -> int:
@@ -162,39 +174,24 @@ def measure(job: Job) -> None:
     Raises:
         FlashMemoryError: as raised there, or the process ended otherwise.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(job, theirs))
-    process.start()
-    theirs.close()
-    try:
-        process.join()
-    finally:
-        process.terminate()
-        process.join()
-    try:
-        raise ours.recv()
-    except EOFError:
-        if process.exitcode:
-            raise FlashMemoryError(f"the engine's process ended with {process.exitcode}; its log is above") from None
+    with tempfile.TemporaryDirectory(prefix="flashmemory-accuracy-") as folder:
+        told, refused = Path(folder) / "job.json", Path(folder) / "error.json"
+        job.write(told)
+        with GuardedProcess([sys.executable, "-m", WORKER_MODULE, str(told), str(refused)]) as process:
+            code = process.wait()
+        if refused.exists():
+            raise read_error(refused)
+    if code:
+        raise FlashMemoryError(f"the engine's process ended with {code}; its log is above")
 
 
-def _measure(job: Job, errors: Connection) -> None:
-    try:
-        with _generator(job) as generator:
-            provenance = Provenance.collect(job.command, job.commit)
-            AccuracyRun(generator, job.conditions, provenance, job.path, job.deadline).run(job.start.cells)
-    except FlashMemoryError as error:
-        errors.send(error)
+def write_error(path: Path, error: FlashMemoryError) -> None:
+    """Tell another process of an error."""
+    path.write_text(json.dumps([type(error).__name__, str(error)]), encoding="utf-8")
 
 
-def _generator(job: Job) -> AbstractContextManager[Generator]:
-    from flashmemory_vllm.plugin.capture import OracleGenerator
-    from flashmemory_vllm.plugin.offline import OfflineGenerator
-    from flashmemory_vllm.plugin.recorded_prompts import RecordedPrompts
-
-    engine, options, stop = job.start.engine, job.start.options, (vocabulary.END,)
-    if any(cell.setting.selector == ORACLE for cell in job.start.cells):
-        future = RecordedPrompts.load_all(job.oracle_data)
-        return OracleGenerator(future, str(job.model), engine, options, stop)
-    return OfflineGenerator(str(job.model), engine, options, stop)
+def read_error(path: Path) -> FlashMemoryError:
+    """The error that `write_error` told of."""
+    name, message = json.loads(path.read_text(encoding="utf-8"))
+    kind: type[FlashMemoryError] = getattr(errors, name)
+    return kind(message)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flashmemory_vllm import __version__
 from flashmemory_vllm.cli import accuracy, bench, capture, demo, docs, doctor, plan, reference, soak, train
@@ -23,20 +23,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, run: Callable[[argparse.Namespace], int] | None = None) -> int:
     """Run one command.
 
     Args:
         argv: arguments after the program's name. Default: those of this process.
+        run: takes the parsed arguments. Default: what the command itself names.
 
     Returns:
         The command's exit code, or 2 after an error that the user can mend, told in one line; after a signal that asks
         for an end, 128 and its number, once nothing that the command has started runs any more.
     """
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(words, argparse.Namespace(words=words))
     try:
         with interruptible():
-            status: int = args.run(args)
+            status: int = (run or args.run)(args)
     except FlashMemoryError as error:
         print(f"flashmemory: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashmemory_vllm.cli.block_size import add_block_size, block_size_of
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.processes.guarded import GuardedProcess
 from flashmemory_vllm.reference import reference_model_path
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from flashmemory_vllm.capture.writer import CaptureMeta, ModelShape
 
 GIB = 1 << 30
+WORKER_MODULE = "flashmemory_vllm.cli.capture_worker"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,15 +65,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record what the folder lacks."""
-    from flashmemory_vllm.capture.recorder import Choices
-    from flashmemory_vllm.capture.run import record
-    from flashmemory_vllm.capture.writer import CaptureWriter, is_complete
+    """Record what the folder lacks, in a process that can be ended even while its engine hears nothing."""
+    from flashmemory_vllm.capture.writer import is_complete
 
     check(args)
     if is_complete(args.out):
         print(f"{args.out} is complete")
         return 0
+    with GuardedProcess([sys.executable, "-m", WORKER_MODULE, *args.words]) as process:
+        return process.wait()
+
+
+def run_here(args: argparse.Namespace) -> int:
+    """Record with an engine inside this process."""
+    from flashmemory_vllm.capture.recorder import Choices
+    from flashmemory_vllm.capture.run import record
+    from flashmemory_vllm.capture.writer import CaptureWriter
     from flashmemory_vllm.plugin.capture import CaptureEngine
 
     anchors = None if args.anchor_layers is None else tuple(args.anchor_layers)

@@ -11,7 +11,6 @@ sparse server are compared on the same prompts, and a resumed run goes on as the
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +35,7 @@ from flashmemory_vllm.evaluation.standard import (
     save_rows,
 )
 from flashmemory_vllm.files import write_text
+from flashmemory_vllm.processes.guarded import GuardedProcess
 
 SUITE = "ruler"
 # Tasks whose text the harness makes up itself.
@@ -226,9 +226,8 @@ def _run_cell(cell: _Cell, root: Path, options: RulerOptions) -> StandardRow:
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as output:
         command = [*_HARNESS, "run", "--config", str(config)]
-        code = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(cell, folder), check=False
-        ).returncode
+        with GuardedProcess(command, output, _environment(cell, folder)) as harness:
+            code = harness.wait()
     if code:
         raise FlashMemoryError(_failure(cell, code, log))
     # The harness puts the time into the name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.processes.parents import end_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Processes:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls()
+        # Of those that torchrun started none ends by itself when it is killed
+        end_with([os.getppid()], logging.getLogger(__name__).error)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

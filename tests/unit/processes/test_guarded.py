@@ -13,7 +13,7 @@ import pytest
 
 from flashmemory_vllm.processes.guarded import GuardedProcess, ask_all_to_stop
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 # Waits for ever, beside one that ignores SIGTERM in a session of its own, as an engine's core may that hangs
 COMMAND = """
 import os, signal, subprocess, sys, time
