@@ -24,10 +24,11 @@ class Driver:
         tau: int = 3,
         ratio: float = 0.25,
         min_sparse: int = 0,
+        recent: int = 1,
         **options: Any,
     ) -> None:
-        # Sink of one block, recent of one: a sparse set of n blocks has max(3, ratio * n).
-        policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, 1, 400, 400, 0)
+        # Sink of one block, and recent of one unless told otherwise: a sparse set of n blocks has max(3, ratio * n).
+        policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, recent, 400, 400, 0)
         geometry = Geometry(200, num_slots, num_groups, BLOCK)
         self.planner = StepPlanner(geometry, policy, tau, **options)
         self.computed: dict[str, int] = {}

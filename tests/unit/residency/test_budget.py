@@ -50,6 +50,12 @@ def test_default_numbers() -> None:
     assert policy.reserve(4097, 4096) == policy.decode_budget(4097 + 512) == 39
 
 
+def test_a_chunk_that_begins_within_a_block_has_a_slot_more() -> None:
+    # 32 tokens from token 40 on lie in three blocks of 16
+    policy = make_policy(max_num_batched_tokens=32, min_sparse_tokens=0, sink_tokens=0, resident_ratio=0.01)
+    assert policy.need(72, prefill_end=160) == 3
+
+
 def test_ratio_one_is_dense_at_any_length() -> None:
     policy = make_policy(resident_ratio=1.0)
     assert policy.is_dense(10**6)

@@ -34,6 +34,18 @@ def test_ledger_counts_an_old_reserve_as_free() -> None:
     ledger.check_integrity()
 
 
+def test_ledger_admits_exactly_what_there_is() -> None:
+    policy = make_policy(max_model_len=4096)
+    ledger = SlotLedger(policy.worst_case() + 1, policy)
+    ledger.commit("a", 16, 16)
+    left = ledger.capacity - ledger.reserved
+    fitting = next(tokens for tokens in range(16, 4096, 16) if policy.reserve(tokens + 16, tokens + 16) > left)
+    assert policy.reserve(fitting, fitting) == left
+    assert policy.reserve(fitting + 16, fitting + 16) == left + 1
+    assert ledger.can_admit("b", fitting, fitting)
+    assert not ledger.can_admit("b", fitting + 16, fitting + 16)
+
+
 def test_a_running_request_is_not_refused_for_growth_that_may_never_come() -> None:
     policy = make_policy(min_sparse_tokens=10**6, growth_reserve_tokens=1024, max_model_len=2048)
     ledger = SlotLedger(policy.worst_case() + 1, policy)

@@ -106,6 +106,20 @@ def test_the_planner_keeps_all_blocks_of_a_dense_request() -> None:
     assert (is_dense(states["a"].policy), is_dense(states["b"].policy)) == (False, True)
 
 
+def test_requests_of_one_step_are_judged_one_after_the_other() -> None:
+    """By scheduler and worker alike: who comes later, and the request itself, does not count."""
+    planner, ledger = StepPlanner(Geometry(300, NUM_SLOTS, 1, BLOCK), PRESSURE, tau=4), SlotLedger(NUM_SLOTS, PRESSURE)
+    new = (NewRequest("a", tuple(range(1, 52)), 0, 50 * BLOCK), NewRequest("b", tuple(range(60, 150)), 0, 84 * BLOCK))
+    planner.plan(StepInput(1, (), (), new, (), {"b": BLOCK, "a": BLOCK}))
+    for name, num_blocks in (("b", 84), ("a", 50)):
+        ledger.commit(name, BLOCK, num_blocks * BLOCK)
+        state = planner.requests.get(name)
+        assert state is not None
+        assert state.policy == ledger.policy_of(name)
+    assert is_dense(ledger.policy_of("b"))
+    assert not is_dense(ledger.policy_of("a"))
+
+
 @pytest.mark.parametrize(
     ("policy", "prefill_len", "expected"),
     [

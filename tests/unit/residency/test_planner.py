@@ -121,6 +121,17 @@ def test_a_preempted_request_resumes_on_its_cached_blocks() -> None:
     assert positions(plan, "a") == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_selection_that_meets_its_request_in_prefill_again_is_ignored() -> None:
+    driver = Driver()
+    driver.prefill("a", 5)
+    driver.step(a=1)
+    again = NewRequest("a", (1, 2, 3, 4, 5, 30), 8, 21)
+    driver.step([again], preempted=["a"], a=4)
+    driver.offer("a", 2, best=[1])
+    assert driver.planner.counters.ignored_selections == 1
+    assert driver.planner.counters.selections == 0
+
+
 def test_a_known_request_that_is_new_again_starts_over() -> None:
     driver = Driver()
     driver.prefill("a", 5)

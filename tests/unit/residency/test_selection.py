@@ -154,6 +154,15 @@ def test_growth_drops_the_lowest_scored_block() -> None:
     assert plan.recalls == plan.prefetches == ()
 
 
+def test_growth_keeps_recent_blocks_however_they_scored() -> None:
+    driver = Driver(ratio=0.5, recent=3 * BLOCK)
+    driver.prefill("a", 23)
+    chosen = list(range(5, 13))
+    driver.offer("a", 23, best=chosen)  # the newest blocks score lowest
+    assert positions(driver.step(a=4), "a") == [0, *chosen, 21, 22, 23]
+    assert positions(driver.step(a=1), "a") == [0, *chosen, 22, 23, 24]
+
+
 def test_a_row_without_changes_keeps_its_arrays() -> None:
     driver = Driver()
     driver.prefill("a", 12)
