@@ -144,7 +144,8 @@ class FlashMemoryConfig(BaseModel):
     host_memory_gib: float | None = Field(
         default=None,
         gt=0,
-        description="GiB of host memory for KV blocks. Unset: half of what machine and cgroup still allow, "
+        description="GiB of host memory for KV blocks, of all ranks and data-parallel engines of the server together. "
+        "Unset: half of what machine and cgroup still allow, "
         "but never more than the requests can fill.",
     )
     device_slots: int | None = Field(

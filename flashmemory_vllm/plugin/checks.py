@@ -11,6 +11,7 @@ from flashmemory_vllm.indexer.checkpoint import check_indexer, fetched_commit, r
 from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.counter_files import announce_engine
+from flashmemory_vllm.plugin.machine import tell_engines_of_machine
 from flashmemory_vllm.plugin.models import ignore_windows_that_never_bind
 from flashmemory_vllm.plugin.names import BACKEND_NAME, CPU_WORKER, CUDA_WORKER
 from flashmemory_vllm.plugin.refusals import refuse_unsupported
@@ -60,6 +61,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     _pin_indexer(vllm_config, config)
     _tell_options(vllm_config)
     choose_worker(vllm_config)
+    tell_engines_of_machine(vllm_config)
     announce_engine(vllm_config)
 
 

@@ -52,6 +52,7 @@ def refuse_unsupported(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> 
 def _refusals(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> Iterator[Refusal]:
     yield from _option_refusals(vllm_config)
     yield from _parallel_refusals(vllm_config.parallel_config, config)
+    yield from _machine_refusals(vllm_config.parallel_config)
     model = vllm_config.model_config
     if model is not None:
         yield from _model_refusals(model)
@@ -108,6 +109,23 @@ def _parallel_refusals(parallel: "ParallelConfig", config: FlashMemoryConfig) ->
     # It reads all heads, of which a rank has only some
     indexer = ranks > 1 and config.indexer is not None
     yield Refusal(indexer, "flashmemory.indexer", f"{config.indexer} with {ranks} ranks", "one rank, or unset")
+
+
+def _machine_refusals(parallel: "ParallelConfig") -> Iterator[Refusal]:
+    """Several machines are not tested: counters, and the slots that the scheduler reads there, are files of one."""
+    local, engines = parallel.data_parallel_size_local, parallel.data_parallel_size
+    yield Refusal(parallel.nnodes > 1, "--nnodes", parallel.nnodes, "1; on several machines one server each")
+    # Engines that are servers of their own do not know how many share the host memory
+    allowed = "--data-parallel-size alone, with all engines on one machine"
+    external = parallel.data_parallel_external_lb
+    yield Refusal(external, "--data-parallel-external-lb", "set, or by --data-parallel-rank", allowed)
+    yield Refusal(parallel.data_parallel_hybrid_lb, "--data-parallel-hybrid-lb", "set", allowed)
+    yield Refusal(local != engines, "--data-parallel-size-local", f"{local} of {engines} engines", allowed)
+    # Where these put their ranks is not known before they have
+    ray, executor = parallel.data_parallel_backend == "ray", parallel.distributed_executor_backend
+    yield Refusal(ray, "--data-parallel-backend", "ray", "mp")
+    spreads = executor in {"ray", "external_launcher"}
+    yield Refusal(spreads, "--distributed-executor-backend", executor, "mp or uni")
 
 
 def _more_than_one(option: str, size: int) -> Refusal:

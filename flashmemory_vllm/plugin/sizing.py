@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.plugin.machine import engines_of_machine
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime import capacity
@@ -75,6 +76,7 @@ def check_capacity(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> None
     Raises:
         ConfigError: the sizes asked for do not fit.
     """
+    _host_bytes(config, 1)  # what is asked for all engines must be there before the first one takes its share
     device_bytes = vllm_config.cache_config.kv_cache_memory_bytes
     shape = _announced_shape(vllm_config)
     # What the worker has not measured yet limits nothing; `plan` has it
@@ -88,7 +90,7 @@ def _plan(
     budget: BudgetPolicy,
     device_bytes: int,
 ) -> CapacityPlan:
-    host_bytes = _host_bytes(config) // vllm_config.parallel_config.local_world_size
+    host_bytes = _host_bytes(config, engines_of_machine(vllm_config)) // vllm_config.parallel_config.local_world_size
     if shape.device.type == "cpu" and vllm_config.cache_config.kv_cache_memory_bytes is None:
         # Device and host are the same memory here: the stock share is split so that slots hold the ratio of the pool.
         device_bytes = int(device_bytes * config.resident_ratio / (1 + config.resident_ratio))
@@ -114,14 +116,16 @@ def _device_option(vllm_config: "VllmConfig") -> str:
     return space if current_platform.is_cpu() and os.environ.get(space) else "--kv-cache-memory-bytes"
 
 
-def _host_bytes(config: FlashMemoryConfig) -> int:
+def _host_bytes(config: FlashMemoryConfig, num_engines: int) -> int:
+    """The host pools of one engine's ranks together, of so many engines that start on this machine one by one."""
     available = available_host_bytes()
     if config.host_memory_gib is None:
-        return int(available.bytes * DEFAULT_HOST_SHARE)
-    asked = int(config.host_memory_gib * GIB)
+        return int(available.bytes * DEFAULT_HOST_SHARE) // num_engines
+    asked = int(config.host_memory_gib * GIB) // num_engines
     if asked > available.bytes:
+        share = f", of which {asked / GIB:.2f} for this engine" if num_engines > 1 else ""
         raise ConfigError(
-            f"flashmemory.host_memory_gib: {config.host_memory_gib} given, allowed: at most "
+            f"flashmemory.host_memory_gib: {config.host_memory_gib} given{share}, allowed: at most "
             f"{available.bytes / GIB:.2f} (limited by {available.limited_by})"
         )
     return asked
