@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flashmemory_vllm.cli import measured_tables
 from flashmemory_vllm.cli.markdown import table
+from flashmemory_vllm.cli.mutation_table import mutations_table
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.config_text import describe_allowed
 from flashmemory_vllm.errors import ConfigError
@@ -41,6 +42,7 @@ def metrics_table() -> str:
 PAGES: dict[str, Callable[[Path], str]] = {
     "configuration.md": lambda _folder: options_table(),
     "metrics.md": lambda _folder: metrics_table(),
+    "reliability.md": mutations_table,
     "results/core.md": measured_tables.accuracy_tables,
     "results/device.md": measured_tables.device_tables,
     "results/exactness.md": measured_tables.exactness_table,

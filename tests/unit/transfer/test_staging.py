@@ -48,6 +48,11 @@ class RecordingEngine(CpuTransferEngine):
         self.under_way: dict[int, Ticket] = {}
         self._copies: dict[Ticket, Any] = {}
 
+    def read(self, pages: torch.Tensor) -> None:
+        """A kernel reads a buffer, whether anybody marks it or not."""
+        self.read_now = pages.data_ptr()
+        self.last_use[self.read_now] = Ticket("compute")
+
     def marker(self) -> Any:
         return self.last_use.setdefault(self.read_now, Ticket("compute"))
 
@@ -94,7 +99,7 @@ def test_each_part_is_read_once_in_order_from_a_drained_buffer(
             # As far ahead as there are buffers, across layers, and before the first is asked for.
             assert len(engine.gathers) == min(len(schedule), index + num_buffers)
             with ring.part(layer, part) as pages:
-                engine.read_now = pages.data_ptr()
+                engine.read(pages)
                 assert torch.equal(pages, engine.pool.layer_view(layer)[part.host_blocks])
         assert engine.gathers == [(layer, part.host_blocks.tolist()) for layer, part in schedule]
 

@@ -1,0 +1,6 @@
+"""All deliberate bugs."""
+
+from tests.mutations.movers import MOVERS
+from tests.mutations.pager import PAGER
+
+MUTATIONS = (*PAGER, *MOVERS)
