@@ -22,6 +22,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        # In a folder that others may write to, a link of this name may lie there: it is not followed
+        partial.unlink(missing_ok=True)
+        partial.touch(exist_ok=False)
         yield partial
         partial.replace(path)
     except (OSError, SafetensorError) as error:

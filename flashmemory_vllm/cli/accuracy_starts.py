@@ -17,6 +17,7 @@ from flashmemory_vllm.evaluation.accuracy import Cell, Conditions
 from flashmemory_vllm.evaluation.accuracy_plan import ORACLE
 from flashmemory_vllm.evaluation.accuracy_rows import Setting
 from flashmemory_vllm.evaluation.questions import answer_len
+from flashmemory_vllm.files import write_text
 from flashmemory_vllm.processes.guarded import GuardedProcess
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def measure(job: Job) -> None:
 
 def write_error(path: Path, error: FlashMemoryError) -> None:
     """Tell another process of an error."""
-    path.write_text(json.dumps([type(error).__name__, str(error)]), encoding="utf-8")
+    write_text(path, json.dumps([type(error).__name__, str(error)]))
 
 
 def read_error(path: Path) -> FlashMemoryError:

@@ -59,3 +59,13 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "rows.json.partial").symlink_to(precious)
+    write_text(tmp_path / "rows.json", "rows")
+    assert precious.read_text() == "mine"
+    assert (tmp_path / "rows.json").read_text() == "rows"
+    assert not (tmp_path / "rows.json").is_symlink()
