@@ -80,9 +80,9 @@ def _option_refusals(vllm_config: "VllmConfig") -> Iterator[Refusal]:
     # A ledger that is asked for a prompt's first chunk alone does not know how long a resumed request is
     by_chunk = not vllm_config.scheduler_config.scheduler_reserve_full_isl
     yield Refusal(by_chunk, "--no-scheduler-reserve-full-isl", "given", "unset: admitted by the whole prompt")
-    yield Refusal(vllm_config.diffusion_config is not None, "--diffusion-config", "set", "autoregressive decoding")
-    routed = vllm_config.aux_output_config.enabled
-    yield Refusal(routed, "--enable-return-routed-experts", True, "off")
+    diffuses = vllm_config.diffusion_config is not None
+    yield Refusal(diffuses, "--diffusion-config", "decoding by diffusion", "autoregressive decoding")
+    yield Refusal(vllm_config.aux_output_config.enabled, "--enable-return-routed-experts", True, "off")
 
 
 def _speculative_refusal(vllm_config: "VllmConfig") -> Refusal:

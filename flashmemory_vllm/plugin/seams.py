@@ -61,11 +61,18 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session": ("self", "session", "update"),
     "vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks": ("self", "request"),
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": ("kvcache_spec_cls", "manager_class"),
+    "vllm.config.model:ModelConfig.get_num_attention_heads": ("self", "parallel_config", "arch_config"),
+    "vllm.config.model:ModelConfig.get_num_kv_heads": ("self", "parallel_config", "arch_config"),
+    "vllm.config.model_arch:ModelArchitectureConfig.__getitem__": ("self", "layer_idx"),
+    "vllm.utils.torch_utils:resolve_kv_cache_dtype_string": ("kv_cache_dtype", "model_config"),
     "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
 }
 
 # "module:Dataclass" -> fields that must exist.
 FIELD_SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.config.attention:AttentionConfig": ("backend", "backend_per_kind", "hisparse_config", "use_non_causal"),
+    "vllm.config.cache:CacheConfig": ("cache_dtype", "kv_offloading_size", "kv_sharing_fast_prefill", "sliding_window"),
+    "vllm.config.vllm:VllmConfig": ("aux_output_config", "diffusion_config", "kv_transfer_config", "quant_config"),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "scheduled_new_reqs",
         "scheduled_cached_reqs",

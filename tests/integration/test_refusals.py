@@ -5,6 +5,7 @@ All of it before a model is loaded: the tests build the engine's configuration a
 
 import re
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,24 @@ def test_hisparse(llama: Path) -> None:
     config = configure(llama)
     config.attention_config.hisparse_config = object()
     with pytest.raises(UnsupportedError, match=r"hisparse_config: set is not supported .* allowed: no HiSparse"):
+        prepare_config(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("", "diffusion_config", object(), "--diffusion-config: decoding by diffusion"),
+        ("aux_output_config", "enable_return_routed_experts", True, "--enable-return-routed-experts: True"),
+        ("model_config", "is_mm_prefix_lm", True, "(attention in both directions over images)"),
+        ("model_config.hf_config", "dual_chunk_attention_config", {}, "(dual chunk attention)"),
+    ],
+)
+def test_what_only_other_kinds_of_models_have(llama: Path, part: str, name: str, value: object, message: str) -> None:
+    """VLLM refuses it for this model before it asks us, so we are asked directly."""
+    config = configure(llama)
+    holder = attrgetter(part)(config) if part else config
+    setattr(holder, name, value)
+    with pytest.raises(UnsupportedError, match=rf"{re.escape(message)} is not supported .* allowed: "):
         prepare_config(config)
 
 
