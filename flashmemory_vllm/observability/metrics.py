@@ -191,6 +191,12 @@ METRICS = (
         "stall_seconds_total", "counter", "seconds", "How long did steps wait for copies or scores, the device idle?"
     ),
     MetricSpec(
+        "status_seconds_total",
+        "counter",
+        "seconds",
+        "For how long did steps wait while the status page or its routes were told what is where?",
+    ),
+    MetricSpec(
         "refused_admissions_total",
         "counter",
         "requests",

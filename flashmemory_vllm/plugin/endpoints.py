@@ -8,7 +8,7 @@ from argparse import Namespace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -19,8 +19,8 @@ from flashmemory_vllm.plugin.checks import is_selected
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.request_ids import find_request
 from flashmemory_vllm.plugin.status_page import page_router
-from flashmemory_vllm.plugin.status_reader import Status, StatusReader
-from flashmemory_vllm.runtime.status import RequestStatus
+from flashmemory_vllm.plugin.status_reader import MAX_STRIPS, Status, StatusReader
+from flashmemory_vllm.runtime.status import RequestStatus, StripsAsked
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -78,12 +78,26 @@ class OneRequest(RequestStatus):
     step: int = Field(description="The last step that was planned.")
 
 
-async def _read_status(request: Request) -> Status:
-    """The engine's status; 404 if it is not ours."""
+def _reader(request: Request) -> StatusReader:
+    """Asks the engine; 404 if it is not ours."""
     reader: StatusReader | None = request.app.state.flashmemory_status
     if reader is None:
         raise _not_ours()
-    return await reader.read()
+    return reader
+
+
+Reader = Annotated[StatusReader, Depends(_reader)]
+
+
+async def _read_status(
+    reader: Reader,
+    strips: Annotated[
+        int,
+        Query(ge=0, le=MAX_STRIPS, description="How many requests come with their strips, the longest known first."),
+    ] = 0,
+) -> Status:
+    """The engine's status."""
+    return await reader.read(StripsAsked(strips))
 
 
 CurrentStatus = Annotated[Status, Depends(_read_status)]
@@ -100,26 +114,31 @@ def read_stats(request: Request) -> Stats:
 
 @router.get("/status", responses=_NO_ANSWER)
 def read_status(status: CurrentStatus) -> Status:
-    """What is where after the current step: memory, every request's blocks, the last selections."""
+    """What is where after the current step: memory, every request, the blocks of some, the last selections."""
     return status
 
 
 @router.get("/requests", responses=_NO_ANSWER)
 def read_requests(status: CurrentStatus) -> Requests:
-    """Every known request and where its blocks are."""
+    """Every known request, and where the blocks of some are."""
     return Requests(step=status.step, requests=status.requests)
 
 
 @router.get("/requests/{request_id:path}", responses=_NO_ANSWER)
-def read_request(
+async def read_request(
     request_id: Annotated[
         str,
         Path(description="`request_id` or `engine_request_id` of a request, or the id of a completion."),
     ],
-    status: CurrentStatus,
+    reader: Reader,
 ) -> OneRequest:
     """One request and where its blocks are; of several prompts or answers with this id the longest known."""
+    # As the page asks: one answer for both
+    status = await reader.read(StripsAsked(MAX_STRIPS))
     found = find_request(status.requests, request_id)
+    if found is not None and found.strips is None:
+        status = await reader.read(StripsAsked(0, found.engine_request_id))
+        found = find_request(status.requests, request_id)
     if found is None:
         raise HTTPException(
             HTTPStatus.NOT_FOUND, f"no request {request_id!r} runs: it has ended, has not started, or never was"

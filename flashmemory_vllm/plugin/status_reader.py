@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 from fastapi import HTTPException
 from pydantic import Field
 
-from flashmemory_vllm.runtime.status import RuntimeStatus
+from flashmemory_vllm.runtime.status import RuntimeStatus, StripsAsked
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 ANSWER_SECONDS = 15.0
 FRESH_SECONDS = 0.25
+# Steps wait while they are made
+MAX_STRIPS = 16
+WITHOUT_STRIPS = StripsAsked()
 
 
 class Status(RuntimeStatus):
     """Answer of `GET /flashmemory/status`."""
 
     engine: int = Field(description="Index of the engine: the first one of this API server if there are several.")
-    rank: int = Field(description="The worker that was asked; with tensor parallelism all of them do the same.")
+    rank: int = Field(description="The worker that was asked, the first one.")
 
 
 class StatusReader:
@@ -42,31 +45,40 @@ class StatusReader:
         self._client = client
         self._answer_seconds = answer_seconds
         self._fresh_seconds = fresh_seconds
-        self._asked: asyncio.Task[Status] | None = None
-        self._latest: Status | None = None
-        self._fresh_until = 0.0
+        self._asked: dict[StripsAsked, asyncio.Task[Status]] = {}
+        self._latest: dict[StripsAsked, tuple[float, Status]] = {}
 
-    async def read(self) -> Status:
+    async def read(self, strips: StripsAsked = WITHOUT_STRIPS) -> Status:
         """The status after the step that runs now, or one just before it.
+
+        Args:
+            strips: the requests whose blocks are told one by one. Default: none.
 
         Raises:
             HTTPException: 503, there was no answer in time.
         """
-        if self._latest is not None and time.monotonic() < self._fresh_until:
-            return self._latest
-        if self._asked is None or self._asked.done():
-            self._asked = asyncio.create_task(self._ask())
+        now = time.monotonic()
+        self._latest = {key: told for key, told in self._latest.items() if told[0] > now}
+        if strips in self._latest:
+            return self._latest[strips][1]
+        if strips not in self._asked:
+            self._asked[strips] = asyncio.create_task(self._ask(strips))
         try:
             # Shielded: it goes on when one of those who wait gives up.
-            return await asyncio.wait_for(asyncio.shield(self._asked), self._answer_seconds)
+            return await asyncio.wait_for(asyncio.shield(self._asked[strips]), self._answer_seconds)
         except TimeoutError:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"the engine did not answer within {self._answer_seconds:g} s: it runs a long step, or it hangs",
             ) from None
 
-    async def _ask(self) -> Status:
-        ranks = await self._client.collective_rpc("flashmemory_status")
-        self._latest = Status.model_validate(ranks[0])
-        self._fresh_until = time.monotonic() + self._fresh_seconds
-        return self._latest
+    async def _ask(self, strips: StripsAsked) -> Status:
+        try:
+            ranks = await self._client.collective_rpc(
+                "flashmemory_status", args=(strips.longest_known, strips.engine_request_id)
+            )
+            status = Status.model_validate(ranks[0])
+        finally:
+            del self._asked[strips]
+        self._latest[strips] = (time.monotonic() + self._fresh_seconds, status)
+        return status

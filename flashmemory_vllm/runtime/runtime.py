@@ -22,7 +22,7 @@ from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.poison import poison_free_slots, poisoned
 from flashmemory_vllm.runtime.report import Reporter
-from flashmemory_vllm.runtime.status import runtime_status
+from flashmemory_vllm.runtime.status import StripsAsked, runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
 from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -207,9 +207,9 @@ class ResidencyRuntime:
         parts.prefill.warm_up(query, key, key)
         parts.engine.synchronize()
 
-    def status(self, client_id: Callable[[str], str]) -> dict[str, Any]:
+    def status(self, client_id: Callable[[str], str], strips: StripsAsked) -> dict[str, Any]:
         """The fields of `RuntimeStatus` between two steps; `client_id` turns the engine's request ids into others."""
-        return runtime_status(self._parts.planner, self._history, client_id)
+        return runtime_status(self._parts.planner, self._history, client_id, strips)
 
     def synchronize(self) -> None:
         """Block until all issued copies have landed."""

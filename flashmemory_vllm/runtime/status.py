@@ -1,6 +1,7 @@
 """What a worker holds right now, as `GET /flashmemory/status` tells it. No token and no text is part of it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -68,8 +69,8 @@ class RequestStatus(_Answer):
     selection_step: int | None = Field(
         description="The first step that was planned with the selection its sets follow. Null: none yet."
     )
-    strips: list[list[Run]] = Field(
-        description="Per layer group the states of its blocks in order, run-length encoded."
+    strips: list[list[Run]] | None = Field(
+        description="Per layer group the states of its blocks in order, run-length encoded. Null: not asked for."
     )
 
 
@@ -98,13 +99,36 @@ class RuntimeStatus(_Answer):
     selections: list[SelectionStatus] = Field(description="The last selections, the newest first.")
 
 
-def runtime_status(planner: StepPlanner, history: SelectionHistory, client_id: Callable[[str], str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class StripsAsked:
+    """Whose blocks are to be told one by one, which is what takes time: some 0.4 ms for 131,072 tokens.
+
+    Attributes:
+        longest_known: how many of the requests, those that are known for longest.
+        engine_request_id: one more. Empty for none.
+    """
+
+    longest_known: int = 0
+    engine_request_id: str = ""
+
+    def has(self, index: int, state: RequestState) -> bool:
+        """Whether the request at a place among the known ones is asked for."""
+        return index < self.longest_known or state.req_id == self.engine_request_id
+
+
+def runtime_status(
+    planner: StepPlanner,
+    history: SelectionHistory,
+    client_id: Callable[[str], str],
+    strips: StripsAsked,
+) -> dict[str, Any]:
     """Describe a worker's memory; call it between two steps, which wait for it.
 
     Args:
         planner: what is to be described.
         history: its last selections.
         client_id: from the engine's request id to the one that its client sees.
+        strips: the requests whose blocks are told one by one.
 
     Returns:
         The fields of `RuntimeStatus` as plain data: who asked checks them, in another process.
@@ -121,13 +145,18 @@ def runtime_status(planner: StepPlanner, history: SelectionHistory, client_id: C
             "host_blocks_total": planner.geometry.num_logical_blocks - 1,
         },
         "requests": [
-            _request(state, history.cycle_of(state), planner, client_id(state.req_id)) for state in planner.requests
+            _request(
+                state, history.cycle_of(state), planner, client_id(state.req_id), has_strips=strips.has(index, state)
+            )
+            for index, state in enumerate(planner.requests)
         ],
         "selections": [_selection(cycle, client_id(cycle.state.req_id)) for cycle in history],
     }
 
 
-def _request(state: RequestState, cycle: Cycle | None, planner: StepPlanner, request_id: str) -> dict[str, Any]:
+def _request(
+    state: RequestState, cycle: Cycle | None, planner: StepPlanner, request_id: str, *, has_strips: bool
+) -> dict[str, Any]:
     """The fields of `RequestStatus`."""
     num_blocks = -(-state.num_tokens // planner.geometry.block_size)
     length, ratio = max(state.num_tokens, state.prefill_len), planner.requests.policy.resident_ratio
@@ -146,7 +175,9 @@ def _request(state: RequestState, cycle: Cycle | None, planner: StepPlanner, req
         "selection_step": None if cycle is None else cycle.step,
         "strips": [
             run_lengths(_codes(state, group, num_blocks, planner.lut[group], cycle)) for group in range(len(state.sets))
-        ],
+        ]
+        if has_strips
+        else None,
     }
 
 

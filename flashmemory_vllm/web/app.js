@@ -4,6 +4,8 @@
 const POLL_MS = 1000;
 const SLOWEST_POLL_MS = 30000;
 const ANSWER_MS = 20000;
+// Steps of the server wait while strips are made: as many requests as this have one, those that are known for longest.
+const MAX_STRIPS = 16;
 const KEY = "flashmemory-api-key";
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -132,17 +134,19 @@ function drawRequest(article, request, step) {
   article.querySelector("h3").textContent = request.request_id;
   article.querySelector("h3").title = request.engine_request_id;
   article.querySelector("header p").textContent = describe(request, step);
+  const strips = request.strips ?? [];
   const groups = article.querySelectorAll(".group");
-  for (let index = groups.length; index < request.strips.length; index += 1)
+  if (request.strips === null) groups.forEach((group) => group.remove());
+  for (let index = groups.length; index < strips.length; index += 1)
     article.append(
       element("div", { class: "group" }, drawing("svg", { class: "strip", role: "img" }), element("p", { class: "counts" })),
     );
   article.querySelectorAll(".group").forEach((group, index) => {
-    const runs = request.strips[index];
-    const name = request.strips.length > 1 ? `layer group ${index}` : "blocks";
+    const runs = strips[index];
+    const name = strips.length > 1 ? `layer group ${index}` : "blocks";
     drawStrip(group.querySelector("svg"), runs, name, byId("requests").clientWidth);
     group.querySelector("p").textContent =
-      (request.strips.length > 1 ? `${name}: ` : "") + totals(runs);
+      (strips.length > 1 ? `${name}: ` : "") + totals(runs);
   });
 }
 
@@ -233,7 +237,7 @@ function show(state, text) {
 /** The server's answer; null where there is no connection, or none of it in time. */
 async function ask(key) {
   try {
-    const response = await fetch("flashmemory/status", {
+    const response = await fetch(`flashmemory/status?strips=${MAX_STRIPS}`, {
       headers: key ? { Authorization: `Bearer ${key}` } : {},
       cache: "no-store",
       signal: AbortSignal.timeout(ANSWER_MS),

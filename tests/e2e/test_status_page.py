@@ -121,7 +121,7 @@ def read_at_one_step(server: Server, completion_id: str) -> tuple[dict[str, Any]
     with httpx.Client(base_url=url, timeout=PATIENCE_SECONDS) as client, ThreadPoolExecutor() as pool:
         while time.monotonic() < end:
             # Who asks at once gets one answer; it can be a little older than the request.
-            answers = list(pool.map(client.get, ["/status", f"/requests/{completion_id}"]))
+            answers = list(pool.map(client.get, ["/status?strips=16", f"/requests/{completion_id}"]))
             if all(answer.is_success for answer in answers):
                 status, told = (answer.json() for answer in answers)
                 if told["step"] == status["step"] and told["selection_step"] is not None:
@@ -139,7 +139,7 @@ def test_the_strip_of_a_decoding_request_is_what_its_route_tells(server: Server,
         expect(in_page).to_be_visible()
         # It goes on by itself.
         expect(in_page).not_to_have_attribute("data-step", in_page.get_attribute("data-step") or "")
-    page.route("**/flashmemory/status", lambda route: route.fulfill(json=status))
+    page.route(re.compile(r"/flashmemory/status\?"), lambda route: route.fulfill(json=status))
     expect(in_page).to_have_attribute("data-step", str(told["step"]))
     drawn = read_strip(page, told["engine_request_id"])
     page.unroute_all()
@@ -186,7 +186,7 @@ def test_an_answer_that_cannot_be_drawn_is_not_called_none(page: Page) -> None:
     told = make_status(make_request("cmpl-a-0"))
     broken = {name: value for name, value in told.items() if name != "memory"}
     with serving(make_app([told])) as port:
-        page.route("**/flashmemory/status", lambda route: route.fulfill(json=broken))
+        page.route(re.compile(r"/flashmemory/status\?"), lambda route: route.fulfill(json=broken))
         page.goto(f"http://127.0.0.1:{port}/flashmemory")
         expect(page.get_by_role("status")).to_contain_text("the answer cannot be shown")
         page.unroute_all()

@@ -1,5 +1,6 @@
 """What our workers add to vLLM's: a residency runtime under the model runner."""
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime, query_window
+from flashmemory_vllm.runtime.status import StripsAsked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,9 +113,8 @@ class ResidencyWorker:
         compat.keep_steps_out_of_full_graphs(self.model_runner, self._needs_python)
 
     def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
-        """Replace the runtime by one with other options; for evaluation, between requests.
+        """Replace the runtime by one with other options, between requests; after an error the old one serves on.
 
-        The new one is built before the old one is given up: after an error the worker serves on as it did.
         The scheduler keeps the slot budgets it started with, so they bound what may be asked for. Its prefix cache
         must be reset afterwards: the new runtime has no blocks.
 
@@ -155,9 +156,17 @@ class ResidencyWorker:
         self.flashmemory_config = config
         return built.index_bytes_per_block
 
-    def flashmemory_status(self) -> dict[str, Any]:
-        """What this worker holds: the fields of `status_reader.Status`. vLLM calls it between two steps."""
-        status = self._runtime().status(client_request_id)
+    def flashmemory_status(self, longest_known: int = 0, engine_request_id: str = "") -> dict[str, Any] | None:
+        """What the first worker holds: the fields of `status_reader.Status`. vLLM calls it between two steps.
+
+        Other ranks, whose steps wait as well, tell nothing. The arguments are those of `StripsAsked`.
+        """
+        if self.rank:
+            return None
+        started = time.perf_counter()
+        status = self._runtime().status(client_request_id, StripsAsked(longest_known, engine_request_id))
+        assert self._counters is not None
+        self._counters.add("status_seconds_total", time.perf_counter() - started)
         return {"engine": self.vllm_config.parallel_config.data_parallel_index, "rank": self.rank, **status}
 
     def compile_or_warm_up_model(self) -> "CompilationTimes":
@@ -185,10 +194,7 @@ class ResidencyWorker:
         super().sleep(level)  # type: ignore[misc]
 
     def shutdown(self) -> None:
-        """As vLLM's; unpins the host pool first, which can take long for a large one.
-
-        After a device fault every call to the device raises again; each of these steps is taken all the same.
-        """
+        """As vLLM's; unpins the host pool first, which can take long. After a device fault every step is taken, too."""
         runtime, self.flashmemory_runtime = self.flashmemory_runtime, None
         with ExitStack() as steps:  # the last one put in is the first one taken
             steps.callback(super().shutdown)  # type: ignore[misc]

@@ -25,13 +25,20 @@ class StatusEngine:
         self._num_ranks = num_ranks
         self._seconds = seconds
 
-    async def collective_rpc(self, method: str) -> list[dict[str, Any]]:
-        """As vLLM's `EngineClient`: one answer of each rank, in their order."""
+    async def collective_rpc(self, method: str, args: tuple[int, str]) -> list[dict[str, Any] | None]:
+        """As vLLM's `EngineClient`: one answer of each rank, of which only the first one tells something."""
         assert method == "flashmemory_status"
+        longest_known, engine_request_id = args
         status = self._statuses[min(self.num_calls, len(self._statuses) - 1)]
         self.num_calls += 1
         await asyncio.sleep(self._seconds)
-        return [status | {"rank": rank} for rank in range(self._num_ranks)]
+        requests = [
+            request
+            if index < longest_known or request["engine_request_id"] == engine_request_id
+            else request | {"strips": None}
+            for index, request in enumerate(status["requests"])
+        ]
+        return [status | {"requests": requests}, *[None] * (self._num_ranks - 1)]
 
 
 def make_request(request_id: str, num_tokens: int = 1400, strips: Sequence[Any] = (STRIP,)) -> dict[str, Any]:

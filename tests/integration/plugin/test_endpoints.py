@@ -124,13 +124,32 @@ def test_the_answers_are_documented(route: str, model: str) -> None:
 def test_status_is_that_of_rank_0() -> None:
     told = make_status(make_request("cmpl-a-0"), rank=0)
     client = TestClient(_make_app(StatusEngine([told], num_ranks=2)))
-    assert client.get("/flashmemory/status").json() == Status.model_validate(told).model_dump(mode="json")
+    answer = client.get("/flashmemory/status", params={"strips": 1}).json()
+    assert answer == Status.model_validate(told).model_dump(mode="json")
+
+
+def test_strips_come_when_they_are_asked_for_and_not_for_everybody() -> None:
+    client = _make_status_client(make_status(make_request("cmpl-a-0"), make_request("cmpl-b-0")))
+
+    def has_strips(route: str, **params: int) -> list[bool]:
+        answer = client.get(f"/flashmemory/{route}", params=params).json()
+        return [request["strips"] is not None for request in answer["requests"]]
+
+    assert has_strips("status") == has_strips("requests") == [False, False]
+    assert has_strips("status", strips=1) == has_strips("requests", strips=1) == [True, False]
+    assert client.get("/flashmemory/status", params={"strips": 17}).status_code == HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+def test_one_request_has_its_strips_however_many_there_are() -> None:
+    requests = [make_request(f"cmpl-{index}-0") for index in range(20)]
+    one = _make_status_client(make_status(*requests)).get("/flashmemory/requests/cmpl-19-0").json()
+    assert one["strips"] == requests[19]["strips"]
 
 
 def test_requests_are_those_of_the_status() -> None:
     told = make_status(make_request("cmpl-a-0"), make_request("cmpl-b-0"), step=7)
     client = _make_status_client(told)
-    listed = client.get("/flashmemory/requests").json()
+    listed = client.get("/flashmemory/requests", params={"strips": 2}).json()
     assert (listed["step"], [request["request_id"] for request in listed["requests"]]) == (7, ["cmpl-a-0", "cmpl-b-0"])
     one = client.get("/flashmemory/requests/cmpl-b-0").json()
     assert one == listed["requests"][1] | {"step": 7}

@@ -18,6 +18,7 @@ from flashmemory_vllm.runtime import assembly
 from flashmemory_vllm.runtime.capacity import budget_policy
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.status import StripsAsked
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.page_format import InterleavedPages
@@ -147,7 +148,7 @@ class DrivenRuntime:
 
     def resident(self, name: str) -> list[int]:
         """Positions of the blocks that a request holds."""
-        status = self.runtime.status(str)
+        status = self.runtime.status(str, StripsAsked(1000))
         (request,) = (one for one in status["requests"] if one["engine_request_id"] == name)
         states = [state for state, count in request["strips"][0] for _ in range(count)]
         return [at for at, state in enumerate(states) if state in {"resident", "recalled", "sink", "recent", "leaving"}]

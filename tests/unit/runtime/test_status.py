@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.residency.types import NewRequest, StepPlan
 from flashmemory_vllm.runtime.history import SelectionHistory
-from flashmemory_vllm.runtime.status import RequestStatus, RuntimeStatus, run_lengths, runtime_status
+from flashmemory_vllm.runtime.status import RequestStatus, RuntimeStatus, StripsAsked, run_lengths, runtime_status
 from flashmemory_vllm.transfer.engine import TransferCounters
 from tests.unit.residency.driver import BLOCK, Driver
 
 READ = {"leaving", "resident", "recalled", "sink", "recent"}
+ALL = StripsAsked(1000)
 IN_HOST_ONLY = {"evicted", "waiting"}
 
 
@@ -31,7 +32,7 @@ class Observed:
         return plan
 
     def status(self) -> RuntimeStatus:
-        return RuntimeStatus.model_validate(runtime_status(self.driver.planner, self.history, str.upper))
+        return RuntimeStatus.model_validate(runtime_status(self.driver.planner, self.history, str.upper, ALL))
 
     def states(self, group: int = 0) -> list[str]:
         """Of the one request that there is."""
@@ -40,6 +41,7 @@ class Observed:
 
 
 def expand(request: RequestStatus, group: int = 0) -> list[str]:
+    assert request.strips is not None
     return [state for state, count in request.strips[group] for _ in range(count)]
 
 
@@ -121,9 +123,24 @@ def test_blocks_go_from_waiting_to_landing_to_recalled_while_old_ones_leave() ->
     ]
 
 
+def test_only_who_is_asked_for_has_strips() -> None:
+    driver = Driver(num_slots=40)
+    observed = Observed(driver)
+    for index, name in enumerate("abc"):
+        driver.prefill(name, 2, first_block=1 + 10 * index)
+
+    def strips(asked: StripsAsked) -> dict[str, bool]:
+        told = RuntimeStatus.model_validate(runtime_status(driver.planner, observed.history, str, asked))
+        return {request.request_id: request.strips is not None for request in told.requests}
+
+    assert strips(StripsAsked()) == {"a": False, "b": False, "c": False}
+    assert strips(StripsAsked(2)) == {"a": True, "b": True, "c": False}
+    assert strips(StripsAsked(0, "c")) == {"a": False, "b": False, "c": True}
+
+
 def test_the_answer_is_plain_json() -> None:
     observed = decoding(num_groups=2)
-    told = runtime_status(observed.driver.planner, observed.history, str.upper)
+    told = runtime_status(observed.driver.planner, observed.history, str.upper, ALL)
     assert RuntimeStatus.model_validate(json.loads(json.dumps(told))) == observed.status()
     assert len(told["requests"][0]["strips"]) == 2
 
