@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,15 +36,6 @@ WARM_SHARE = 0.2
 # What is bounded, such as the last selections, does not always hold the same, and Python keeps some memory for itself.
 # A leak of one object would be one for each request.
 MAX_GROWTH_EACH = 0.5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors of a few numbers: to wake other threads for them takes ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Traffic:

@@ -1,6 +1,5 @@
 """A whole runtime under a scheduler: every attention output is that of the logical KV, however late copies are made."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,6 @@ from tests.unit.runtime.late_engine import LateEngine
 from tests.unit.runtime.model_twin import ModelTwin, Options
 
 NUM_REQUESTS, MAX_STEPS = 14, 2_000
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors of a few numbers: to wake other threads for them takes ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(twin: ModelTwin) -> None:

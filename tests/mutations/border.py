@@ -1,0 +1,44 @@
+"""Bugs at the border to vLLM: which tables, slots and lengths its attention gets, and what its scheduler said."""
+
+from tests.mutations.mutation import Mutation
+
+_DIR = "flashmemory_vllm/plugin/"
+_TEST = "tests/unit/plugin/"
+
+BORDER = (
+    Mutation(
+        "wrong group: attention of every group reads the first one's table",
+        f"{_DIR}backends/common.py",
+        "step.groups[self.group]",
+        "step.groups[0]",
+        f"{_TEST}test_backends.py::test_a_layer_attends_and_writes_with_its_own_group",
+    ),
+    Mutation(
+        "wrong group: keys and values of every group go to the first one's slots",
+        f"{_DIR}backends/common.py",
+        "slot_mapping = self.runtime.slot_mapping(self.group, len(slot_mapping))",
+        "pass",
+        f"{_TEST}test_backends.py::test_a_layer_attends_and_writes_with_its_own_group",
+    ),
+    Mutation(
+        "logical block ids reach attention",
+        f"{_DIR}backends/common.py",
+        "block_table_tensor=table.block_table,",
+        "",
+        f"{_TEST}test_backends.py::test_metadata_of_a_step_names_slots_and_short_lengths",
+    ),
+    Mutation(
+        "attention reads past the slots of a row: its logical length is used",
+        f"{_DIR}backends/common.py",
+        "seq_lens=table.seq_lens,",
+        "",
+        f"{_TEST}test_backends.py::test_metadata_of_a_step_names_slots_and_short_lengths",
+    ),
+    Mutation(
+        "a request that comes back after preemption decodes what it has yet to prefill",
+        f"{_DIR}translate.py",
+        "prompt_len + cached.num_output_tokens[index],",
+        "prompt_len,",
+        f"{_TEST}test_translate.py::test_a_request_that_v1_resumes_prefills_what_it_has_generated",
+    ),
+)

@@ -1,0 +1,66 @@
+"""What becomes of a scheduler's output, for both model runners. vLLM is not imported."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from flashmemory_vllm.plugin.translate import StepTranslator
+from flashmemory_vllm.residency.types import NewRequest, RunningRequest
+
+
+def new(req_id: str, blocks: list[int], computed: int, prompt_len: int, prefill: list[int] | None = None) -> Any:
+    return SimpleNamespace(
+        req_id=req_id,
+        block_ids=(blocks,),
+        num_computed_tokens=computed,
+        prompt_len=prompt_len,
+        prefill_token_ids=prefill,
+        prompt_token_ids=[0] * prompt_len,
+        prompt_embeds=None,
+    )
+
+
+def output(new_requests: list[Any], cached: Any = None, **num_tokens: int) -> Any:
+    nothing = SimpleNamespace(
+        req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[], num_output_tokens=[]
+    )
+    return SimpleNamespace(
+        kv_cache_block_copies=None,
+        new_block_ids_to_zero=None,
+        finished_req_ids=set(),
+        preempted_req_ids=None,
+        scheduled_new_reqs=new_requests,
+        scheduled_cached_reqs=cached or nothing,
+        num_scheduled_tokens=num_tokens,
+    )
+
+
+def cached(req_id: str, blocks: list[int] | None, computed: int, outputs: int, *, resumed: bool) -> Any:
+    return SimpleNamespace(
+        req_ids=[req_id],
+        resumed_req_ids={req_id} if resumed else set(),
+        new_block_ids=[None if blocks is None else (blocks,)],
+        num_computed_tokens=[computed],
+        num_output_tokens=[outputs],
+    )
+
+
+def test_a_request_that_v1_resumes_prefills_what_it_has_generated() -> None:
+    translator = StepTranslator()
+    translator.translate(output([new("a", [3, 4], 0, 7)], a=7))
+    step = translator.translate(output([], cached("a", [5, 6, 7], 4, 2, resumed=True), a=5))
+    assert step.new == (NewRequest("a", (5, 6, 7), 4, 9, 7),)
+    assert step.running == ()
+
+
+def test_a_request_that_v2_sends_again_prefills_all_its_tokens() -> None:
+    step = StepTranslator().translate(output([new("a", [3, 4, 5], 0, 7, prefill=[0] * 9)], a=9))
+    assert step.new == (NewRequest("a", (3, 4, 5), 0, 9, 7),)
+
+
+def test_a_running_request_may_get_no_blocks() -> None:
+    translator = StepTranslator()
+    translator.translate(output([new("a", [3, 4], 0, 7)], a=7))
+    step = translator.translate(output([], cached("a", None, 7, 0, resumed=False), a=1))
+    assert (step.step, step.running) == (2, (RunningRequest("a", (), 7),))
