@@ -18,6 +18,7 @@ from flashmemory_vllm.plugin import compat, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
+from flashmemory_vllm.plugin.lifeline import hold_on_to_server
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime, query_window
@@ -51,6 +52,7 @@ class ResidencyWorker:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's worker; our options are read here and stay frozen."""
+        hold_on_to_server()
         super().__init__(*args, **kwargs)
         self.flashmemory_config = read_config(self.vllm_config)
         self._counters_dir = engine_counters_directory(self.vllm_config)
