@@ -29,8 +29,8 @@ test: $(VENV)/.installed
 # On a CPU both model runners, the second one through Triton's interpreter: 20 minutes. On a GPU 8 minutes with full graphs.
 soak: $(VENV)/.installed
 ifeq ($(BUILD),cpu)
-	PYTHONPATH=tests/tools/triton_cpu$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/flashmemory soak --runners v1,v2 \
-	--scheduling sync,async --seconds 1200 --requests 2000 --out docs/results/soak-cpu.json
+	$(BIN)/flashmemory soak --runners v1,v2 --scheduling sync,async --triton-cpu tests/tools/triton_cpu \
+	--seconds 1200 --requests 2000 --out docs/results/soak-cpu.json
 else
 	$(BIN)/flashmemory soak --runners v1,v2 --scheduling async --seconds 480 --requests 100000 --out docs/results/soak-gpu.json
 endif

@@ -44,8 +44,10 @@ def main(job_path: Path, events_path: Path) -> None:
 
 def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say why and be gone at once: Python's own way out waits for threads, and what has failed may never answer."""
-    traceback.print_exception(kind, error, trace)
-    sys.stderr.flush()
+    # Where torch names the rank before each line, `sys.stderr` is a buffer that it prints afterwards
+    traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+    if sys.__stderr__ is not None:
+        sys.__stderr__.flush()
     os._exit(1)
 
 

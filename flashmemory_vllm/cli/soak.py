@@ -45,6 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--output-tokens", type=int, nargs=2, metavar=("LEAST", "MOST"), help="Default: by device")
     parser.add_argument("--contexts", type=int, help="contexts that prompts share. Default: by device")
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs. Default on a CPU")
+    parser.add_argument("--triton-cpu", type=Path, metavar="FOLDER", help="Triton backend for v2 without CUDA")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; each cell appends a row")
     parser.add_argument("--report", type=Path, help="Markdown file of all rows of --out")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keeps traces, texts and logs. Default: none")
@@ -58,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     rows = load_rows(args.out)
-    provenance = Provenance.collect_elsewhere(["flashmemory", *sys.argv[1:]], args.commit)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     traces = [Trace.load(args.replay)] if args.replay else [draw_trace(one) for one in read_settings(args, device)]
+    provenance = Provenance.collect_elsewhere(["flashmemory", *sys.argv[1:]], args.commit)
     args.seconds_each = args.seconds / len(traces)
     new: list[SoakRow] = []
     with tempfile.TemporaryDirectory(prefix="flashmemory-soak-") as temporary:
@@ -87,9 +88,12 @@ def read_settings(args: argparse.Namespace, device: Device) -> list[SoakSettings
     for option, number in (("--seconds", args.seconds), ("--requests", args.requests)):
         if number <= 0:
             raise ConfigError(f"{option} is {number}: allowed is a number > 0")
+    runners = _names("--runners", args.runners, RUNNERS)
+    if device == "cpu" and "v2" in runners and args.triton_cpu is None:
+        raise ConfigError("--runners has v2 and there is no CUDA: allowed with --triton-cpu FOLDER")
     cells = [
         (phase, runner, scheduling == "async")
-        for runner in _names("--runners", args.runners, RUNNERS)
+        for runner in runners
         for scheduling in _names("--scheduling", args.scheduling, SCHEDULING)
         for phase in _names("--phases", args.phases, PHASES)
     ]
@@ -131,10 +135,10 @@ def _run_cell(
     indexer = str(reference_indexer_path()) if settings.uses_shipped_indexer else None
     trace.save(folder.trace)
     folder.write("job", asdict(Job(model, indexer, args.seconds_each, REFERENCE_GIB[device], device)))
-    error = run_worker(folder, "serve", worker_environment(settings, device, "serve"))
+    error = run_worker(folder, "serve", worker_environment(settings, device, "serve", args.triton_cpu))
     has_hung = error is not None and HANG_MARK in error
     if error is None and settings.phase == "dense":
-        error = run_worker(folder, "judge", worker_environment(settings, device, "judge"))
+        error = run_worker(folder, "judge", worker_environment(settings, device, "judge", args.triton_cpu))
     texts = folder.texts()
     floor = args.floor if args.floor is not None else SHIPPED_FLOOR if settings.uses_shipped_indexer else 0.0
     return make_row(

@@ -79,7 +79,7 @@ class ServedEngine:
         sampling = SamplingParams(
             n=request.num_answers,
             temperature=1.0 if is_forked else 0.0,
-            top_k=1 if is_forked else 0,
+            min_p=1.0 if is_forked else 0.0,
             max_tokens=request.max_tokens,
             ignore_eos=not request.answer,
             detokenize=False,

@@ -79,23 +79,30 @@ class SoakFolder:
                 yield Text(fields["name"], fields["place"], tuple(fields["token_ids"]))
 
 
-def worker_environment(settings: SoakSettings, device: Device, task: Task) -> dict[str, str]:
-    """Variables of a worker's process."""
+def worker_environment(settings: SoakSettings, device: Device, task: Task, triton: Path | None) -> dict[str, str]:
+    """Variables of a worker's process.
+
+    Args:
+        settings: of the cell.
+        device: "cpu" or "cuda".
+        task: what the process does.
+        triton: folder of a stand-in for Triton's CPU backend; model runner V2 needs one without CUDA.
+    """
+    serves_v2 = settings.runner == "v2" and (task == "serve" or device == "cuda")
     env = dict(os.environ) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1" if settings.runner == "v2" and task == "serve" else "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if serves_v2 else "0",
         # The reference is vLLM as it is
         "VLLM_PLUGINS": "flashmemory" if task == "serve" else "",
     }
-    env.pop("TRITON_INTERPRET", None)
     if device == "cpu":
         # Threads that wait for each other spin: on cores shared with anything else, a small model is faster with one
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        if settings.runner == "v2" and task == "serve":
-            env["TRITON_INTERPRET"] = "1"
-    else:
-        env |= {"VLLM_USE_V2_MODEL_RUNNER": "1" if settings.runner == "v2" else "0"}
+        env.pop("TRITON_INTERPRET", None)
+        if serves_v2:
+            paths = [str(triton or ""), env.get("PYTHONPATH", "")]
+            env |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     return env
 
 

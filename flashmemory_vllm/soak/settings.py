@@ -98,8 +98,6 @@ class SoakSettings:
         common = {
             "device_slots": self.device_slots,
             "growth_reserve_tokens": 0,
-            # Room for all logical blocks, whose number is set for both engines by another option
-            "host_memory_gib": 16.0,
             "check_integrity": True,
         }
         if self.phase == "dense":

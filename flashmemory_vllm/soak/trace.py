@@ -13,7 +13,7 @@ from flashmemory_vllm.evaluation.questions import answer_len, make_questions, ma
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES, Sample
 from flashmemory_vllm.soak.settings import SoakSettings
 
-# Answers to a question with several are drawn with top_k = 1: greedily, in spite of vLLM's "n must be 1"
+# Where there are several they are drawn with min_p = 1: greedily, in spite of vLLM's "n must be 1"
 MAX_ANSWERS = 3
 MAX_ABORT_STEPS = 40
 QUESTIONS_OF_A_CONTEXT = 8

@@ -1,5 +1,7 @@
 """An engine's process is followed to its end, its error is found in the log, and nothing of it stays."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,18 @@ def test_an_engine_that_hangs_once_it_is_done_has_done_its_job(monkeypatch: pyte
     with EngineProcess(job) as running:
         assert [event.kind for event in running.follow()] == ["begin", "figures"]
         assert running.error() is None
+
+
+def test_why_a_worker_ends_is_told_where_torch_prints_what_python_would() -> None:
+    script = """
+import contextlib, io, sys
+from flashmemory_vllm.cli.bench_worker import leave
+def as_torch_does(*failed):
+    with contextlib.redirect_stderr(io.StringIO()):
+        leave(*failed)
+sys.excepthook = as_torch_does
+raise ValueError("why")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: why\n")

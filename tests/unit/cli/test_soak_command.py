@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from flashmemory_vllm.cli.soak import read_settings
 from flashmemory_vllm.soak.adapter import RANK, write_adapter
 from flashmemory_vllm.soak.process import worker_environment
 
+SHIM = ("--triton-cpu", "shim")
+
 
 def _arguments(*words: str) -> argparse.Namespace:
     return build_parser().parse_args(["soak", "--out", "rows.json", *words])
@@ -18,7 +21,8 @@ def _arguments(*words: str) -> argparse.Namespace:
 
 def test_every_phase_on_every_runner_with_every_scheduling_shares_requests() -> None:
     cells = read_settings(
-        _arguments("--runners", "v2,v1", "--scheduling", "async,sync", "--requests", "2000", "--seed", "7"), "cpu"
+        _arguments("--runners", "v2,v1", "--scheduling", "async,sync", "--requests", "2000", "--seed", "7", *SHIM),
+        "cpu",
     )
     assert len({(cell.phase, cell.runner, cell.is_async) for cell in cells}) == len(cells) == 8
     assert [cell.num_requests for cell in cells] == [250] * 8
@@ -44,13 +48,19 @@ def test_what_is_given_replaces_what_suits_the_device() -> None:
         (("--runners", "v3"), "--runners has 'v3': allowed is v1, v2"),
         (("--phases", "dense,wet"), "--phases has 'wet': allowed is dense, sparse"),
         (("--scheduling", ""), "--scheduling has '': allowed is sync, async"),
+        (("--runners", "v2"), "--runners has v2 and there is no CUDA: allowed with --triton-cpu FOLDER"),
         (("--seconds", "0"), "--seconds is 0.0: allowed is a number > 0"),
         (("--requests", "-1"), "--requests is -1: allowed is a number > 0"),
     ],
 )
 def test_what_is_not_allowed_is_told(
-    words: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["soak", "--out", str(tmp_path / "rows.json"), *words]) == 2
     assert told in capsys.readouterr().err
 
@@ -59,17 +69,19 @@ def test_only_the_engine_under_test_has_our_plugin_and_on_a_cpu_only_its_second_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    first, second = read_settings(_arguments("--phases", "dense", "--runners", "v1,v2"), "cpu")
-    assert "TRITON_INTERPRET" not in worker_environment(first, "cpu", "serve")
-    served, judged = (worker_environment(second, "cpu", task) for task in ("serve", "judge"))
+    first, second = read_settings(_arguments("--phases", "dense", "--runners", "v1,v2", *SHIM), "cpu")
+    assert "TRITON_INTERPRET" not in worker_environment(first, "cpu", "serve", Path("shim"))
+    served, judged = (worker_environment(second, "cpu", task, Path("shim")) for task in ("serve", "judge"))
     assert (served["VLLM_PLUGINS"], served["VLLM_USE_V2_MODEL_RUNNER"], served["TRITON_INTERPRET"]) == (
         "flashmemory",
         "1",
         "1",
     )
     assert (judged["VLLM_PLUGINS"], judged["VLLM_USE_V2_MODEL_RUNNER"]) == ("", "0")
+    assert served["PYTHONPATH"].split(os.pathsep)[0] == "shim"
     assert "TRITON_INTERPRET" not in judged
-    assert worker_environment(second, "cuda", "judge")["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    assert "shim" not in judged.get("PYTHONPATH", "")
+    assert worker_environment(second, "cuda", "judge", None)["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
 def test_an_adapter_fits_its_model(tmp_path: Path) -> None:
