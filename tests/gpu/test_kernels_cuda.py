@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_checksums
+from flashmemory_kernels.checksum_pages import cases as checksum_cases
+from flashmemory_kernels.checksum_pages.naive import store_checksums_naive
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
@@ -192,3 +195,19 @@ def test_copy_pages(case: CopyCase, dtype: torch.dtype, places: str) -> None:
     assert torch.equal(device_rows[1][:, start:].cpu(), expected)
     # The rest of the rows is as it was.
     assert torch.equal(device_rows[1][:, :start].cpu(), rows[1, :, :start])
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("case", [*checksum_cases.CASES, *checksum_cases.BENCH_CASES[:2]])
+def test_checksum_pages(case: checksum_cases.ChecksumCase, pinned: bool) -> None:
+    given = checksum_cases.make_inputs(case, torch.bfloat16, "cuda")
+    pages, expected = PageSet(given.pages), given.sums.clone()
+    store_checksums_naive(pages.words, given.page_ids, expected, given.block_ids)
+    store_checksums(pages, given.page_ids, given.sums, given.block_ids)
+    assert torch.equal(given.sums, expected)
+    pages.words[-1][given.page_ids[-1], -1] ^= 1
+    wrong = torch.empty(case.num_layers, case.num_pages, dtype=torch.uint8, device="cpu" if pinned else "cuda")
+    wrong = wrong.pin_memory() if pinned else wrong
+    verify_checksums(pages, given.page_ids, given.sums, given.block_ids, wrong)
+    torch.cuda.synchronize()
+    assert wrong.nonzero().tolist() == [[case.num_layers - 1, case.num_pages - 1]]

@@ -5,6 +5,11 @@ import sys
 from typing import Any
 
 import torch
+from flashmemory_kernels.checksum_pages import PageSet
+from flashmemory_kernels.checksum_pages.cases import CASES as CHECKSUM_CASES
+from flashmemory_kernels.checksum_pages.cases import make_inputs as checksum_inputs
+from flashmemory_kernels.checksum_pages.kernel import store_checksums_triton, verify_checksums_triton
+from flashmemory_kernels.checksum_pages.naive import store_checksums_naive
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables.cases import CASES as TABLE_CASES
 from flashmemory_kernels.compact_tables.cases import make_inputs as table_inputs
@@ -52,6 +57,24 @@ TOL_FP32_SUM: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 TOL_CHUNKS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4}
 # The same float32 result may round to either neighbour in bf16.
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
+
+
+def check_checksum_pages() -> int:
+    dtypes = (torch.float32, torch.bfloat16)
+    for case, dtype in itertools.product(CHECKSUM_CASES, dtypes):
+        given = checksum_inputs(case, dtype)
+        pages, ids = PageSet(given.pages), (given.page_ids, given.block_ids)
+        expected = given.sums.clone()
+        store_checksums_naive(pages.words, ids[0], expected, ids[1])
+        where = (pages.addresses, pages.stride_words, pages.num_words)
+        store_checksums_triton(*where, ids[0], given.sums, ids[1])
+        assert torch.equal(given.sums, expected), (case, dtype)
+        given.pages[-1].view(torch.int32)[ids[0][0], -1] ^= 1 << 30
+        wrong = torch.empty(case.num_layers, case.num_pages, dtype=torch.uint8)
+        verify_checksums_triton(*where, ids[0], given.sums, ids[1], wrong)
+        assert wrong.nonzero().tolist() == [[case.num_layers - 1, 0]], (case, dtype)
+        assert int(wrong.max()) == 1
+    return len(CHECKSUM_CASES) * 2
 
 
 def check_copy_pages() -> int:
@@ -170,6 +193,7 @@ def check_compact_tables() -> int:
 
 if __name__ == "__main__":
     checks = {
+        "checksum_pages": check_checksum_pages,
         "compact_tables": check_compact_tables,
         "copy_pages": check_copy_pages,
         "ensemble_scores": check_ensemble_scores,

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "op",
     [
+        "checksum_pages",
         "compact_tables",
         "copy_pages",
         "ensemble_scores",
