@@ -17,6 +17,7 @@ DEFAULT_TAU = 16
 SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o", "neural"]
 Aggregate = Literal["max", "mean"]
 Mode = Literal["always", "pressure"]
+PageChecksums = Literal["off", "sample", "full"]
 
 
 def _as_tuple(value: object) -> object:
@@ -169,6 +170,12 @@ class FlashMemoryConfig(BaseModel):
     pin_host_memory: bool = Field(
         default=True,
         description="Pin the host pool's pages, without which copies do not overlap with compute.",
+    )
+    page_checksums: PageChecksums = Field(
+        default="sample",
+        description="Keep a checksum of every page that is written back, and compare all pages that come from the host "
+        "(`full`), one of 16, in turn (`sample`), or none (`off`). A request that needs a page with another checksum "
+        "fails; it never becomes text.",
     )
     check_integrity: bool = Field(
         default=False, description="Check every conservation law after each step. Slow; for debugging."

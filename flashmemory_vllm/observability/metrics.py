@@ -107,6 +107,18 @@ METRICS = (
         "How many host blocks did prefill read through its buffers?",
     ),
     MetricSpec("streamed_bytes_total", "counter", "bytes", "How much did streaming load the host link?"),
+    MetricSpec(
+        "compared_pages_total",
+        "counter",
+        "pages",
+        "How many pages, of one layer each, that came from the host were compared with their checksums?",
+    ),
+    MetricSpec(
+        "page_checksum_failures_total",
+        "counter",
+        "pages",
+        "How many of these were not what had been saved? The requests that needed them have failed.",
+    ),
     MetricSpec("selections_total", "counter", "selections", "How often was a resident set chosen anew?"),
     MetricSpec(
         "drift_selections_total",

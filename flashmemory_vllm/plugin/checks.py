@@ -10,6 +10,7 @@ from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.indexer.checkpoint import check_indexer, fetched_commit, resolve_indexer
 from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
+from flashmemory_vllm.plugin.compat_outputs import raise_failed_requests
 from flashmemory_vllm.plugin.counter_files import announce_engine
 from flashmemory_vllm.plugin.machine import tell_engines_of_machine
 from flashmemory_vllm.plugin.models import ignore_windows_that_never_bind
@@ -62,6 +63,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     _tell_options(vllm_config)
     choose_worker(vllm_config)
     tell_engines_of_machine(vllm_config)
+    raise_failed_requests()
     announce_engine(vllm_config)
 
 

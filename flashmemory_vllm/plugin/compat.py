@@ -4,7 +4,8 @@ Each docstring names the symptom that made the change necessary, why it works, a
 No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
 instance attribute on an enum member, one official backend override (CPU only), two wrapped bound methods
 on our own worker's model runner, two wrapped methods of the scheduler that change nothing for other engines,
-and the interpreter's hook for uncaught errors once one of ours is raised.
+the interpreter's hook for uncaught errors once one of ours is raised, and two wrapped methods that make an error
+of broken KV (`compat_outputs.py`).
 
 Overrides stand in the classes of ours that need them. Those that go further than vLLM offers a way for:
 
@@ -21,9 +22,9 @@ Overrides stand in the classes of ours that need them. Those that go further tha
   only while its list is empty; goes when registering one of ours does it.
 - `plugin/workers/common.py` `ResidencyWorker.determine_available_memory`: reports the bytes of the host pool,
   so that the scheduler has N blocks; goes when a worker can report blocks instead of bytes.
-- `plugin/workers/common.py` `ResidencyWorker._physical_config`: makes vLLM's KV cache configuration again for S
+- `plugin/workers/physical.py` `physical_config`: makes vLLM's KV cache configuration again for S
   slots, with its private `_pool_bytes_per_block`; goes when vLLM tells logical from physical blocks.
-- `plugin/workers/common.py` `ResidencyWorker._without_block_override`: hides `--num-gpu-blocks-override`
+- `plugin/workers/physical.py` `_without_block_override`: hides `--num-gpu-blocks-override`
   meanwhile, which counts logical blocks; goes with the one above.
 - `plugin/workers/common.py` `ResidencyWorker.compile_or_warm_up_model`: takes the runtime away while vLLM warms
   up with requests of its own; goes when warm-up batches can be told from real ones.

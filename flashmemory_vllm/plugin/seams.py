@@ -23,6 +23,12 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._is_uniform_decode": ("max_num_scheduled_tokens",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("self", "input_batch"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_worker:Worker.sample_tokens": ("self", "grammar_output"),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
+    "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks": ("self", "invalid_block_ids"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("self", "block_ids"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("self", "request_id"),
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ("self", "prompt", "sampling_params", "request_id"),
     "vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups": (
         "vllm_config",
         "kv_cache_groups",
@@ -95,6 +101,8 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
         "num_computed_tokens",
         "num_output_tokens",
     ),
+    "vllm.v1.outputs:ModelRunnerOutput": ("kv_connector_output",),
+    "vllm.v1.outputs:KVConnectorOutput": ("invalid_block_ids",),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc",
         "seq_lens",

@@ -27,6 +27,7 @@ from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
+from flashmemory_vllm.transfer.checksums import COMPARED
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
@@ -264,16 +265,14 @@ def _prefill(
 
 
 def _engine(layout: PageLayout, num_blocks: int, config: FlashMemoryConfig, pool: HostPool | None) -> TransferEngine:
-    is_cuda = layout.device.type == "cuda"
-    if pool is None:
-        pool = HostPool(num_blocks, layout, pin=is_cuda and config.pin_host_memory)
-    else:
-        pool = pool.laid_out(layout)
+    compared, is_cuda = COMPARED[config.page_checksums], layout.device.type == "cuda"
+    pin = is_cuda and config.pin_host_memory
+    pool = HostPool(num_blocks, layout, pin=pin) if pool is None else pool.laid_out(layout)
     if not is_cuda:
-        return CpuTransferEngine(layout, pool)
+        return CpuTransferEngine(layout, pool, compared)
     from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 
-    return CudaTransferEngine(layout, pool)
+    return CudaTransferEngine(layout, pool, compared)
 
 
 def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int, device: torch.device) -> IndexGeometry:

@@ -67,6 +67,8 @@ class Reporter:
             "recalled_bytes_total": moved.bytes_h2d,
             "streamed_bytes_total": moved.bytes_streamed,
             "written_back_bytes_total": moved.bytes_d2h,
+            "compared_pages_total": moved.compared_pages,
+            "page_checksum_failures_total": moved.wrong_pages,
             "late_recalls_total": moved.late_fences,
             "stall_seconds_total": moved.stall_seconds + self._selections.stall_seconds,
         }

@@ -12,19 +12,20 @@ import torch
 from flashmemory_vllm.residency.types import (
     BoolArray,
     DueSelection,
-    IntArray,
     Row,
     StepInput,
     StepPlan,
     WriteBacks,
 )
 from flashmemory_vllm.runtime.history import SelectionHistory
+from flashmemory_vllm.runtime.index_keys import index_full_blocks
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.poison import poison_free_slots, poisoned
 from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import StripsAsked, runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
-from flashmemory_vllm.runtime.uploads import upload
+from flashmemory_vllm.transfer.checksums import Comparison
+from flashmemory_vllm.transfer.engine import TransferCounters
 from flashmemory_vllm.transfer.host_pool import HostPool
 
 
@@ -46,6 +47,7 @@ class ResidencyRuntime:
         self._history = SelectionHistory(parts.planner, parts.engine.counters)
         self._plan: StepPlan | None = None
         self._rows: list[Row] = []
+        self._comparisons: tuple[Comparison, ...] = ()
         # An idle server already tells its sizes.
         self._report.publish()
 
@@ -68,6 +70,11 @@ class ResidencyRuntime:
     def index_bytes_per_block(self) -> int:
         """Device bytes of one logical block's index keys."""
         return self._parts.selector.bytes_per_block()
+
+    @property
+    def moved(self) -> TransferCounters:
+        """Totals of what was copied and compared."""
+        return self._parts.engine.counters
 
     @property
     def buffers(self) -> StepBuffers:
@@ -190,22 +197,26 @@ class ResidencyRuntime:
         if self._plan is not None:
             self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output)
 
+    def take_comparisons(self) -> tuple[Comparison, ...]:
+        """Whether the pages that the steps since the last call read are those that were saved."""
+        taken, self._comparisons = self._comparisons, ()
+        return taken
+
     def warm_up(self) -> None:
         """Run every kernel once on the null block and the null slot, so that no request waits for a compiler."""
         parts, shape = self._parts, self._parts.shape
         null = np.zeros(1, np.int32)
         self._tables.warm_up()
-        for group in range(len(parts.groups)):
-            parts.engine.write_back(group, null, null)
-            parts.engine.recall(group, null, null)
-        parts.engine.fence(())
-        with parts.selections.strict():
-            self._index_full_blocks(WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
+        with parts.engine.warming_up(), parts.selections.strict():
+            for group in range(len(parts.groups)):
+                parts.engine.write_back(group, null, null)
+                parts.engine.recall(group, null, null)
+            parts.engine.fence(())
+            index_full_blocks(parts, WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
             parts.selections.warm_up(self._queries.row(0), len(parts.groups))
-        query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
-        key = query[:, : shape.num_kv_heads].contiguous()
-        parts.prefill.warm_up(query, key, key)
-        parts.engine.synchronize()
+            query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
+            key = query[:, : shape.num_kv_heads].contiguous()
+            parts.prefill.warm_up(query, key, key)
 
     def status(self, client_id: Callable[[str], str], strips: StripsAsked) -> dict[str, Any]:
         """The fields of `RuntimeStatus` between two steps; `client_id` turns the engine's request ids into others."""
@@ -256,7 +267,7 @@ class ResidencyRuntime:
         assert plan is not None
         for group, slots in enumerate(plan.write_backs.slots):
             parts.engine.write_back(group, plan.write_backs.blocks, slots)
-        self._index_full_blocks(plan.write_backs)
+        index_full_blocks(parts, plan.write_backs)
         parts.planner.complete(plan)
         row_of = {row.req_id: index for index, row in enumerate(self._rows)}
         for due in plan.due:
@@ -264,28 +275,8 @@ class ResidencyRuntime:
             queries, earlier = self._queries.row(row), parts.questions.earlier(due, self._rows[row])
             parts.selections.score(plan.step, due, queries, self._resident(due), earlier)
         parts.selections.watch(plan, row_of)
+        self._comparisons += parts.engine.take_comparisons()
         self._report.publish()
-
-    def _index_full_blocks(self, full: WriteBacks) -> None:
-        """Make the index keys of blocks that became full, from their device pages."""
-        parts = self._parts
-        if not parts.selector.needs_keys or not len(full.blocks):
-            return
-        slots_of = [self._upload_ids(slots) for slots in full.slots]
-        slots = [slots_of[self._group_of[layer]] for layer in parts.anchors]
-        if parts.page_format.keys_are_views:
-            keys = [self._keys(layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
-            parts.selections.add_blocks(full.blocks, self._upload_ids(full.blocks), keys, slots)
-        else:
-            keys = [
-                self._keys(layer, parts.engine.layout.page_view(layer).index_select(0, at))
-                for layer, at in zip(parts.anchors, slots, strict=True)
-            ]
-            parts.selections.add_blocks(full.blocks, self._upload_ids(full.blocks), keys)
-
-    def _keys(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
-        """Keys [n, Hkv, block_size, D] of a layer's pages [n, page_elems]."""
-        return self._parts.page_format.keys(self._parts.engine.layout.unflatten(layer, pages))
 
     def _resident(self, due: DueSelection) -> BoolArray | None:
         return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))
@@ -294,6 +285,3 @@ class ResidencyRuntime:
         state = self._parts.planner.requests.get(req_id)
         assert state is not None  # it is scheduled
         return state.prompt_len
-
-    def _upload_ids(self, ids: IntArray) -> torch.Tensor:
-        return upload(ids.astype(np.int64), self._parts.shape.device)

@@ -13,8 +13,10 @@ from flashmemory_kernels.copy_pages import copy_pages
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.types import Copies
 from flashmemory_vllm.transfer.batched_copy import batched_copy, has_batched_copy
+from flashmemory_vllm.transfer.checksums import PageSums
 from flashmemory_vllm.transfer.engine import Ids, Marker, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
+from flashmemory_vllm.transfer.kernel_sums import KernelSums
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.write_backs import PendingWriteBacks
 
@@ -40,8 +42,8 @@ class CudaTransferEngine(TransferEngine):
         ConfigError: the host pool is not pinned.
     """
 
-    def __init__(self, layout: PageLayout, pool: HostPool) -> None:
-        super().__init__(layout, pool)
+    def __init__(self, layout: PageLayout, pool: HostPool, compared: int | None = None) -> None:
+        super().__init__(layout, pool, compared)
         if not pool.pages.is_pinned():
             raise ConfigError("the CUDA transfer engine needs a pinned host pool; got pageable memory (pin=False)")
         self._recalls, self._gathers, *self._write_backs = (
@@ -60,7 +62,10 @@ class CudaTransferEngine(TransferEngine):
         with torch.cuda.stream(self._gathers):
             return self._upload(blocks)
 
-    def fence(self, reused: Sequence[Copies]) -> None:
+    def _page_sums(self) -> PageSums:
+        return KernelSums(self.layout, self.pool.num_blocks, self._upload)
+
+    def _fence(self, reused: Sequence[Copies]) -> None:
         """Make the compute stream wait for recalls and for who reads `reused`; late if a recall is under way."""
         self._count_waits()
         markers = (self._recalled, *(self._pending.reading(use.group, use.slots) for use in reused))
@@ -92,6 +97,7 @@ class CudaTransferEngine(TransferEngine):
         with self._copying(self._recalls, self.marker(), *after) as stream:
             for run in self.layout.runs(group):
                 self._copy(self.pool.run_view(run), blocks, run.device_pages, slots, stream)
+            self._arrives(group, blocks, slots)
         self._recalled.record(stream)
 
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
@@ -117,6 +123,7 @@ class CudaTransferEngine(TransferEngine):
                 batched_copy(source, host_blocks, out, np.arange(len(host_blocks)), stream)
             else:
                 copy_pages(source, blocks, out, None)
+            self._is_staged(layer, host_blocks, out)
         return self._mark(stream)
 
     def _copy(

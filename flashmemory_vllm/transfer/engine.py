@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from flashmemory_kernels.copy_pages import copy_pages
 
 from flashmemory_vllm.residency.types import Copies
+from flashmemory_vllm.transfer.checksums import Comparison, CrcSums, PageChecks, PageSums
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.markers import Ids, Marker
 
-Ids = npt.NDArray[np.integer]
+__all__ = ["CpuTransferEngine", "Ids", "Marker", "TransferCounters", "TransferEngine"]
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class TransferCounters:
         bytes_d2h: device to host, write-backs.
         late_fences: fences at which a recall had not landed yet, so that the device waited.
         stall_seconds: time that the device spent waiting at fences, with nothing else to do.
+        compared_pages: pages, of one layer each, that came from the host and were compared with their checksums.
+        wrong_pages: those of them that were others than had been saved. Counted by whoever reads the comparisons.
     """
 
     bytes_h2d: int = 0
@@ -36,16 +39,8 @@ class TransferCounters:
     bytes_d2h: int = 0
     late_fences: int = 0
     stall_seconds: float = 0.0
-
-
-class Marker(Protocol):
-    """A place in the work of a device stream, as `torch.cuda.Event` is one."""
-
-    def query(self) -> bool:
-        """Whether the device has come past it."""
-
-    def wait(self, stream: Any = None) -> None:  # noqa: ANN401 - torch's streams are untyped
-        """Make the stream (default: the current one) wait for it; never blocks the host."""
+    compared_pages: int = 0
+    wrong_pages: int = 0
 
 
 class TransferEngine(ABC):
@@ -58,12 +53,19 @@ class TransferEngine(ABC):
 
     Nothing waits for a write-back but who needs it: a recall into a slot that it reads, and work that `fence`
     was told writes to such a slot.
+
+    Args:
+        layout: where pages lie.
+        pool: the host tier.
+        compared: one of so many pages that come from the host is compared with its checksum. Default: None, pages
+            have no checksums.
     """
 
-    def __init__(self, layout: PageLayout, pool: HostPool) -> None:
+    def __init__(self, layout: PageLayout, pool: HostPool, compared: int | None = None) -> None:
         self.layout = layout
         self.pool = pool
         self.counters = TransferCounters()
+        self._checks = None if compared is None else PageChecks(self._page_sums(), compared)
 
     def recall(self, group: int, blocks: Ids, slots: Ids) -> None:
         """Copy host blocks `blocks[i]` into device slots `slots[i]`, all layers of the group."""
@@ -74,6 +76,8 @@ class TransferEngine(ABC):
     def write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
         """Copy device slots `slots[i]` into host blocks `blocks[i]`, all layers of the group."""
         if len(blocks):
+            if self._checks is not None:
+                self._checks.leaves(group, blocks, slots)
             self._write_back(group, blocks, slots)
             self.counters.bytes_d2h += len(blocks) * self._group_bytes(group)
 
@@ -99,7 +103,6 @@ class TransferEngine(ABC):
     def upload(self, blocks: Ids) -> torch.Tensor:
         """Put ids [n] where `gather_layer` reads them; int64 [n]."""
 
-    @abstractmethod
     def fence(self, reused: Sequence[Copies]) -> None:
         """Make device work enqueued from now on wait for all issued recalls; never blocks the host.
 
@@ -107,6 +110,22 @@ class TransferEngine(ABC):
             reused: slots that this work writes to although write-backs may still read them. It then waits for
                 those write-backs too.
         """
+        if self._checks is not None:
+            self._checks.fence()
+        self._fence(reused)
+
+    def take_comparisons(self) -> tuple[Comparison, ...]:
+        """The comparisons of pages that the work enqueued so far reads, and no work before the last call did."""
+        taken = () if self._checks is None else self._checks.take()
+        self.counters.compared_pages += sum(comparison.wrong.numel() for comparison in taken)
+        return taken
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Run every kernel there is inside; what was enqueued is done at the end."""
+        with nullcontext() if self._checks is None else self._checks.warming_up():
+            yield
+            self.synchronize()
 
     @abstractmethod
     def marker(self) -> Marker | None:
@@ -121,6 +140,12 @@ class TransferEngine(ABC):
         """Block the host until all issued copies have landed (sleep, shutdown, tests)."""
 
     @abstractmethod
+    def _page_sums(self) -> PageSums: ...
+
+    @abstractmethod
+    def _fence(self, reused: Sequence[Copies]) -> None: ...
+
+    @abstractmethod
     def _recall(self, group: int, blocks: Ids, slots: Ids) -> None: ...
 
     @abstractmethod
@@ -130,6 +155,16 @@ class TransferEngine(ABC):
     def _gather_layer(
         self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
     ) -> Marker | None: ...
+
+    def _arrives(self, group: int, blocks: Ids, slots: Ids) -> None:
+        """The copies into these slots are enqueued, on the current stream."""
+        if self._checks is not None:
+            self._checks.arrives(group, blocks, slots, self.marker)
+
+    def _is_staged(self, layer: int, blocks: Ids, staged: torch.Tensor) -> None:
+        """The copies into this buffer are enqueued, on the current stream."""
+        if self._checks is not None:
+            self._checks.is_staged(layer, blocks, staged, self.marker)
 
     def _group_bytes(self, group: int) -> int:
         return sum(self.layout.layer_bytes(layer) for layer in self.layout.groups[group])
@@ -142,9 +177,6 @@ class CpuTransferEngine(TransferEngine):
         """The ids as a tensor."""
         return torch.from_numpy(blocks.astype(np.int64))
 
-    def fence(self, reused: Sequence[Copies]) -> None:
-        """Nothing is in flight."""
-
     def marker(self) -> Marker | None:
         """All is done."""
 
@@ -154,10 +186,17 @@ class CpuTransferEngine(TransferEngine):
     def synchronize(self) -> None:
         """Nothing is in flight."""
 
+    def _page_sums(self) -> PageSums:
+        return CrcSums(self.layout, self.pool.num_blocks)
+
+    def _fence(self, reused: Sequence[Copies]) -> None:
+        """Nothing is in flight."""
+
     def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
         source, target = self.upload(blocks), self.upload(slots)
         for run in self.layout.runs(group):
             copy_pages(self.pool.run_view(run), source, run.device_pages, target)
+        self._arrives(group, blocks, slots)
 
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
         source, target = self.upload(slots), self.upload(blocks)
@@ -168,8 +207,9 @@ class CpuTransferEngine(TransferEngine):
         self,
         layer: int,
         blocks: torch.Tensor,
-        host_blocks: Ids,  # noqa: ARG002 - for engines that copy without the device's help
+        host_blocks: Ids,
         out: torch.Tensor,
         after: Marker | None,  # noqa: ARG002 - all earlier use is over
     ) -> None:
         copy_pages(self.pool.layer_view(layer), blocks, out, None)
+        self._is_staged(layer, host_blocks, out)

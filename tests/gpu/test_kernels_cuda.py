@@ -46,6 +46,7 @@ from flashmemory_kernels.translate_slots import translate_slots
 from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
 from tests.helpers.poisoned import poisoned_memory
+from tests.kernels import far_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -211,3 +212,11 @@ def test_checksum_pages(case: checksum_cases.ChecksumCase, pinned: bool) -> None
     verify_checksums(pages, given.page_ids, given.sums, given.block_ids, wrong)
     torch.cuda.synchronize()
     assert wrong.nonzero().tolist() == [[case.num_layers - 1, case.num_pages - 1]]
+
+
+@pytest.mark.parametrize("op", far_cases.CHECKS)
+def test_rows_beyond_two_to_the_31_elements(op: str) -> None:
+    try:
+        far_cases.CHECKS[op](far_cases.reserve_on_gpu)
+    finally:
+        torch.cuda.empty_cache()

@@ -85,8 +85,19 @@ def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
     Raises:
         AssertionError: the engine's process failed; the message ends with its output.
     """
+    last = run_main("tests.helpers.engine_main", run, timeout_s)
+    last["checked"] = {kind: Checked(**checked) for kind, checked in last["checked"].items()}
+    return EngineResult(**last)
+
+
+def run_main(module: str, run: EngineRun, timeout_s: float = 900) -> dict[str, Any]:
+    """Run a module that reads a run as JSON and prints one marked line of JSON, in a process of its own.
+
+    Raises:
+        AssertionError: the process failed; the message ends with its output.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.engine_main"],
+        [sys.executable, "-m", module],
         input=json.dumps(_request(run)),
         capture_output=True,
         text=True,
@@ -98,9 +109,8 @@ def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
     assert done.returncode == 0, f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     marked = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
     assert marked, f"the engine printed no result:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-    last = json.loads(marked[-1].removeprefix(RESULT_MARK))
-    last["checked"] = {kind: Checked(**checked) for kind, checked in last["checked"].items()}
-    return EngineResult(**last)
+    last: dict[str, Any] = json.loads(marked[-1].removeprefix(RESULT_MARK))
+    return last
 
 
 def _request(run: EngineRun) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def main() -> None:
     if request["oracle"]:
         oracle.install()
     if request["async_scheduling"]:
-        _force_async_scheduling()
+        force_async_scheduling()
     llm = LLM(**request["engine"])
     sampling = SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
     tokens = []
@@ -30,7 +30,7 @@ def main() -> None:
         tokens.append([list(output.outputs[0].token_ids) for output in outputs])
     result = {
         "tokens": tokens,
-        "counters": _counters(llm) if request["ours"] else {},
+        "counters": counters_of(llm) if request["ours"] else {},
         "metrics": _metrics(llm),
         "checked": {kind: asdict(checked) for kind, checked in oracle.checked.items()},
         **_machinery(llm),
@@ -38,7 +38,7 @@ def main() -> None:
     sys.stdout.write(f"\n{RESULT_MARK}{json.dumps(result)}\n")
 
 
-def _force_async_scheduling() -> None:
+def force_async_scheduling() -> None:
     """Switch on what vLLM's CPU platform switches off, right after it has done so."""
     from vllm.platforms import current_platform
 
@@ -65,7 +65,8 @@ def _machinery(llm: Any) -> dict[str, Any]:
     }
 
 
-def _counters(llm: Any) -> dict[str, float]:
+def counters_of(llm: Any) -> dict[str, float]:
+    """Our counters of an engine."""
     from flashmemory_vllm.observability.counters import CounterReader
     from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 

@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from flashmemory_vllm.config import FlashMemoryConfig
@@ -16,17 +15,17 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.observability.counters import Capacity, CounterWriter, worker_name
 from flashmemory_vllm.plugin import compat, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
+from flashmemory_vllm.plugin.broken_pages import PageJudge
 from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.lifeline import hold_on_to_server
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
+from flashmemory_vllm.plugin.workers.physical import physical_config
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime, query_window
 from flashmemory_vllm.runtime.status import StripsAsked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -58,6 +57,7 @@ class ResidencyWorker:
         self._counters_dir = engine_counters_directory(self.vllm_config)
         self._capacity: CapacityPlan | None = None
         self._translator = StepTranslator()
+        self._judge = PageJudge(self.rank)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Our spec for each attention layer.
@@ -103,7 +103,7 @@ class ResidencyWorker:
                 "flashmemory.host_memory_gib or --max-num-seqs"
             )
         num_slots = min(capacity.num_slots, num_logical_blocks)
-        super().initialize_from_config(self._physical_config(kv_cache_config, num_slots))  # type: ignore[misc]
+        super().initialize_from_config(physical_config(self.vllm_config, kv_cache_config, num_slots))  # type: ignore[misc]
         self._counters = self._open_counters(Capacity(num_slots, num_logical_blocks))
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         self._attach_runtime(self._build_runtime(layer_names, num_logical_blocks, self.flashmemory_config))
@@ -187,7 +187,12 @@ class ResidencyWorker:
         if runtime is None:
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         with torch.inference_mode(), runtime.step(self._translator.translate(scheduler_output)):
-            return super().execute_model(scheduler_output)  # type: ignore[misc]
+            output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        return self._judge.judged(output, runtime)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's; names the blocks that the step has read and should not have."""
+        return self._judge.judged(super().sample_tokens(grammar_output), self.flashmemory_runtime)  # type: ignore[misc]
 
     def sleep(self, level: int = 1) -> None:
         """As vLLM's; device pages are about to be discarded, so nothing stays resident."""
@@ -275,26 +280,3 @@ class ResidencyWorker:
         writer = CounterWriter.create(self._counters_dir, worker_name(self.rank))
         writer.publish_capacity(capacity)
         return writer
-
-    def _physical_config(self, logical: KVCacheConfig, num_slots: int) -> KVCacheConfig:
-        """VLLM's KV cache configuration for S slots, everything else as the engine core resolved it."""
-        groups = logical.kv_cache_groups
-        with self._without_block_override():
-            device_bytes = num_slots * _pool_bytes_per_block(self.vllm_config, groups)
-            physical = get_kv_cache_config_from_groups(self.vllm_config, groups, device_bytes)
-        physical.kv_cache_layout = logical.kv_cache_layout
-        physical.hash_block_size = logical.hash_block_size
-        physical.cache_hit_alignment_tokens = logical.cache_hit_alignment_tokens
-        physical.kv_tp_replicas = logical.kv_tp_replicas
-        assert physical.num_blocks == num_slots
-        return physical
-
-    @contextmanager
-    def _without_block_override(self) -> "Iterator[None]":
-        """`--num-gpu-blocks-override` counts logical blocks; it must not size the device tensor."""
-        cache_config = self.vllm_config.cache_config
-        override, cache_config.num_gpu_blocks_override = cache_config.num_gpu_blocks_override, None
-        try:
-            yield
-        finally:
-            cache_config.num_gpu_blocks_override = override

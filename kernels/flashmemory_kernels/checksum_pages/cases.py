@@ -46,4 +46,4 @@ def make_inputs(case: ChecksumCase, dtype: torch.dtype = torch.bfloat16, device:
     rows = torch.randint(256, shape, generator=generator, dtype=torch.uint8).view(dtype).to(device)
     ids = [torch.randperm(case.num_pool_pages, generator=generator)[: case.num_pages].to(device) for _ in range(2)]
     sums = torch.full((case.num_layers, case.num_pool_pages), -1, device=device)
-    return ChecksumInputs(list(rows[:, :, case.row_elems - case.page_elems :]), *ids, sums)
+    return ChecksumInputs(list(rows[:, :, case.row_elems - case.page_elems :]), ids[0], ids[1], sums)

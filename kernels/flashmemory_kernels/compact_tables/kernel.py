@@ -25,7 +25,7 @@ def compact_tables_kernel(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Copy one tile of one row of one layer group; the first tile also writes the row's length."""
-    i_row, i_group, i_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row, i_group, i_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     p_header = p_packed + (i_group * num_rows + i_row) * 3
     offset = tl.load(p_header)
     count = tl.load(p_header + 1)
@@ -36,7 +36,7 @@ def compact_tables_kernel(
         i_entry = i_tile * TILE + tl.arange(0, TILE)
         m_entry = i_entry < count
         slots = tl.load(p_packed + offset + i_entry, m_entry)
-        p_row = p_tables + i_group.to(tl.int64) * stride_group + i_row.to(tl.int64) * stride_row
+        p_row = p_tables + i_group * stride_group + i_row * stride_row
         tl.store(p_row + i_entry, slots, m_entry)
 
 

@@ -46,7 +46,7 @@ def combine_kernel(
 ):  # fmt: skip
     """Scores of TILE blocks in one layer group."""
     i_block = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    i_group = tl.program_id(1)
+    i_group = tl.program_id(1).to(tl.int64)
     i_head = tl.arange(0, H_PAD)
     m_head = i_head < H
     m_block = i_block < num_blocks

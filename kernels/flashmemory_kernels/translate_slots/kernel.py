@@ -30,11 +30,12 @@ def translate_slots_kernel(
     m_real = logical >= 0
     block = logical // block_size
     offset = logical - block * block_size
-    for i_group in range(num_groups):
+    for group in range(num_groups):
+        i_group = tl.cast(group, tl.int64)
         slot = tl.load(p_lut + i_group * stride_lut + block, m_real, other=0).to(tl.int64)
         translated = tl.where(m_real, slot * block_size + offset, logical)
         tl.store(p_out + i_group * stride_out + i_token, translated, m_token)
-        if i_group == 0:
+        if group == 0:
             tl.store(p_slot_mapping + i_token, translated, m_token)
 
 

@@ -243,6 +243,9 @@ class Gather:
     def wait(self, stream: object = None) -> None:
         raise AssertionError(f"only the engine waits, on {stream}")
 
+    def synchronize(self) -> None:
+        self.land()
+
 
 def outputs_of(driven: DrivenRuntime) -> list[torch.Tensor]:
     """Two requests that do not fit together; the second is a prompt in chunks that stream what went before."""

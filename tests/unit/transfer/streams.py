@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from flashmemory_kernels.checksum_pages import store_checksums, verify_checksums
 from flashmemory_kernels.copy_pages import copy_pages
 
-from flashmemory_vllm.transfer import cuda_engine
+from flashmemory_vllm.transfer import cuda_engine, kernel_sums
 
 
 @dataclass(eq=False)
@@ -45,6 +46,10 @@ class Event:
     def query(self) -> bool:
         self._device.run_some()
         return self._last is None or self._last.is_reached
+
+    def synchronize(self) -> None:
+        while self._last is not None and not self._last.is_reached:
+            self._device.run_one()
 
     def elapsed_time(self, end: Event) -> float:
         assert self._last is not None
@@ -138,4 +143,10 @@ def simulated(random: Random, *, by_dma: bool) -> Iterator[Device]:
         patch.setattr(cuda_engine, "copies_by_dma", lambda _: by_dma)
         patch.setattr(cuda_engine, "batched_copy", batched)
         patch.setattr(cuda_engine, "copy_pages", lambda *given: device.enqueue(lambda: copy_pages(*given)))
+        for name, kernel in (("store_checksums", store_checksums), ("verify_checksums", verify_checksums)):
+            patch.setattr(kernel_sums, name, _launch(device, kernel))
         yield device
+
+
+def _launch(device: Device, kernel: Callable[..., object]) -> Callable[..., None]:
+    return lambda *given: device.enqueue(lambda: kernel(*given))

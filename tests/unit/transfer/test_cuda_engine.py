@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.residency.types import Copies
 from flashmemory_vllm.transfer import cuda_engine
+from flashmemory_vllm.transfer.checksums import Comparison
 from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -29,13 +30,14 @@ GROUPS = [[0], [1]]
 class Worker:
     """Runs steps on an engine as the runtime does, the model's kernels replaced by reads and writes of slots."""
 
-    def __init__(self, engine_cls: type[TransferEngine], device: Device | None) -> None:
+    def __init__(self, engine_cls: type[TransferEngine], device: Device | None, compared: int | None = 1) -> None:
         layout = PageLayout(block_outermost(len(GROUPS)), GROUPS)
-        self.engine = engine_cls(layout, HostPool(NUM_BLOCKS, layout))
+        self.engine = engine_cls(layout, HostPool(NUM_BLOCKS, layout), compared)
         self._device = device
         self._staging = torch.zeros(2, NUM_BLOCKS, PAGE_ELEMS)
         self._drained = [self.engine.marker(), self.engine.marker()]
         self.seen: list[list[float]] = []
+        self.compared: list[Comparison] = []
 
     def compute(self, kernel: object) -> None:
         assert callable(kernel)
@@ -73,6 +75,12 @@ class Worker:
             self._drained[group] = engine.marker()
         for group, plan in enumerate(plans):
             engine.write_back(group, *plan.fresh)
+        self.compared += engine.take_comparisons()
+
+    def wrong(self) -> list[tuple[list[int], list[list[bool]]]]:
+        """Blocks and verdicts of all comparisons so far, in a fixed order."""
+        found = [(comparison.blocks.tolist(), comparison.wrong_pages().tolist()) for comparison in self.compared]
+        return sorted(found)
 
 
 class _Plan:
@@ -105,6 +113,7 @@ def test_overlap_changes_nothing_that_is_read_or_kept(seed: int, order: int, by_
             worker.step(steps, number)
         worker.engine.synchronize()
         device.current.synchronize()
+        assert worker.wrong() == plain.wrong()
     assert worker.seen == plain.seen
     assert torch.equal(worker.engine.pool.pages, plain.engine.pool.pages)
     for group in range(len(GROUPS)):
@@ -151,7 +160,7 @@ def test_pieces_of_a_write_back_land_one_after_the_other(monkeypatch: pytest.Mon
 
 def test_a_fence_is_late_while_a_recall_is_under_way() -> None:
     with simulated(Idle(0), by_dma=False) as device:
-        engine = Worker(CudaTransferEngine, device).engine
+        engine = Worker(CudaTransferEngine, device, compared=None).engine
         engine.recall(0, np.array([1]), np.array([1]))
         engine.fence([])
         assert (engine.counters.late_fences, engine.counters.stall_seconds) == (1, 0.0)

@@ -31,6 +31,9 @@ class Landing:
         del stream
         raise AssertionError("asking must not wait")
 
+    def synchronize(self) -> None:
+        raise AssertionError("asking must not wait")
+
 
 def some(limit: int) -> st.SearchStrategy[Ids]:
     return st.lists(st.integers(0, limit - 1), unique=True, max_size=3).map(lambda ids: np.array(ids, np.int32))

@@ -1,0 +1,40 @@
+"""Index keys of blocks that became full, made from their device pages."""
+
+import numpy as np
+import torch
+
+from flashmemory_vllm.residency.types import IntArray, WriteBacks
+from flashmemory_vllm.runtime.parts import RuntimeParts
+from flashmemory_vllm.runtime.uploads import upload
+
+
+def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
+    """Have the selector make its keys, if it needs any.
+
+    Args:
+        parts: the runtime's.
+        full: blocks and their slots.
+    """
+    if not parts.selector.needs_keys or not len(full.blocks):
+        return
+    group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
+    slots_of = [_upload(parts, slots) for slots in full.slots]
+    slots = [slots_of[group_of[layer]] for layer in parts.anchors]
+    if parts.page_format.keys_are_views:
+        keys = [_keys(parts, layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
+        parts.selections.add_blocks(full.blocks, _upload(parts, full.blocks), keys, slots)
+    else:
+        keys = [
+            _keys(parts, layer, parts.engine.layout.page_view(layer).index_select(0, at))
+            for layer, at in zip(parts.anchors, slots, strict=True)
+        ]
+        parts.selections.add_blocks(full.blocks, _upload(parts, full.blocks), keys)
+
+
+def _keys(parts: RuntimeParts, layer: int, pages: torch.Tensor) -> torch.Tensor:
+    """Keys [n, Hkv, block_size, D] of a layer's pages [n, page_elems]."""
+    return parts.page_format.keys(parts.engine.layout.unflatten(layer, pages))
+
+
+def _upload(parts: RuntimeParts, ids: IntArray) -> torch.Tensor:
+    return upload(ids.astype(np.int64), parts.shape.device)

@@ -1,0 +1,176 @@
+"""Each kernel on rows that lie more than 2^31 elements into a tensor; `python far_cases.py OP` runs one interpreted.
+
+Only the pages that are touched exist. Ops whose tensors must be contiguous are not here (`ensemble_scores`,
+`project_queries`): they would have to compute all of those elements.
+"""
+
+import mmap
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from flashmemory_kernels.checksum_pages import PageSet
+from flashmemory_kernels.checksum_pages.kernel import store_checksums_triton, verify_checksums_triton
+from flashmemory_kernels.checksum_pages.naive import page_sums
+from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
+from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
+from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
+from flashmemory_kernels.merge_attention.naive import merge_attention_naive
+from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
+from flashmemory_kernels.score_blocks.naive import score_blocks_naive
+from flashmemory_kernels.score_chunks import quantise_codes
+from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
+from flashmemory_kernels.score_chunks.naive import score_chunks_naive
+from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
+from flashmemory_kernels.translate_slots.kernel import translate_slots_triton
+
+FAR = 1 << 31
+# Rows so far apart that an int32 holds the distance, but not its product with the number of a row.
+STRIDE, ROW = 1 << 20, (1 << 11) + 3
+
+# Of Linux, which Python's mmap names from 3.13 on only: the size is not held against what the machine has.
+MAP_NORESERVE = 0x4000
+
+Reserve = Callable[[int, torch.dtype], torch.Tensor]
+
+
+def reserve_on_cpu(num_elems: int, dtype: torch.dtype) -> torch.Tensor:
+    """Address space without memory behind it."""
+    num_bytes = num_elems * dtype.itemsize
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)
+
+
+def reserve_on_gpu(num_elems: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the GPU."""
+    return torch.empty(num_elems, dtype=dtype, device="cuda")
+
+
+def far_rows(reserve: Reserve, dtype: torch.dtype, num_elems: int) -> torch.Tensor:
+    """Rows [ROW + 1, num_elems] of which the last ones lie past FAR."""
+    return reserve(ROW * STRIDE + num_elems, dtype).as_strided((ROW + 1, num_elems), (STRIDE, 1))
+
+
+def check_copy_pages(reserve: Reserve) -> None:
+    pool = far_rows(reserve, torch.float32, 1024)
+    device = pool.device
+    ids, near = torch.tensor([ROW, 1, ROW - 1], device=device), torch.arange(3, device=device)
+    content = torch.randn(3, 1024, device=device)
+    copy_pages_triton(content, near, pool, ids)
+    assert torch.equal(pool[ids], content)
+    back = torch.zeros_like(content)
+    copy_pages_triton(pool, ids, back, None)
+    assert torch.equal(back, content)
+
+
+def check_checksum_pages(reserve: Reserve) -> None:
+    pool = far_rows(reserve, torch.float32, 1024)
+    device = pool.device
+    ids, blocks = torch.tensor([ROW, 1], device=device), torch.tensor([ROW, 2], device=device)
+    pool[ids] = torch.randn(2, 1024, device=device)
+    pages = PageSet([pool, pool])
+    sums = reserve(FAR + 3 * ROW, torch.int64).as_strided((2, ROW + 1), (FAR + ROW, 1))
+    sums[:, blocks] = 0
+    where = (pages.addresses, pages.stride_words, pages.num_words)
+    store_checksums_triton(*where, ids, sums, blocks)
+    assert torch.equal(sums[:, blocks], page_sums(pool[ids].view(torch.int32)).expand(2, 2))
+    wrong = torch.full((2, 2), 7, dtype=torch.uint8, device=device)
+    verify_checksums_triton(*where, ids, sums, blocks, wrong)
+    assert not wrong.any()
+    pool[ROW, 1000] += 1
+    verify_checksums_triton(*where, ids, sums, blocks, wrong)
+    assert wrong.tolist() == [[1, 0], [1, 0]]
+
+
+def check_summarise_keys(reserve: Reserve) -> None:
+    keys = far_rows(reserve, torch.float32, 32).view(ROW + 1, 1, 4, 8)
+    index = far_rows(reserve, torch.float32, 16).view(ROW + 1, 1, 1, 16)
+    slots, ids = (torch.tensor([ROW, 1], device=keys.device), torch.tensor([2, ROW], device=keys.device))
+    keys[slots] = torch.randn(2, 1, 4, 8, device=keys.device)
+    summarise_keys_triton(keys, slots, index, ids, "bounds")
+    expected = torch.cat((keys[slots].amin(2, keepdim=True), keys[slots].amax(2, keepdim=True)), dim=-1)
+    assert torch.equal(index[ids], expected)
+
+
+def check_score_blocks(reserve: Reserve) -> None:
+    memory = reserve(FAR + (ROW + 1) * STRIDE, torch.float32)
+    index = memory.as_strided((2, ROW + 1, 2, 1, 16), (FAR, STRIDE, 16, 16, 1))
+    ids = torch.tensor([ROW, 1, ROW - 1], device=index.device)
+    index[:, ids] = torch.randn(2, 3, 2, 1, 16, device=index.device)
+    query = torch.randn(2, 4, 16, device=index.device)
+    got = score_blocks_triton(query, index, ids, 0.3)
+    near = index[:, ids].contiguous()
+    expected = score_blocks_naive(query, near, torch.arange(3, device=index.device), 0.3)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_score_chunks(reserve: Reserve) -> None:
+    memory = reserve(FAR + (ROW + 1) * STRIDE, torch.uint8)
+    device = memory.device
+    codes = memory.as_strided((2, ROW + 1, 16), (FAR, STRIDE, 1)).view(torch.float8_e4m3fn)
+    scales = reserve(FAR + 3 * ROW, torch.float32).as_strided((2, ROW + 1), (FAR + ROW, 1))
+    ids = torch.tensor([ROW, 1, ROW - 1], device=device)
+    near_codes, near_scales = quantise_codes(torch.randn(2, 3, 16, device=device))
+    codes.view(torch.uint8)[:, ids] = near_codes.view(torch.uint8)
+    scales[:, ids] = near_scales
+    query, gates = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 2, 4, device=device)
+    bias, slope = torch.randn(2, device=device), torch.randn(2, device=device)
+    got = score_chunks_triton(query, gates, codes, scales, ids, bias, slope)
+    near = (near_codes, near_scales, torch.arange(3, device=device))
+    torch.testing.assert_close(got, score_chunks_naive(query, gates, *near, bias, slope), rtol=1e-4, atol=1e-3)
+
+
+def check_translate_slots(reserve: Reserve) -> None:
+    apart = FAR // 2 + 8
+    lut = reserve(2 * apart + 5, torch.int32).as_strided((3, 5), (apart, 1))
+    out = reserve(2 * apart + 5, torch.int64).as_strided((3, 5), (apart, 1))
+    values = torch.randint(2**31 - 1, (3, 5), dtype=torch.int32, device=lut.device)
+    lut.copy_(values)
+    logical = torch.tensor([0, 37, -1, 70], device=lut.device)
+    translate_slots_triton(logical.clone(), lut, 16, out)
+    expected = values[:, [0, 2, 0, 4]].long() * 16 + torch.tensor([0, 5, 0, 6], device=lut.device)
+    expected[:, 2] = -1
+    assert torch.equal(out[:, :4], expected)
+
+
+def check_compact_tables(reserve: Reserve) -> None:
+    apart = FAR // 2 + 8
+    tables = reserve(2 * FAR + 2 * STRIDE + 4, torch.int32).as_strided((3, 2, 4), (FAR, STRIDE, 1))
+    lens = reserve(2 * apart + 2, torch.int32).as_strided((3, 2), (apart, 1))
+    header = [entry for row in range(6) for entry in (18 + 2 * row, 2, 16 * row)]
+    packed = torch.tensor([*header, *range(100, 112)], dtype=torch.int32, device=tables.device)
+    seq_lens = torch.tensor([1000, 2000], dtype=torch.int32, device=tables.device)
+    compact_tables_triton(packed, seq_lens, tables, lens)
+    assert tables[:, :, :2].flatten().tolist() == list(range(100, 112))
+    assert lens.flatten().tolist() == [1000, 1984, 968, 1952, 936, 1920]
+
+
+def check_merge_attention(reserve: Reserve) -> None:
+    apart = FAR // 2 + 64
+    outs = [reserve(2 * apart + 64, torch.float32).as_strided((3, 2, 16), (apart, 16, 1)) for _ in range(2)]
+    lses = [reserve(FAR + 8, torch.float32).as_strided((2, 3), (FAR, 1)) for _ in range(2)]
+    for tensor in (*outs, *lses):
+        tensor.copy_(torch.randn(tensor.shape))
+    expected = merge_attention_naive(outs[0].clone(), lses[0].clone(), outs[1].clone(), lses[1].clone())
+    got = merge_attention_triton(outs[0], lses[0], outs[1], lses[1], outs[0], lses[0])
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=3e-6, atol=3e-6)
+
+
+CHECKS: dict[str, Callable[[Reserve], None]] = {
+    "checksum_pages": check_checksum_pages,
+    "compact_tables": check_compact_tables,
+    "copy_pages": check_copy_pages,
+    "merge_attention": check_merge_attention,
+    "score_blocks": check_score_blocks,
+    "score_chunks": check_score_chunks,
+    "summarise_keys": check_summarise_keys,
+    "translate_slots": check_translate_slots,
+}
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    torch.manual_seed(0)
+    CHECKS[sys.argv[1]](reserve_on_cpu)
+    sys.stdout.write("far rows agree\n")
