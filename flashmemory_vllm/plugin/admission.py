@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.observability.counters import SCHEDULER, CounterWriter, read_capacity
@@ -95,6 +96,8 @@ class FlashMemoryManager(FullAttentionManager):
         self._counters = CounterWriter.create(directory, SCHEDULER)
         self._prefill_lens: dict[str, int] = {}
         self._refused: set[str] = set()
+        # While a step is scheduled: of each request that it gave tokens, the blocks that could be hit before
+        self._hittable_before: dict[str, int] | None = None
 
     @classmethod
     def find_longest_cache_hit(
@@ -146,8 +149,32 @@ class FlashMemoryManager(FullAttentionManager):
             self._count_admission(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
+    def new_step_starts(self) -> None:
+        """As vLLM's; from here on a request may be preempted that the step has given tokens."""
+        super().new_step_starts()
+        self._hittable_before = {}
+
+    def take_new_block_ids(self) -> list[int]:
+        """As vLLM's, which asks as a step is scheduled: it takes no tokens back any more."""
+        self._hittable_before = None
+        ids: list[int] = super().take_new_block_ids()
+        return ids
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; remembers which blocks can be hit because of the step that is being scheduled."""
+        if self._hittable_before is not None:
+            self._hittable_before.setdefault(request.request_id, self.num_cached_block.get(request.request_id, 0))
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """As vLLM's; finished, aborted and preempted requests give their slot budget back."""
+        """As vLLM's; finished, aborted and preempted requests give their slot budget back.
+
+        By priority a request may be preempted in the step that has given it tokens already. They will not be computed:
+        what vLLM has put into its prefix cache for them must not be found there.
+        """
+        before = (self._hittable_before or {}).pop(request_id, None)
+        if before is not None:
+            self.block_pool.evict_blocks({block.block_id for block in self.req_to_blocks[request_id][before:]})
         self._ledger.release(request_id)
         self._prefill_lens.pop(request_id, None)
         self._refused.discard(request_id)

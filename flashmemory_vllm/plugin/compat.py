@@ -14,6 +14,10 @@ Overrides stand in the classes of ours that need them. Those that go further tha
   admitted.
 - `plugin/admission.py` `FlashMemoryManager.allocate_new_blocks`: reserves the slots; goes with the one above.
 - `plugin/admission.py` `FlashMemoryManager.pop_blocks_for_free`: returns them; goes with the one above.
+- `plugin/admission.py` `FlashMemoryManager.cache_blocks`: notes which blocks a step has put into the prefix cache, so
+  that they leave it when the step preempts a request that it has given tokens; goes when vLLM takes them out itself.
+- `plugin/admission.py` `FlashMemoryManager.new_step_starts`: the begin of that step; goes with the one above.
+- `plugin/admission.py` `FlashMemoryManager.take_new_block_ids`: its end; goes with the one above.
 - `plugin/admission.py` `FlashMemoryManager.find_longest_cache_hit`: leaves the newest prompt tokens to be computed,
   whose queries a first selection is made with; goes when a request can say how many tokens no hit may cover.
 - `plugin/admission.py` `FlashMemorySpec.merge`: vLLM's rebuilds a spec from a fixed list of fields, without

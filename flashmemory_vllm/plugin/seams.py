@@ -59,6 +59,10 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
         "num_tokens",
         "num_tokens_main_model",
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.new_step_starts": ("self",),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.take_new_block_ids": ("self",),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": ("self", "request", "num_tokens"),
+    "vllm.v1.core.block_pool:BlockPool.evict_blocks": ("self", "block_ids"),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": (
         "self",
         "request_id",

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
+    get_request_block_hasher,
+    init_none_hash,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import Request
 
 from flashmemory_vllm.observability.counters import Capacity, CounterReader, CounterWriter, worker_name
 from flashmemory_vllm.plugin.admission import FlashMemoryManager, FlashMemorySpec
@@ -148,3 +157,35 @@ def test_a_prefix_hit_leaves_the_question_to_be_computed(
         alignment_tokens=BLOCK,
     )
     assert (len(found[0]), num_tokens) == (hits, hits * BLOCK)
+
+
+@pytest.mark.parametrize("while_scheduling", [True, False])
+def test_tokens_that_a_preemption_takes_back_are_no_prefix_hit(counters: Path, *, while_scheduling: bool) -> None:
+    """By priority, a step may preempt a request that it has given tokens already: nobody computes them."""
+    init_none_hash(sha256)
+    budget = BudgetPolicy(BLOCK, 0.1, 0, BLOCK, BLOCK, 40 * BLOCK, 900 * BLOCK, 0)
+    stock = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = FlashMemorySpec.from_spec(stock, budget, counters)
+    pool = BlockPool(NUM_BLOCKS, enable_caching=True, hash_block_size=BLOCK)
+    manager = FlashMemoryManager(
+        spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=BLOCK
+    )
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    request = Request("low", list(range(9 * BLOCK)), SamplingParams(max_tokens=1), None, block_hasher=hasher)
+    for num_tokens in (4 * BLOCK, 8 * BLOCK):
+        manager.new_step_starts()
+        assert schedule(manager, "low", num_tokens, 9 * BLOCK)
+        manager.cache_blocks(request, num_tokens, replay_boundaries=())
+        if num_tokens < 8 * BLOCK or not while_scheduling:
+            manager.take_new_block_ids()  # as the scheduler does last
+    manager.free("low")
+    _, hit = FlashMemoryManager.find_longest_cache_hit(
+        block_hashes=request.block_hashes,
+        max_length=9 * BLOCK - 1,
+        kv_cache_group_ids=[0],
+        block_pool=pool,
+        kv_cache_spec=spec,
+        drop_eagle_block=False,
+        alignment_tokens=BLOCK,
+    )
+    assert hit == (4 if while_scheduling else 8) * BLOCK
