@@ -1,0 +1,195 @@
+"""From a wrong page to what the client reads, piece by piece, on vLLM's own classes."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import RetryableRequestError
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+
+from flashmemory_vllm.plugin import compat_outputs
+from flashmemory_vllm.plugin.broken_pages import BROKEN_KV, BrokenBlocks, PageJudge
+from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+from flashmemory_vllm.transfer.checksums import Comparison
+from flashmemory_vllm.transfer.engine import TransferCounters
+
+
+class Landing:
+    """A comparison that is over once it is waited for."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def query(self) -> bool:
+        return self.is_over
+
+    def wait(self, stream: object = None) -> None:
+        raise AssertionError(stream)
+
+    def synchronize(self) -> None:
+        self.is_over = True
+
+
+def comparison(*wrong: list[int], landed: Landing | None = None) -> Comparison:
+    """Of blocks 10, 11, ... by layer."""
+    return Comparison(np.arange(10, 10 + len(wrong[0])), torch.tensor(wrong, dtype=torch.uint8), landed)
+
+
+def runtime(*comparisons: Comparison) -> ResidencyRuntime:
+    """What a judge asks of a runtime."""
+    left = list(comparisons)
+
+    def take() -> tuple[Comparison, ...]:
+        taken = tuple(left)
+        left.clear()
+        return taken
+
+    return cast(ResidencyRuntime, SimpleNamespace(take_comparisons=take, moved=TransferCounters()))
+
+
+class Promise(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """An output that is asked for later."""
+
+    def get_output(self) -> ModelRunnerOutput:
+        return ModelRunnerOutput(["a"], {"a": 0}, [[1]])
+
+
+@pytest.mark.parametrize("output", [ModelRunnerOutput(["a"], {"a": 0}), EMPTY_MODEL_RUNNER_OUTPUT])
+def test_a_wrong_page_is_named_in_the_output_of_its_step(output: ModelRunnerOutput) -> None:
+    broken = runtime(comparison([0, 0, 0], [0, 1, 0]), comparison([0], [0]))
+    judged = PageJudge(0).judged(output, broken)
+    assert isinstance(judged.kv_connector_output, BrokenBlocks)
+    assert judged.kv_connector_output.invalid_block_ids == {11}
+    assert broken.moved.wrong_pages == 1
+    assert EMPTY_MODEL_RUNNER_OUTPUT.kv_connector_output is None, "vLLM has one object for all such steps"
+
+
+def test_right_pages_change_nothing() -> None:
+    output = ModelRunnerOutput(["a"], {"a": 0})
+    assert PageJudge(0).judged(output, runtime(comparison([0, 0]))) is output
+    assert PageJudge(0).judged(output, runtime()) is output
+    assert PageJudge(0).judged(output, None) is output
+    assert output.kv_connector_output is None
+
+
+def test_a_step_without_an_output_yet_is_judged_with_its_tokens() -> None:
+    broken = runtime(comparison([1]))
+    judge = PageJudge(0)
+    assert judge.judged(None, broken) is None
+    assert judge.judged(ModelRunnerOutput(["a"], {"a": 0}), broken).kv_connector_output.invalid_block_ids == {10}
+
+
+def test_a_promise_is_judged_when_it_is_kept() -> None:
+    landed = Landing()
+    judged = PageJudge(0).judged(Promise(), runtime(comparison([0, 1], landed=landed)))
+    assert not landed.query(), "the host must not wait while the step runs"
+    output = judged.get_output()
+    assert landed.query()
+    assert (output.sampled_token_ids, output.kv_connector_output.invalid_block_ids) == ([[1]], {11})
+
+
+def test_other_ranks_end_once_they_know() -> None:
+    landed, judge, output = Landing(), PageJudge(1), ModelRunnerOutput(["a"], {"a": 0})
+    assert judge.judged(output, runtime(comparison([1], landed=landed))) is output
+    landed.is_over = True
+    with pytest.raises(SystemExit, match="rank 1 has read broken KV"):
+        judge.judged(output, runtime())
+
+
+class Pool:
+    """The part of a KV cache manager that is asked."""
+
+    def __init__(self) -> None:
+        self.evicted: set[int] = set()
+
+    def evict_blocks(self, blocks: set[int]) -> None:
+        self.evicted |= blocks
+
+    def get_block_ids(self, request_id: str) -> tuple[list[int]]:
+        return ({"a": [3, 11], "b": [4], "c": [11]}[request_id],)
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A scheduler of vLLM whose own `update_from_output` fails what holds block 11, and one request more."""
+
+    def update_from_output(self: Any, scheduled: Any, output: Any) -> dict[int, EngineCoreOutputs]:
+        del scheduled, output
+        assert not self.recompute_kv_load_failures
+        failed = [EngineCoreOutput(name, [], finish_reason=FinishReason.ERROR) for name in ("a", "b")]
+        return {0: EngineCoreOutputs(outputs=[*failed, EngineCoreOutput("c", [5])])}
+
+    monkeypatch.setattr(Scheduler, "update_from_output", update_from_output)
+    compat_outputs.fail_requests_with_broken_blocks()
+    twin: Any = object.__new__(Scheduler)
+    twin.recompute_kv_load_failures = False
+    twin.kv_cache_manager = Pool()
+    twin.running = [SimpleNamespace(request_id=name) for name in "abc"]
+    stale = {"d": 1, "a": 0}
+    twin.requests = {
+        name: SimpleNamespace(num_stale_output_tokens=count, drop_stale_output=False) for name, count in stale.items()
+    }
+    return twin
+
+
+def test_the_scheduler_forgets_the_block_and_says_why_a_request_failed(scheduler: Any) -> None:
+    scheduler.recompute_kv_load_failures = True
+    output = ModelRunnerOutput(["a"], {"a": 0}, kv_connector_output=BrokenBlocks(invalid_block_ids={11}))
+    scheduled = SimpleNamespace(num_scheduled_tokens={"a": 1, "d": 1, "gone": 1})
+    outputs = scheduler.update_from_output(scheduled, output)[0].outputs
+    assert [(one.request_id, one.stop_reason) for one in outputs] == [("a", BROKEN_KV), ("b", None), ("c", None)]
+    assert scheduler.kv_cache_manager.evicted == {11}
+    assert scheduler.requests["d"].drop_stale_output, "a preempted request would deliver a token made from it"
+    assert not scheduler.requests["a"].drop_stale_output
+
+
+def test_other_outputs_go_by(scheduler: Any) -> None:
+    scheduler.update_from_output(SimpleNamespace(num_scheduled_tokens={}), ModelRunnerOutput([], {}))
+    assert scheduler.kv_cache_manager.evicted == set()
+    assert not scheduler.requests["d"].drop_stale_output
+
+
+def _generated(monkeypatch: pytest.MonkeyPatch, *stop_reasons: str | None) -> list[str]:
+    """Texts that a client of a request reads, one output for each reason, the last one finished."""
+    closed = []
+
+    async def generate(self: Any, *args: Any) -> AsyncGenerator[Any, None]:
+        del self, args
+        try:
+            for index, reason in enumerate(stop_reasons):
+                part = SimpleNamespace(text=f"t{index}", stop_reason=reason)
+                yield SimpleNamespace(finished=index == len(stop_reasons) - 1, outputs=[part])
+        finally:
+            closed.append(True)
+
+    async def read() -> list[str]:
+        engine: Any = object.__new__(AsyncLLM)
+        return [output.outputs[0].text async for output in engine.generate("prompt")]
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    compat_outputs.raise_failed_requests()
+    try:
+        return asyncio.run(read())
+    finally:
+        assert closed
+
+
+def test_the_client_reads_why_and_that_it_may_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RetryableRequestError) as raised:
+        _generated(monkeypatch, None, BROKEN_KV)
+    response = create_error_response(raised.value)
+    assert response.error.code == HTTPStatus.SERVICE_UNAVAILABLE
+    assert response.error.message == BROKEN_KV
+
+
+def test_answers_and_their_stop_reasons_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _generated(monkeypatch, None, "stop here") == ["t0", "t1"]
