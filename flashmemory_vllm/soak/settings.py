@@ -40,6 +40,8 @@ class SoakSettings:
         selector: of the sparse phase; "shipped" is the trained indexer that comes with the shipped model.
         dtype: of model and KV cache.
         adapters: LoRA adapters, beside the model without one.
+        mixes_adapters: some requests of the dense phase have no adapter. Not on a CPU: in a batch with others, vLLM
+            0.32 gives those the adapter of its last place there (index -1 in `lora/ops/torch_ops/lora_ops.py`).
         is_eager: no compilation and no CUDA graphs.
         share_aborted: share of requests that are aborted.
         share_forked: share of requests with several answers, n > 1.
@@ -68,6 +70,7 @@ class SoakSettings:
     selector: str
     dtype: str
     adapters: int = 2
+    mixes_adapters: bool = True
     is_eager: bool = False
     share_aborted: float = 0.15
     share_forked: float = 0.15
@@ -138,6 +141,7 @@ _SIZES: dict[Device, dict[str, Any]] = {
         "max_model_len": 1024,
         "block_size": 32,
         "dtype": "float32",
+        "mixes_adapters": False,
         "is_eager": True,
         "patience_seconds": 300.0,
     },

@@ -158,11 +158,16 @@ def _draw_request(
         max_tokens=max_tokens,
         num_answers=rng.randint(2, MAX_ANSWERS) if is_forked else 1,
         # An adapter changes what the model says, so only a text that is compared may have one
-        adapter=rng.randint(0, settings.adapters) if is_dense else 0,
+        adapter=_draw_adapter(settings, rng) if is_dense else 0,
         is_streamed=rng.random() < settings.share_streamed,
         abort_after_steps=int(rng.triangular(0, MAX_ABORT_STEPS, 0)) if is_aborted else None,
         answer=answer,
     )
+
+
+def _draw_adapter(settings: SoakSettings, rng: random.Random) -> int:
+    least = 0 if settings.mixes_adapters or not settings.adapters else 1
+    return rng.randint(least, settings.adapters)
 
 
 def _odd_prompt(settings: SoakSettings, rng: random.Random, most: int) -> tuple[int, tuple[int, ...]]:

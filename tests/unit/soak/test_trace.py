@@ -29,7 +29,7 @@ def test_another_file_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
 
 
 def test_dense_requests_are_of_every_kind() -> None:
-    drawn = trace(num_requests=400)
+    drawn = trace(num_requests=400, mixes_adapters=True)
     requests, block_size = drawn.requests, drawn.settings.block_size
     lengths = {len(drawn.prompt(request)) for request in requests}
     assert {1, 2} <= lengths
@@ -42,6 +42,11 @@ def test_dense_requests_are_of_every_kind() -> None:
     assert all(request.answer == () for request in requests)
     shared = [request.context for request in requests if request.num_context_tokens > block_size]
     assert len(set(shared)) < len(shared)
+
+
+def test_on_a_cpu_every_dense_request_has_an_adapter_or_none_has() -> None:
+    assert {request.adapter for request in trace().requests} == {1, 2}
+    assert {request.adapter for request in trace(adapters=0).requests} == {0}
 
 
 def test_sparse_requests_ask_and_have_one_right_answer() -> None:
