@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_checksums
+from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
@@ -149,6 +151,19 @@ def summary_jobs(cases: Iterable[summary_cases.SummaryCase], device: str) -> Ite
         yield Job("summarise_keys", f"kind={kind} {_label(case)}", num_bytes, "device", call)
 
 
+def checksum_jobs(cases: Iterable[checksum_cases.ChecksumCase], device: str) -> Iterator[Job]:
+    """Jobs of `checksum_pages`: to keep sums, and to compare pages with them."""
+    for case in cases:
+        given = checksum_cases.make_inputs(case, device=device)
+        pages, ids = PageSet(given.pages), (given.page_ids, given.sums, given.block_ids)
+        wrong = torch.zeros(case.num_layers, case.num_pages, dtype=torch.uint8)
+        wrong = wrong.pin_memory() if device == "cuda" else wrong
+        num_bytes = case.num_layers * case.num_pages * (case.page_elems * given.pages[0].element_size() + 8)
+        yield Job("checksum_pages", f"store {_label(case)}", num_bytes, "device", partial(store_checksums, pages, *ids))
+        compare = partial(verify_checksums, pages, *ids, wrong)
+        yield Job("checksum_pages", f"verify {_label(case)}", num_bytes, "device", compare)
+
+
 def translate_jobs(cases: Iterable[translate_cases.TranslateCase], device: str) -> Iterator[Job]:
     """Jobs of `translate_slots`."""
     for case in cases:
@@ -181,6 +196,7 @@ def copy_jobs() -> Iterator[Job]:
 
 
 OPS: dict[str, Callable[[], Iterator[Job]]] = {
+    "checksum_pages": lambda: checksum_jobs(checksum_cases.BENCH_CASES, "cuda"),
     "compact_tables": lambda: table_jobs(table_cases.BENCH_CASES, "cuda"),
     "copy_pages": copy_jobs,
     "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flashmemory_kernels import benchmark
+from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
@@ -19,6 +20,7 @@ from flashmemory_kernels.translate_slots import cases as translate_cases
 
 CEILINGS: dict[benchmark.Route, float] = {"device": 2000.0, "host_to_device": 50.0, "device_to_host": 40.0}
 SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
+    "checksum_pages": lambda: benchmark.checksum_jobs(checksum_cases.CASES, "cpu"),
     "compact_tables": lambda: benchmark.table_jobs(table_cases.CASES, "cpu"),
     "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),
     "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),

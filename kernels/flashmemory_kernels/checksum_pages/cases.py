@@ -40,10 +40,11 @@ class ChecksumInputs(NamedTuple):
 
 def make_inputs(case: ChecksumCase, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> ChecksumInputs:
     """Pages are the last elements of wider rows; no sum is known yet."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     row_bytes = case.row_elems * dtype.itemsize
     shape = (case.num_layers, case.num_pool_pages, row_bytes)
-    rows = torch.randint(256, shape, generator=generator, dtype=torch.uint8).view(dtype).to(device)
-    ids = [torch.randperm(case.num_pool_pages, generator=generator)[: case.num_pages].to(device) for _ in range(2)]
+    rows = torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=device).view(dtype)
+    order = [torch.randperm(case.num_pool_pages, generator=generator, device=device) for _ in range(2)]
+    ids = [permutation[: case.num_pages] for permutation in order]
     sums = torch.full((case.num_layers, case.num_pool_pages), -1, device=device)
     return ChecksumInputs(list(rows[:, :, case.row_elems - case.page_elems :]), ids[0], ids[1], sums)
