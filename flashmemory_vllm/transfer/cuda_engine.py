@@ -147,6 +147,9 @@ class CudaTransferEngine(TransferEngine):
         """Copy ids on the current stream; their memory is reused in the order of that stream."""
         return torch.from_numpy(ids.astype(np.int64)).pin_memory().to(self.layout.device, non_blocking=True)
 
+    def _forget_waits(self) -> None:
+        self._waits.clear()
+
     def _count_waits(self) -> None:
         """Add up waits that are over."""
         while self._waits and self._waits[0][1].query():  # type: ignore[no-untyped-call]

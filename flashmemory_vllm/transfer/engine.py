@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -122,10 +122,14 @@ class TransferEngine(ABC):
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
-        """Run every kernel there is inside; what was enqueued is done at the end."""
+        """Run every kernel there is inside; what was enqueued is done at the end, and was no traffic to be counted."""
+        before = {field.name: getattr(self.counters, field.name) for field in fields(self.counters)}
         with nullcontext() if self._checks is None else self._checks.warming_up():
             yield
             self.synchronize()
+        self._forget_waits()
+        for name, total in before.items():
+            setattr(self.counters, name, total)
 
     @abstractmethod
     def marker(self) -> Marker | None:
@@ -138,6 +142,10 @@ class TransferEngine(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Block the host until all issued copies have landed (sleep, shutdown, tests)."""
+
+    @abstractmethod
+    def _forget_waits(self) -> None:
+        """Drop what would be added to the counters later."""
 
     @abstractmethod
     def _page_sums(self) -> PageSums: ...
@@ -190,6 +198,9 @@ class CpuTransferEngine(TransferEngine):
         return CrcSums(self.layout, self.pool.num_blocks)
 
     def _fence(self, reused: Sequence[Copies]) -> None:
+        """Nothing is in flight."""
+
+    def _forget_waits(self) -> None:
         """Nothing is in flight."""
 
     def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.errors import IntegrityError, UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,9 +51,13 @@ class CompactedBuilder:
         common_attn_metadata: "CommonAttentionMetadata",
         fast_build: bool = False,
     ) -> Any:
-        """Build the platform's metadata, one per layer group; group 0's carries the others."""
+        """Build the platform's metadata, one per layer group; group 0's carries the others.
+
+        Raises:
+            IntegrityError: a step has more rows than the runtime's tables: its block ids would be taken for slots.
+        """
         runtime = runtime_of(self.vllm_config, self.layer_names[0])
-        if runtime is None or common_attn_metadata.num_reqs > runtime.max_rows:
+        if runtime is None or _is_too_large(runtime, common_attn_metadata.num_reqs):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         built = []
         for group, table in enumerate(_tables(runtime, common_attn_metadata)):
@@ -71,6 +75,13 @@ class CompactedBuilder:
 
     def begin_group(self, group: int) -> None:
         """Called before the metadata of each layer group is built; for state that groups must not share."""
+
+
+def _is_too_large(runtime: "ResidencyRuntime", num_rows: int) -> bool:
+    """Whether a batch outside of a step has more rows than the runtime's tables."""
+    if runtime.in_step and num_rows > runtime.max_rows:
+        raise IntegrityError(f"a step has {num_rows} rows, allowed are --max-num-seqs and padding: {runtime.max_rows}")
+    return num_rows > runtime.max_rows
 
 
 def _tables(runtime: "ResidencyRuntime", common: "CommonAttentionMetadata") -> "list[CompactedTable]":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_config_from_groups
@@ -23,12 +24,8 @@ def physical_config(vllm_config: "VllmConfig", logical: KVCacheConfig, num_slots
     with _without_block_override(vllm_config):
         device_bytes = num_slots * _pool_bytes_per_block(vllm_config, groups)
         physical = get_kv_cache_config_from_groups(vllm_config, groups, device_bytes)
-    physical.kv_cache_layout = logical.kv_cache_layout
-    physical.hash_block_size = logical.hash_block_size
-    physical.cache_hit_alignment_tokens = logical.cache_hit_alignment_tokens
-    physical.kv_tp_replicas = logical.kv_tp_replicas
     assert physical.num_blocks == num_slots
-    return physical
+    return replace(logical, num_blocks=num_slots, kv_cache_tensors=physical.kv_cache_tensors)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from flashmemory_vllm.residency.types import Copies
 from flashmemory_vllm.transfer import cuda_engine
 from flashmemory_vllm.transfer.checksums import Comparison
 from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
-from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferEngine
+from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferCounters, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from tests.unit.transfer.pools import NUM_SLOTS, PAGE_ELEMS, block_outermost
@@ -156,6 +156,18 @@ def test_pieces_of_a_write_back_land_one_after_the_other(monkeypatch: pytest.Mon
         first.synchronize()
         last.synchronize()
         assert not last.queue
+
+
+def test_warming_up_is_not_counted_later_either() -> None:
+    with simulated(Idle(0), by_dma=False) as device:
+        engine = Worker(CudaTransferEngine, device).engine
+        with engine.warming_up():
+            engine.write_back(0, np.array([1]), np.array([1]))
+            engine.recall(0, np.array([1]), np.array([1]))
+            engine.fence([])
+        device.current.synchronize()
+        engine.fence([])
+        assert engine.counters == TransferCounters()
 
 
 def test_a_fence_is_late_while_a_recall_is_under_way() -> None:
