@@ -11,7 +11,7 @@ from typing import TypeVar
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.reference import reference_indexer_path, reference_model_path
-from flashmemory_vllm.soak.judge import TOLERANCES, count_right
+from flashmemory_vllm.soak.judge import count_right
 from flashmemory_vllm.soak.process import HANG_MARK, Job, SoakFolder, run_worker, worker_environment
 from flashmemory_vllm.soak.report import Cell, format_report, make_row
 from flashmemory_vllm.soak.rows import SoakRow, load_rows, save_rows
@@ -142,7 +142,7 @@ def _run_cell(
     texts = folder.texts()
     floor = args.floor if args.floor is not None else SHIPPED_FLOOR if settings.uses_shipped_indexer else 0.0
     return make_row(
-        Cell(settings, Path(model).name, floor, TOLERANCES[settings.dtype], provenance),
+        Cell(settings, Path(model).name, floor, provenance),
         folder.read("outcome"),
         folder.read("verdict"),
         (len(texts), count_right(trace, texts)),

@@ -3,8 +3,10 @@
 The reference is vLLM with its own backend and memory for all. It continues each prompt greedily, and where a text
 differs from that, it reads the text: at each token from the first that differs on, how much likelier than that was
 the likeliest? In exact arithmetic a right text has 0 there. Rounding depends on the batch that a token is computed in,
-so a token counts as another one's equal when it is less likely by at most a stated tolerance: for fp32 far below what
-any wrong key or value makes of a logit, for bf16 four steps of a logit between 16 and 32.
+and it is largest where the model is unsure, which is where texts differ. So the reference reads its own text of the
+same prompt as well, from the same token on: what it holds against itself is the control. A token counts as another
+one's equal when it is less likely by at most twice the most of the control, or by the least tolerance of the dtype: for
+fp32 far below what any wrong key or value makes of a logit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +54,8 @@ class Comparison:
         identical: texts that are the same in every token.
         token_differences: tokens that dense attention would not have chosen, missing and surplus ones included.
         largest_deficit: the most that a token's log-probability is below the highest, of tokens that were weighed.
+        control_deficit: the same of the reference's own texts of the same prompts.
+        tolerance: what `largest_deficit` may be.
         wrong: the first differences, told.
     """
 
@@ -60,17 +64,19 @@ class Comparison:
     identical: int
     token_differences: int
     largest_deficit: float
+    control_deficit: float
+    tolerance: float
     wrong: Sequence[str]
 
 
-def compare(trace: Trace, texts: Sequence[Text], reference: Reference, tolerance: float) -> Comparison:
+def compare(trace: Trace, texts: Sequence[Text], reference: Reference, least_tolerance: float) -> Comparison:
     """Compare every text of a dense phase, token for token.
 
     Args:
         trace: the requests.
         texts: what they got.
         reference: dense attention.
-        tolerance: see the module.
+        least_tolerance: of the dtype, see the module.
     """
     requests = {request.name: request for request in trace.requests}
     queries = [_query(trace, requests[text.name]) for text in texts]
@@ -82,6 +88,7 @@ def compare(trace: Trace, texts: Sequence[Text], reference: Reference, tolerance
     unique = [Query(prompt, adapter, length) for (prompt, adapter), length in lengths.items()]
     right = dict(zip(lengths, reference.generate(unique), strict=True))
     differing: list[tuple[Text, Query]] = []
+    control: list[Query] = []
     wrong: list[str] = []
     num_wrong = 0
     for text, query in zip(texts, queries, strict=True):
@@ -91,9 +98,12 @@ def compare(trace: Trace, texts: Sequence[Text], reference: Reference, tolerance
         expected = right[query.prompt, query.adapter][: len(text.token_ids)]
         place = _first_difference(text.token_ids, expected)
         if place is not None:
-            whole = query.prompt + text.token_ids
-            differing.append((text, Query(whole, query.adapter, len(text.token_ids) - place)))
+            num_weighed = len(text.token_ids) - place
+            differing.append((text, Query(query.prompt + text.token_ids, query.adapter, num_weighed)))
+            control.append(Query(query.prompt + tuple(expected), query.adapter, num_weighed))
     weighed = reference.deficits([query for _, query in differing])
+    control_deficit = _largest(reference.deficits(control))
+    tolerance = max(least_tolerance, 2 * control_deficit)
     for (text, query), deficits in zip(differing, weighed, strict=True):
         worse = [place for place, deficit in enumerate(deficits) if not deficit <= tolerance]
         num_wrong += len(worse)
@@ -105,7 +115,9 @@ def compare(trace: Trace, texts: Sequence[Text], reference: Reference, tolerance
         tokens=sum(len(text.token_ids) for text in texts),
         identical=len(texts) - len({(text.name, text.place) for text, _ in differing}),
         token_differences=num_wrong,
-        largest_deficit=max((deficit for deficits in weighed for deficit in deficits), default=0.0),
+        largest_deficit=_largest(weighed),
+        control_deficit=control_deficit,
+        tolerance=tolerance,
         wrong=wrong,
     )
 
@@ -118,6 +130,10 @@ def count_right(trace: Trace, texts: Sequence[Text]) -> int:
 
 def _query(trace: Trace, request: SoakRequest) -> Query:
     return Query(tuple(trace.prompt(request)), request.adapter, request.max_tokens)
+
+
+def _largest(weighed: Sequence[Sequence[float]]) -> float:
+    return max((deficit for deficits in weighed for deficit in deficits), default=0.0)
 
 
 def _first_difference(got: Sequence[int], expected: Sequence[int]) -> int | None:

@@ -50,14 +50,12 @@ class Cell:
         settings: of its trace.
         model: what is served.
         floor: share of right answers that is expected of the sparse phase.
-        tolerance: of the dense phase, see `soak.judge`.
         provenance: where its row comes from.
     """
 
     settings: SoakSettings
     model: str
     floor: float
-    tolerance: float
     provenance: Provenance
 
 
@@ -103,7 +101,8 @@ def make_row(
         token_differences=verdict.get("token_differences"),
         identical=verdict.get("identical"),
         largest_deficit=verdict.get("largest_deficit"),
-        tolerance=cell.tolerance if is_dense else None,
+        control_deficit=verdict.get("control_deficit"),
+        tolerance=verdict.get("tolerance"),
         answers_right=None if is_dense or not texts else round(right / texts, 4),
         floor=None if is_dense else cell.floor,
         **_leaked(told.get("leaks", {})),

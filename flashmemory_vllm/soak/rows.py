@@ -31,7 +31,8 @@ class SoakRow:
         token_differences: tokens that dense attention would not have chosen, None in the sparse phase.
         identical: texts that are token for token what dense attention wrote at its own batching.
         largest_deficit: of the tokens of other texts, the most that one's log-probability is below the highest.
-        tolerance: what `largest_deficit` may be, where rounding depends on the batch.
+        control_deficit: the same of what vLLM's own backend wrote for the same prompts.
+        tolerance: what `largest_deficit` may be, where rounding depends on the batch, see `soak.judge`.
         answers_right: share of texts that are the right answer, of the sparse phase.
         floor: what `answers_right` has to be.
         leaked_slots: slots that the idle engine has pinned or reserved at the end.
@@ -81,6 +82,7 @@ class SoakRow:
     token_differences: int | None
     identical: int | None
     largest_deficit: float | None
+    control_deficit: float | None
     tolerance: float | None
     answers_right: float | None
     floor: float | None
@@ -149,10 +151,14 @@ class SoakRow:
         return {
             "evictions": self.evictions,
             "recalls": self.recalls,
-            "streamed blocks": self.streamed,
             "prefix hits": self.prefix_hit_tokens,
             "aborts": self.aborted,
-            **({"preemptions": self.preemptions} if self.phase == "dense" else {"selections": self.selections}),
+            # A dense request is admitted with slots for all its blocks, so none of them is streamed
+            **(
+                {"preemptions": self.preemptions}
+                if self.phase == "dense"
+                else {"selections": self.selections, "streamed blocks": self.streamed}
+            ),
         }
 
 

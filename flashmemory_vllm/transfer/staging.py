@@ -50,13 +50,13 @@ class _Buffer:
 
     Attributes:
         pages: [staging_blocks, page_elems].
-        drained: the last use of what it holds.
+        drained: the last use of what it holds; at first what came before the ring, when the memory was another's.
         filled: what it is filled with has landed.
         holds: layer and part that it is filled with.
     """
 
     pages: torch.Tensor
-    drained: Marker | None = None
+    drained: Marker | None
     filled: Marker | None = None
     holds: tuple[int, HistoryPart] | None = None
 
@@ -77,7 +77,7 @@ class StagingRing:
         self.staging_blocks = staging.shape[1]
         self._engine = engine
         self._poison = poison
-        self._buffers = [_Buffer(pages) for pages in staging]
+        self._buffers = [_Buffer(pages, engine.marker()) for pages in staging]
         self._filled: deque[_Buffer] = deque()
         self._schedule: Iterator[tuple[int, HistoryPart]] = iter(())
 

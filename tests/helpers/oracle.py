@@ -177,12 +177,21 @@ def _in_step(impl: Any) -> bool:
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Softmax attention in float64: [T, Hq, D] over [K, Hkv, D]; `hidden` [T, K] is what a query must not see."""
+    """Softmax attention in float64: [T, Hq, D] over [K, Hkv, D]; `hidden` [T, K] is what a query must not see.
+
+    By matrix products and exponentials alone: vLLM's batch-invariant mode puts its own kernels in the place of batched
+    products and of softmax, and those know no float64.
+    """
     num_queries, num_heads, head_dim = query.shape
     grouped = query.double().view(num_queries, key.shape[1], -1, head_dim)
-    scores = scale * torch.einsum("tgrd,kgd->grtk", grouped, key.double())
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("grtk,kgd->tgrd", weights, value.double()).reshape(num_queries, num_heads, head_dim)
+    outputs = []
+    for group in range(key.shape[1]):
+        scores = scale * (grouped[:, group].reshape(-1, head_dim) @ key[:, group].double().T)
+        scores = scores.view(num_queries, -1, len(key)).masked_fill(hidden.unsqueeze(1), -torch.inf)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        weights /= weights.sum(-1, keepdim=True)
+        outputs.append((weights.view(-1, len(key)) @ value[:, group].double()).view(num_queries, -1, head_dim))
+    return torch.stack(outputs, dim=1).reshape(num_queries, num_heads, head_dim)
 
 
 def _watch(

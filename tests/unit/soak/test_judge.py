@@ -71,8 +71,29 @@ def test_a_token_that_rounding_may_choose_is_no_difference_but_the_text_is_not_i
     odd = texts[7].token_ids[last] // 2 * 2 + 1
     wrong = [*texts[:7], _changed(texts[7], last, odd + 2), *texts[8:]]
     assert compare(drawn, wrong, FakeReference(), 0.25).token_differences == 0
+    assert compare(drawn, wrong, FakeReference(), 0.25).tolerance == 0.25
     found = compare(drawn, wrong, FakeReference(), 0.01)
     assert (found.token_differences, found.identical, found.largest_deficit) == (1, len(texts) - 1, 0.1)
+
+
+def test_what_the_reference_holds_against_itself_is_no_difference(played: tuple[Trace, list[Text]]) -> None:
+    """Twice as much is allowed as it finds in its own text of the same prompt, from the same token on."""
+
+    class Unsure(FakeReference):
+        own = 0.06
+
+        def deficits(self, queries: Sequence[Query]) -> list[list[float]]:
+            return [[self.own if found == 0 else found for found in one] for one in super().deficits(queries)]
+
+    drawn, texts = played
+    last = len(texts[7].token_ids) - 1
+    odd = texts[7].token_ids[last] // 2 * 2 + 1
+    wrong = [*texts[:7], _changed(texts[7], last, odd + 2), *texts[8:]]
+    found = compare(drawn, wrong, Unsure(), 0.01)
+    assert (found.control_deficit, found.tolerance, found.largest_deficit) == (0.06, 0.12, 0.1)
+    assert (found.token_differences, found.wrong) == (0, [])
+    stranger = [*texts[:7], _changed(texts[7], last, 5000), *texts[8:]]
+    assert compare(drawn, stranger, Unsure(), 0.01).token_differences == 1
 
 
 def test_a_deficit_that_is_not_a_number_is_a_difference(played: tuple[Trace, list[Text]]) -> None:

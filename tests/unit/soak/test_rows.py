@@ -29,11 +29,12 @@ OUTCOME: dict[str, Any] = {
     "leaks": {"leaked_slots": 0, "leaked_blocks": 0, "leaked_entries": []},
     "machinery": {"cuda_graphs": "FULL_AND_PIECEWISE"},
 }
-VERDICT = {"tokens": 1234, "token_differences": 0, "identical": 70, "largest_deficit": 0.0, "texts": 70, "wrong": []}
+VERDICT = {"tokens": 1234, "token_differences": 0, "identical": 70, "texts": 70, "wrong": []}
+VERDICT |= {"largest_deficit": 0.0, "control_deficit": 0.0, "tolerance": 1e-3}
 
 
 def _row(phase: str = "dense", outcome: dict[str, Any] | None = OUTCOME, error: str | None = None) -> SoakRow:
-    cell = Cell(settings(phase=phase, is_async=True), "toy", 0.9, 1e-3, PROVENANCE)
+    cell = Cell(settings(phase=phase, is_async=True), "toy", 0.9, PROVENANCE)
     verdict = VERDICT if phase == "dense" and error is None else None
     return make_row(cell, outcome, verdict, (70, 66), error, has_hung=error is not None)
 

@@ -46,7 +46,9 @@ class RecordingEngine(CpuTransferEngine):
         super().__init__(layout, HostPool(NUM_BLOCKS, layout))
         self.pool.pages.copy_(torch.arange(self.pool.pages.numel()).view(self.pool.pages.shape))
         self.gathers: list[tuple[int, list[int]]] = []
-        self.last_use: dict[int, Ticket] = {}
+        # What was enqueued before a ring was made: the memory of its buffers may have been in use
+        self.before_ring = Ticket("before")
+        self.last_use: dict[int, Ticket] = {0: self.before_ring}
         self.read_now = 0
         self.under_way: dict[int, Ticket] = {}
         self._copies: dict[Ticket, Any] = {}
@@ -69,7 +71,7 @@ class RecordingEngine(CpuTransferEngine):
     ) -> Any:
         buffer = out.data_ptr()
         assert buffer not in self.under_way, "a buffer is filled twice"
-        assert after is self.last_use.pop(buffer, None), "a buffer is overwritten before it was drained"
+        assert after is self.last_use.pop(buffer, self.before_ring), "a buffer is overwritten before it was drained"
         ticket = self.under_way[buffer] = Ticket((layer, host_blocks))
         self.gathers.append((layer, host_blocks.tolist()))
         self._copies[ticket] = lambda: CpuTransferEngine._gather_layer(self, layer, blocks, host_blocks, out, after)
