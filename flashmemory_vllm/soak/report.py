@@ -17,6 +17,7 @@ _COUNTERS = {
     "selections": "selections_total",
     "prefix_hit_tokens": "prefix_hit_tokens",
 }
+_JUDGED = ("tokens", "token_differences", "identical", "largest_deficit", "control_deficit", "tolerance")
 _COLUMNS = {
     "phase": "phase",
     "runner": "runner",
@@ -84,7 +85,6 @@ def make_row(
     is_dense = settings.phase == "dense"
     texts, right = answers
     host_blocks = peaks.get("host_blocks")
-    verdict = verdict or {}
     return SoakRow(
         phase=settings.phase,
         runner=settings.runner,
@@ -97,12 +97,7 @@ def make_row(
         seconds=round(told.get("seconds", 0.0), 1),
         steps=told.get("steps", 0),
         texts=texts,
-        tokens=verdict.get("tokens"),
-        token_differences=verdict.get("token_differences"),
-        identical=verdict.get("identical"),
-        largest_deficit=verdict.get("largest_deficit"),
-        control_deficit=verdict.get("control_deficit"),
-        tolerance=verdict.get("tolerance"),
+        **_judged(verdict),
         answers_right=None if is_dense or not texts else round(right / texts, 4),
         floor=None if is_dense else cell.floor,
         **_leaked(told.get("leaks", {})),
@@ -120,6 +115,10 @@ def make_row(
         error=error,
         **asdict(cell.provenance),
     )
+
+
+def _judged(verdict: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: None if verdict is None else verdict[name] for name in _JUDGED}
 
 
 def _leaked(leaks: Mapping[str, Any]) -> dict[str, Any]:
