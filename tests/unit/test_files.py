@@ -41,10 +41,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, write: Callable[[Path
 
 
 def test_the_reason_is_the_systems_own(tmp_path: Path) -> None:
-    # What is written to this device meets a full disk
-    (tmp_path / "a.txt.partial").symlink_to("/dev/full")
+    def write() -> None:
+        with whole_file(tmp_path / "a.txt") as partial:
+            # What is written to this device meets a full disk
+            partial.unlink()
+            partial.symlink_to("/dev/full")
+            partial.write_text("x" * 2 * FEW_BYTES)
+
     with pytest.raises(StorageError, match="No space left on device") as caught:
-        write_text(tmp_path / "a.txt", "x" * 2 * FEW_BYTES)
+        write()
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
