@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 from flashmemory_vllm.soak.trace import SoakRequest, Trace
 
-# The second of two points at which an idle engine is measured is the end; before the first, caches fill
-FIRST_MEASUREMENT = 0.2
+# Shares of the requests after which the engine is left to become idle and is measured; before the first, caches fill
+MEASUREMENTS = (0.2, 0.4, 0.6, 0.8, 1.0)
 LOOK_EVERY_STEPS = 32
 
 
@@ -80,7 +81,7 @@ class Outcome:
         steps: engine steps.
         seconds: how long it took.
         peaks: the highest of each gauge.
-        measured: memory of the idle engine, early and at the end.
+        measured: memory of the idle engine, at each of `MEASUREMENTS`.
     """
 
     added: int = 0
@@ -134,9 +135,10 @@ class Driver:
     def run(self) -> Outcome:
         """Play all of it, or as much as there is time for, and wait until the engine is idle."""
         self._started = self._clock()
-        first = max(1, int(len(self._trace.requests) * FIRST_MEASUREMENT))
-        for requests in (self._trace.requests[:first], self._trace.requests[first:]):
-            self._play(requests)
+        count = len(self._trace.requests)
+        ends = [int(count * share) for share in MEASUREMENTS]
+        for start, end in pairwise((0, *ends)):
+            self._play(self._trace.requests[start:end])
             self._drain()
             self.outcome.measured.append(self._engine.measure())
         self.outcome.seconds = self._clock() - self._started

@@ -135,7 +135,7 @@ def _counted(counters: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _memory_fields(measured: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    ends = {"start": measured[0], "end": measured[-1]}
+    ends = {"start": measured[-2] if len(measured) > 1 else measured[-1], "end": measured[-1]}
     found = {f"{name}_{end}": ends[end].get(name) for name in ("rss_mib", "device_mib", "pinned_mib") for end in ends}
     return {name: None if value is None else round(value, 2) for name, value in found.items()}
 

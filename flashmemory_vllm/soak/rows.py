@@ -52,7 +52,7 @@ class SoakRow:
         selections: resident sets chosen anew.
         prefix_hit_tokens: prompt tokens found in the prefix cache.
         running: most requests that ran at once.
-        rss_mib_start: memory of the process when it was idle after a fifth of the requests, host pool included.
+        rss_mib_start: memory of the process when it was idle after four fifths of the requests, host pool included.
         rss_mib_end: the same at the end.
         device_mib_start: device memory that torch has given out, at the same points.
         device_mib_end: see there.

@@ -132,7 +132,7 @@ class SoakSettings:
 
 _SIZES: dict[Device, dict[str, Any]] = {
     "cpu": {
-        "num_contexts": 60,
+        "num_contexts": 48,
         "output_tokens": (4, 40),
         "gap_steps": 2.0,
         "max_open": 32,
@@ -158,7 +158,7 @@ _SIZES: dict[Device, dict[str, Any]] = {
     },
 }
 _PROMPTS: dict[tuple[Device, Phase], tuple[int, int]] = {
-    ("cpu", "dense"): (100, 640),
+    ("cpu", "dense"): (100, 760),
     ("cpu", "sparse"): (640, 832),
     ("cuda", "dense"): (512, 8192),
     ("cuda", "sparse"): (4096, 8192),

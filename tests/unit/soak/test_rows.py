@@ -107,3 +107,10 @@ def test_the_report_has_a_line_for_each_row_and_sums() -> None:
     assert lines[0].startswith("| dense | v1 | True | 1.0 | full | 60 | 12.3 | 70 | 0 |  | 0 | 0 | 0 | 0 | 10.0 |")
     assert lines[0].endswith("| none |")
     assert lines[1].endswith("| 1 hangs |")
+
+
+def test_memory_is_compared_with_that_after_four_fifths() -> None:
+    points = [{"rss_mib": value, "device_mib": 1.0, "pinned_mib": 0.0} for value in (100.0, 200.0, 300.0, 310.0, 312.0)]
+    row = _row(outcome=OUTCOME | {"measured": points})
+    assert (row.rss_mib_start, row.rss_mib_end) == (310.0, 312.0)
+    assert row.problems() == []
