@@ -27,8 +27,8 @@ class _Copies(NamedTuple):
 class LateEngine(CpuTransferEngine):
     """Recalls land at the next fence, write-backs when somebody needs their blocks or slots."""
 
-    def __init__(self, layout: PageLayout, pool: HostPool) -> None:
-        super().__init__(layout, pool)
+    def __init__(self, layout: PageLayout, pool: HostPool, compared: int | None = None) -> None:
+        super().__init__(layout, pool, compared)
         pool.poison()
         self._recalls: list[_Copies] = []
         self._write_backs: list[_Copies] = []
@@ -40,6 +40,7 @@ class LateEngine(CpuTransferEngine):
         self._recalls.clear()
         for use in reused:
             self._make_those_of(use.group, slots=use.slots)
+        super().fence(reused)
 
     def synchronize(self) -> None:
         """All copies are made."""

@@ -184,8 +184,8 @@ def test_a_selector_that_fails_before_the_server_is_up_is_refused(tmp_path: Path
 class SlowEngine(CpuTransferEngine):
     """Every copy lands at the last moment that the contract allows, as if the link were a hundred times slower."""
 
-    def __init__(self, layout: PageLayout, pool: HostPool) -> None:
-        super().__init__(layout, pool)
+    def __init__(self, layout: PageLayout, pool: HostPool, compared: int | None = None) -> None:
+        super().__init__(layout, pool, compared)
         self._recalls: list[tuple[int, Ids, Ids]] = []
         self._saves: list[tuple[int, Ids, Ids]] = []
 
@@ -196,6 +196,7 @@ class SlowEngine(CpuTransferEngine):
         for group, blocks, slots in self._recalls:
             super()._recall(group, blocks, slots)
         self._recalls = []
+        super().fence(reused)
 
     def wait(self, marker: Marker | None) -> None:
         if isinstance(marker, Gather):
