@@ -22,6 +22,7 @@ _COLUMNS = {
     "phase": "phase",
     "runner": "runner",
     "async": "is_async",
+    "dtype": "dtype",
     "ratio": "ratio",
     "selector": "selector",
     "requests": "requests",
