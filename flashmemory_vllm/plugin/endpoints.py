@@ -32,6 +32,7 @@ def _problem(description: str) -> dict[str, Any]:
 
 
 _NO_ANSWER: dict[int | str, dict[str, Any]] = {503: _problem("The engine does not answer.")}
+_WITH_STRIPS = _NO_ANSWER | {400: _problem("`strips` is not within its bounds.")}
 
 router = APIRouter(
     prefix="/flashmemory",
@@ -112,13 +113,13 @@ def read_stats(request: Request) -> Stats:
     return Stats(engines=[EngineStats(engine=index, values=reader.read()) for index, reader in enumerate(readers)])
 
 
-@router.get("/status", responses=_NO_ANSWER)
+@router.get("/status", responses=_WITH_STRIPS)
 def read_status(status: CurrentStatus) -> Status:
     """What is where after the current step: memory, every request, the blocks of some, the last selections."""
     return status
 
 
-@router.get("/requests", responses=_NO_ANSWER)
+@router.get("/requests", responses=_WITH_STRIPS)
 def read_requests(status: CurrentStatus) -> Requests:
     """Every known request, and where the blocks of some are."""
     return Requests(step=status.step, requests=status.requests)

@@ -137,7 +137,7 @@ def test_strips_come_when_they_are_asked_for_and_not_for_everybody() -> None:
 
     assert has_strips("status") == has_strips("requests") == [False, False]
     assert has_strips("status", strips=1) == has_strips("requests", strips=1) == [True, False]
-    assert client.get("/flashmemory/status", params={"strips": 17}).status_code == HTTPStatus.UNPROCESSABLE_ENTITY
+    assert client.get("/flashmemory/status", params={"strips": 17}).status_code == HTTPStatus.BAD_REQUEST
 
 
 def test_one_request_has_its_strips_however_many_there_are() -> None:
