@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashmemory_vllm.transfer.pinned import pinned_like
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrival:
@@ -53,7 +55,7 @@ class SideStream:
             tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             values = work()
-            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            on_host = pinned_like(values)
             on_host.copy_(values, non_blocking=True)
             landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             landed.record()

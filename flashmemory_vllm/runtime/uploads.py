@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flashmemory_vllm.transfer.pinned import pinned
+
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copy a host array on the current stream; the host neither waits nor has to keep the array.
@@ -18,4 +20,4 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
         The same values on the device; on the CPU the array's own memory.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return pinned(tensor).to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -18,6 +18,7 @@ from flashmemory_vllm.transfer.engine import Ids, Marker, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.kernel_sums import KernelSums
 from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.pinned import pinned
 from flashmemory_vllm.transfer.write_backs import PendingWriteBacks
 
 # From this size on the copy engines are busy with bytes rather than with descriptors, and they need no
@@ -145,7 +146,7 @@ class CudaTransferEngine(TransferEngine):
 
     def _upload(self, ids: Ids) -> torch.Tensor:
         """Copy ids on the current stream; their memory is reused in the order of that stream."""
-        return torch.from_numpy(ids.astype(np.int64)).pin_memory().to(self.layout.device, non_blocking=True)
+        return pinned(torch.from_numpy(ids.astype(np.int64))).to(self.layout.device, non_blocking=True)
 
     def _forget_waits(self) -> None:
         self._waits.clear()

@@ -269,3 +269,41 @@ def test_slow_copies_change_no_output_and_are_counted(tmp_path: Path) -> None:
     for name in ("recalled_blocks_total", "prefetched_blocks_total", "streamed_blocks_total"):
         assert slow.metric(name) == quick.metric(name) > 0
     assert slow.metric("late_recalls_total") > 0 == quick.metric("late_recalls_total")
+
+
+class RefusedRecalls(CpuTransferEngine):
+    """The driver refuses what the copy engines are asked to do."""
+
+    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
+        raise RuntimeError(f"cuMemcpyBatchAsync: error 700 at copy 0 of {len(blocks)} to {slots} of group {group}")
+
+
+class RefusedWriteBacks(CpuTransferEngine):
+    """Likewise."""
+
+    def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
+        raise RuntimeError(f"cuMemcpyBatchAsync: error 700 at copy 0 of {len(blocks)} from {slots} of group {group}")
+
+
+class RefusedGathers(CpuTransferEngine):
+    """Likewise."""
+
+    def _gather_layer(
+        self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
+    ) -> None:
+        raise RuntimeError(
+            f"cuMemcpyBatchAsync: error 700, {layer}, {len(blocks)}, {host_blocks}, {out.shape}, {after}"
+        )
+
+
+@pytest.mark.parametrize("engine", [RefusedRecalls, RefusedWriteBacks, RefusedGathers])
+def test_a_copy_that_is_refused_ends_the_engine_and_gives_the_pool_back(
+    tmp_path: Path, engine: type[CpuTransferEngine]
+) -> None:
+    driven = DrivenRuntime(tmp_path, engine=engine)
+    with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync: error 700"):
+        outputs_of(driven)
+    assert not driven.runtime.in_step
+    with mock.patch.object(HostPool, "close") as close:
+        driven.runtime.release()
+    close.assert_called_once_with()
