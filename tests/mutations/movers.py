@@ -34,8 +34,8 @@ MOVERS = (
     ),
     Mutation(
         "wrong group: index keys are made from the slots of the first one",
-        f"{_RUNTIME}runtime.py",
-        "slots = [slots_of[self._group_of[layer]] for layer in parts.anchors]",
+        f"{_RUNTIME}index_keys.py",
+        "slots = [slots_of[group_of[layer]] for layer in parts.anchors]",
         "slots = [slots_of[0] for _ in parts.anchors]",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-2]",
     ),
@@ -56,7 +56,7 @@ MOVERS = (
     Mutation(
         "index keys of full blocks are not made",
         f"{_RUNTIME}runtime.py",
-        "self._index_full_blocks(plan.write_backs)\n",
+        "index_full_blocks(parts, plan.write_backs)\n",
         "\n",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-1]",
     ),
