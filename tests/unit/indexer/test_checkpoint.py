@@ -158,7 +158,7 @@ def test_a_fetched_file_lies_in_a_folder_of_its_commit(path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert fetched_commit(Path("/cache/models--owner--name/snapshots") / commit / FILE_NAME) == commit
     assert fetched_commit(path) is None
-    assert fetched_commit(Path("/work/snapshots/best") / FILE_NAME) is None
+    assert fetched_commit(Path("/models/snapshots/best") / FILE_NAME) is None
 
 
 def test_a_file_is_opened_once_for_its_spec(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
