@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from flashmemory_vllm.evaluation.eval_rows import Evaluation, load_evaluation
 from flashmemory_vllm.evaluation.gate import judge
 from flashmemory_vllm.evaluation.loss import Losses, loss_lines
 from flashmemory_vllm.evaluation.parity import Comparison
-from flashmemory_vllm.evaluation.tasks import make_samples
+from flashmemory_vllm.evaluation.tasks import ANSWER_LENS, make_samples
 from flashmemory_vllm.evaluation.vocabulary import decode
 from tests.e2e.conftest import ROOT
 from tests.helpers import worst_selector
@@ -24,7 +25,7 @@ TOKENS, DEPTHS, QUESTIONS, RATIO = 4096, 4, 2, 0.3
 OPTIONS = f'{{"flashmemory": {{"selector": "exact", "indexer": null, "resident_ratio": {RATIO}}}}}'
 ASKED = ["--lengths", str(TOKENS), "--depths", str(DEPTHS), "--questions", str(QUESTIONS)]
 ASKED += ["--suites", "parity,needles,loss", "--parity-prompts", "2", "--parity-tokens", "8", "--concurrency", "2"]
-LOSS_TOKENS, DOCUMENTS = 24, 3
+LOSS_TOKENS, DOCUMENTS = ANSWER_LENS["multikey"], 3
 ASKED += ["--loss-tokens", str(LOSS_TOKENS), "--documents", str(DOCUMENTS)]
 # So that the slots of that file have room for a request's budget at this ratio
 ASKED += ["--serve-args=--max-model-len 5120"]
@@ -45,9 +46,10 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def write_text(path: Path) -> list[str]:
-    """A text in the model's language, long enough for the documents; the option that names it."""
-    samples = make_samples("late", TOKENS + LOSS_TOKENS, DOCUMENTS, seed=7)
-    path.write_text("\n".join(json.dumps({"text": decode(sample.prompt_ids.tolist())}) for sample in samples))
+    """A text that ends with an answer which lies far back, so that it is dear to who cannot look; the option that names it."""
+    samples = make_samples("multikey", TOKENS, DOCUMENTS, seed=7)
+    texts = [decode(np.concatenate([sample.prompt_ids, sample.answer_ids])[1:].tolist()) for sample in samples]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return ["--texts", str(path)]
 
 
