@@ -23,8 +23,14 @@ endif
 demo: $(VENV)/.installed
 	$(BIN)/flashmemory demo
 
+# An engine of these tests takes one core. Tests on a GPU share it one after the other.
+ifeq ($(BUILD),cpu)
+WORKERS ?= 2
+else
+WORKERS ?= 0
+endif
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # On a CPU both model runners, the second one through Triton's interpreter: 20 minutes. On a GPU 8 minutes with full graphs.
 soak: $(VENV)/.installed

@@ -21,7 +21,7 @@ from tests.helpers import worst_selector
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CUDA build has no CPU backend")
 
-TOKENS, DEPTHS, QUESTIONS, RATIO = 4096, 4, 2, 0.3
+TOKENS, DEPTHS, QUESTIONS, RATIO = 3072, 4, 2, 0.3
 OPTIONS = f'{{"flashmemory": {{"selector": "exact", "indexer": null, "resident_ratio": {RATIO}}}}}'
 ASKED = ["--lengths", str(TOKENS), "--depths", str(DEPTHS), "--questions", str(QUESTIONS)]
 ASKED += ["--suites", "parity,needles,loss", "--parity-prompts", "2", "--parity-tokens", "8", "--concurrency", "2"]
@@ -46,7 +46,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def write_text(path: Path) -> list[str]:
-    """A text that ends with an answer which lies far back, so that it is dear to who cannot look; the option that names it."""
+    """Texts that end with an answer which lies far back, dear to who cannot look; the option that names them."""
     samples = make_samples("multikey", TOKENS, DOCUMENTS, seed=7)
     texts = [decode(np.concatenate([sample.prompt_ids, sample.answer_ids])[1:].tolist()) for sample in samples]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -107,6 +107,6 @@ def test_the_gate_tells_a_good_selector_from_a_broken_one(
     assert [row.score for row in read(broken).of("needles", "sparse")][1:-1] == [0.0] * (DEPTHS - 2)
     said = capsys.readouterr().err
     assert "gate failed, asked is 0.99 of the dense score or more and a loss of at most 0.2 nats" in said
-    assert "needles needle at 4,096 tokens, loss at 4,096 tokens" in said
+    assert "needles needle at 3,072 tokens, loss at 3,072 tokens" in said
     assert parity(broken)["sparse"].agreeing_share < 0.9
     assert "| fail |" in (broken / "report.md").read_text(encoding="utf-8")
