@@ -1,6 +1,7 @@
 """What every test shares: seeds, and skipping what needs a GPU."""
 
 import random
+import signal
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says something about the machine, not about the code
 settings.register_profile("untimed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+# Under nohup it is ignored, here and in every process that a test starts and ends by it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _why_no_gpu() -> str | None:
