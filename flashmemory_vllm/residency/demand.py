@@ -34,7 +34,7 @@ class Demand:
         given_up: per group, blocks that a row does without from now on; a shared one once for each row.
         fresh: blocks to be written, in every group.
         recalls: per group, blocks to be read in this step.
-        waiting: rows whose sets wait for blocks, to be read from later steps on.
+        waiting: rows whose sets wait for blocks, of which each step brings some.
         dense_prefills: rows that would like to hold all their history.
     """
 
@@ -73,6 +73,8 @@ class Demand:
                 recalls[group] += [self._hold_history(slots, row, group, promised) for row in self.dense_prefills]
         self.waiting.sort(key=attrgetter("state.falls_back", "state.selection"))
         prefetches = [self._prefetch(slots, group) for group in groups]
+        for row in self.waiting:
+            _fill_in(slots, row.state)
         return Granted(tuple(fresh), _merged(recalls), _merged(prefetches))
 
     def _hold_history(self, slots: SlotTable, row: ScheduledRequest, group: int, promised: int) -> Copies:
@@ -93,8 +95,8 @@ class Demand:
             resident = row.state.sets[group]
             portion = resident.waiting[:left]
             if portion.size:
-                copies.append(slots.prefetch(group, row.state.blocks.ids[portion]))
-                resident.land(portion.size, row.state.scores_of(group))
+                copies.append(slots.hold(group, row.state.blocks.ids[portion]))
+                resident.join(portion.size, row.state.scores_of(group))
                 left -= copies[-1].blocks.size
         return copies
 
@@ -105,6 +107,13 @@ def _keep_leaving(slots: SlotTable, state: RequestState, group: int) -> None:
     slots.touch(group, state.blocks.ids[leaving])
 
 
+def _fill_in(slots: SlotTable, state: RequestState) -> None:
+    """Of the leaving blocks that kept their slots the best stand in for what waits for a later step."""
+    for group, resident in enumerate(state.sets):
+        has_slot = slots.is_resident(group, state.blocks.ids[resident.leaving])
+        resident.fill_in(resident.leaving[has_slot], state.scores_of(group))
+
+
 def joined(arrays: Sequence[IntArray]) -> IntArray:
     """All the arrays as one."""
     return np.concatenate(arrays) if arrays else NOTHING
@@ -112,7 +121,12 @@ def joined(arrays: Sequence[IntArray]) -> IntArray:
 
 def _merged(copies_by_group: list[list[Copies]]) -> tuple[Copies, ...]:
     merged = (
-        Copies(group, joined([one.blocks for one in copies]), joined([one.slots for one in copies]))
+        Copies(
+            group,
+            joined([one.blocks for one in copies]),
+            joined([one.slots for one in copies]),
+            min((one.rested for one in copies), default=0),
+        )
         for group, copies in enumerate(copies_by_group)
     )
     return tuple(copies for copies in merged if copies.blocks.size)

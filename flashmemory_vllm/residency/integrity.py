@@ -85,19 +85,16 @@ def _check_set(state: RequestState, group: int, resident: ResidentSet) -> None:
     if held[-1] != num_blocks - 1 or (np.diff(held) <= 0).any():
         raise IntegrityError(f"{where}: a set up to block {held[-1]}, allowed is up to {num_blocks - 1}, ascending")
     chosen = np.concatenate((held, resident.waiting, resident.leaving))
-    if np.unique(chosen).size != chosen.size or not np.isin(resident.landing, held).all():
-        raise IntegrityError(f"{where}: blocks are held, waited for and leaving at once, or land without being held")
-    in_force = np.setdiff1d(held, resident.landing)
+    if np.unique(chosen).size != chosen.size:
+        raise IntegrityError(f"{where}: blocks are held, waited for and leaving at once")
     forced = np.union1d(
         np.arange(policy.sink_blocks(state.num_tokens)),
         np.arange(num_blocks - policy.recent_blocks(state.num_tokens), num_blocks),
     )
-    if not np.isin(forced, in_force).all():
+    if not np.isin(forced, held).all():
+        raise IntegrityError(f"{where}: sink or recent blocks {np.setdiff1d(forced, held)} are not in the resident set")
+    if held.size + max(resident.waiting.size, resident.leaving.size) > budget:
         raise IntegrityError(
-            f"{where}: sink or recent blocks {np.setdiff1d(forced, in_force)} are not in the resident set"
-        )
-    if held.size + resident.waiting.size > budget or in_force.size + resident.leaving.size > budget:
-        raise IntegrityError(
-            f"{where}: {held.size} held and {resident.waiting.size} waiting, or {in_force.size} resident and "
-            f"{resident.leaving.size} leaving blocks exceed the budget of {budget}"
+            f"{where}: {held.size} held and {resident.waiting.size} waiting or {resident.leaving.size} leaving blocks "
+            f"exceed the budget of {budget}"
         )

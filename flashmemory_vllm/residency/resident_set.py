@@ -11,36 +11,34 @@ from flashmemory_vllm.residency.types import NO_SCORES, NOTHING, FloatArray, Int
 class ResidentSet:
     """What a request holds, awaits and gives up in a group. Positions are int32, ascending but for `waiting`.
 
-    A decode row reads `held` without `landing`, and `leaving` in place of what is not there yet:
+    A decode row reads `held`, and `leaving` in place of what is not there yet:
 
         waiting  chosen, without a claim on a slot yet: granted in portions over the next steps, best first
-        landing  the portion that this step's prefetches bring: held, in force at the next plan
         held     pinned, all with a slot. Prefill rows that stream hold only what they write
-        leaving  blocks of earlier sets that fill in for `landing` and `waiting`; not pinned
+        leaving  blocks of earlier sets that fill in for `waiting`; not pinned
 
     `held` and `waiting` have no block in common and are together within the budget, so that the slots of what
     waits are the request's own all the time, lent to the cache. Arrays are replaced, never changed in place.
 
     Attributes:
-        held: see above, like `landing`, `waiting` and `leaving`.
+        held: see above, like `waiting` and `leaving`.
         ranks: float32, scores of the first held blocks; those behind them are newer than the scoring.
         slots: slots of the first held blocks; those behind them are not looked up yet.
-        landed_portions: what was prefetched since the set was replaced, a portion each.
+        portions: what was prefetched since the set was replaced, a portion each.
     """
 
     def __init__(self) -> None:
         self.held: IntArray = NOTHING
         self.ranks: FloatArray = NO_SCORES
         self.slots: IntArray = NOTHING
-        self.landing: IntArray = NOTHING
         self.waiting: IntArray = NOTHING
         self.leaving: IntArray = NOTHING
-        self.landed_portions: list[IntArray] = []
+        self.portions: list[IntArray] = []
 
     @property
     def is_changing(self) -> bool:
         """Whether blocks of the set are not in force yet."""
-        return bool(self.waiting.size or self.landing.size)
+        return bool(self.waiting.size)
 
     def replace(self, held: IntArray, scores: FloatArray, waiting: IntArray, leaving: IntArray) -> None:
         """Hold other blocks from now on.
@@ -52,8 +50,8 @@ class ResidentSet:
             leaving: what fills in for them meanwhile.
         """
         self.held, self.ranks, self.slots = held, ranks_of(held, scores), NOTHING
-        self.landing, self.waiting, self.leaving = NOTHING, waiting, leaving
-        self.landed_portions = []
+        self.waiting, self.leaving = waiting, leaving
+        self.portions = []
 
     def grow(self, first: int, end: int, excess: int, inner: slice, scores: FloatArray) -> IntArray:
         """Hold the newest blocks `[first, end)` as well, and do without the worst ones.
@@ -86,15 +84,14 @@ class ResidentSet:
         self.waiting = self.waiting[~np.isin(self.waiting, given_up)]
         return np.flatnonzero(np.isin(self.held, given_up)).astype(np.int32)
 
-    def land(self, count: int, scores: FloatArray) -> None:
-        """Hold the first `count` of the waiting blocks, which land during this step."""
-        self.landing = np.sort(self.waiting[:count])
-        self.landed_portions.append(self.landing)
+    def join(self, count: int, scores: FloatArray) -> None:
+        """Hold the first `count` of the waiting blocks, which this step brings."""
+        portion = np.sort(self.waiting[:count])
+        self.portions.append(portion)
         self.waiting = self.waiting[count:]
-        self.held = merged(self.held, self.landing)
+        self.held = merged(self.held, portion)
         self.ranks, self.slots = ranks_of(self.held, scores), NOTHING
 
-    def landed(self, readable_leaving: IntArray, scores: FloatArray) -> None:
-        """What was prefetched in the last step is in force; only what still waits needs somebody to fill in."""
-        self.landing = NOTHING
+    def fill_in(self, readable_leaving: IntArray, scores: FloatArray) -> None:
+        """Let the best of the leaving blocks that still have a slot stand in for what waits, one for one."""
         self.leaving = best(readable_leaving, scores, self.waiting.size)

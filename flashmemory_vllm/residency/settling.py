@@ -108,8 +108,8 @@ class Settler:
             dropped = resident.grow(row.first_fresh, row.end, excess, inner, scores)
             if dropped.size:
                 demand.given_up[group].append(ids[dropped])
-            if resident.landing.size or resident.leaving.size:
-                resident.landed(self._readable(row, group, resident.leaving), scores)
+            if resident.leaving.size:
+                resident.fill_in(self._resident(row, group, resident.leaving), scores)
 
     def _choose(self, row: ScheduledRequest, frame: Frame, budget: int, demand: Demand) -> None:
         """The best blocks by the selection offered; without one, whatever has a slot."""
@@ -121,11 +121,11 @@ class Settler:
             self._counters.selections += 1
             state.selection = self._counters.selections
         for group, resident in enumerate(state.sets):
-            candidates, prefetched = frame.candidates(), resident.landed_portions
+            candidates, prefetched = frame.candidates(), resident.portions
             if is_selected:
                 candidates = worth_a_slot(candidates, state.scores_of(group), self._score_threshold)
             else:
-                candidates = self._readable(row, group, candidates)
+                candidates = self._resident(row, group, candidates)
             target = frame.with_best(candidates, state.scores_of(group), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
             joining = self._change_set(row, group, target, demand, may_wait=state.is_decoding and not state.at_once)
@@ -171,8 +171,8 @@ class Settler:
             )
         return Frame(sink_end, recent_start, row.end)
 
-    def _readable(self, row: ScheduledRequest, group: int, positions: IntArray) -> IntArray:
-        return positions[self._slots.readable(group, row.state.blocks.ids[positions])]
+    def _resident(self, row: ScheduledRequest, group: int, positions: IntArray) -> IntArray:
+        return positions[self._slots.is_resident(group, row.state.blocks.ids[positions])]
 
     def _change_set(
         self, row: ScheduledRequest, group: int, target: IntArray, demand: Demand, *, may_wait: bool
@@ -192,16 +192,16 @@ class Settler:
         state, ids = row.state, row.state.blocks.ids
         resident, scores = state.sets[group], state.scores_of(group)
         joining, dropping = difference(target, resident.held), difference(resident.held, target)
-        is_readable = self._slots.readable(group, ids[joining])
-        self._slots.pin(group, ids[joining[is_readable]])
+        has_slot = self._slots.is_resident(group, ids[joining])
+        self._slots.pin(group, ids[joining[has_slot]])
         demand.given_up[group].append(ids[dropping])
-        missing = joining[~is_readable & (joining < row.first_fresh)]
+        missing = joining[~has_slot & (joining < row.first_fresh)]
         waiting = leaving = NOTHING
         if may_wait:
             waiting, target = worst_to_best(missing, scores)[::-1], difference(target, missing)
             # Of what was read so far, the best blocks stay in the place of those that are not there yet. They are
             # not pinned, but the last to be evicted.
-            filled_in = difference(self._readable(row, group, resident.leaving), target)
+            filled_in = difference(self._resident(row, group, resident.leaving), target)
             leaving = best(merged(dropping, filled_in), scores, waiting.size)
         elif missing.size:
             demand.recalls[group].append(ids[missing])

@@ -15,7 +15,9 @@ The content of a logical block is in one of three states:
 
 Two bits tell them apart: whether the host copy is valid, and whether the block has slots. A pin is one
 request's claim on a block in one group: shared blocks have several. Slots without pins are cache: they keep
-their block until somebody needs the room, least recently used first.
+their block until somebody needs the room. They stand in a queue in the order in which they lost their last pin,
+so that taking n of them costs n, however many there are, and the kernels that read the first in the queue ended
+long ago.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.counters import STEP_BOUNDS, Histogram
+from flashmemory_vllm.residency.idle_queue import IdleQueue
 from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray
 
 NOT_RESIDENT = -1
@@ -41,10 +44,11 @@ class SlotTable:
         lut: int32 `[G, N]` slot of each logical block, -1 if none.
         host_valid: bool `[N]`, whether a block has a valid host copy.
         pins: int32 `[G, S]` claims on each slot.
+        last_read: int64 `[G, S]` the newest step whose kernels use a slot that has no pin.
         num_evictions: slots taken from a block since the last `clear`.
         num_on_host: blocks with a valid host copy.
         lifetime_steps: of evicted blocks, steps from getting the slot to losing it.
-        idle_steps: of evicted blocks, steps since the last use.
+        idle_steps: of evicted blocks, steps since a request last read them.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -53,48 +57,40 @@ class SlotTable:
         self.lut: IntArray = np.empty((groups, blocks), np.int32)
         self.host_valid: BoolArray = np.empty(blocks, np.bool_)
         self.pins: IntArray = np.empty((groups, slots), np.int32)
+        self.last_read = np.zeros((groups, slots), np.int64)
         self._owner: IntArray = np.empty((groups, slots), np.int32)
-        # Time of the last use: the number of the step, and a fraction that orders the blocks of one step.
-        self._last_use = np.empty((groups, slots), np.float64)
-        self._held_since = np.empty((groups, slots), np.float64)
-        self._landing: BoolArray = np.empty((groups, blocks), np.bool_)
-        # A stack per group: the first `num_free` entries of a row are its free slots.
-        self._free: IntArray = np.empty((groups, slots - 1), np.int32)
+        self._held_since = np.empty((groups, slots), np.int64)
+        self._idle = [IdleQueue(slots) for _ in range(groups)]
         # Counted as they change: they are asked for in every step, and the tables are long.
-        self._num_free = [0] * groups
+        self._num_used = [0] * groups
         self._num_pinned = [0] * groups
+        self._clock = 0
         self.lifetime_steps, self.idle_steps = Histogram(STEP_BOUNDS), Histogram(STEP_BOUNDS)
         self.clear()
 
     def clear(self) -> None:
-        """Forget all content; arrays stay where they are, and what is known of evicted blocks too."""
+        """Forget all content; arrays stay where they are, and what is known of evicted blocks and of time, too."""
         self.lut[:] = NOT_RESIDENT
         self.lut[:, NULL_BLOCK] = NULL_SLOT
         self.host_valid[:] = False
         self.pins[:] = 0
+        self.last_read[:] = self._clock
         self._owner[:] = NO_OWNER
-        self._last_use[:] = 0.0
-        self._landing[:] = False
-        # Lowest slots are handed out first.
-        self._free[:] = np.arange(self._geometry.num_slots - 1, NULL_SLOT, -1, dtype=np.int32)
-        self._num_free = [self._geometry.num_slots - 1] * self._geometry.num_groups
+        for idle in self._idle:
+            idle.fill()
+        self._num_used = [0] * self._geometry.num_groups
         self._num_pinned = [0] * self._geometry.num_groups
-        self._clock = 0
         self.num_evictions = 0
         self.num_on_host = 0
-        self._landing_copies: list[Copies] = []
 
     def begin_step(self) -> None:
-        """Advance the clock; what was prefetched in the step before has landed."""
+        """Advance the clock, which tells how long a slot has rested."""
         self._clock += 1
-        for copies in self._landing_copies:
-            self._landing[copies.group, copies.blocks] = False
-        self._landing_copies.clear()
 
-    def readable(self, group: int, blocks: IntArray) -> BoolArray:
-        """Which of the blocks this step may read from a slot: resident, and not still on their way; bool `[n]`."""
-        is_readable: BoolArray = (self.lut[group, blocks] != NOT_RESIDENT) & ~self._landing[group, blocks]
-        return is_readable
+    def is_resident(self, group: int, blocks: IntArray) -> BoolArray:
+        """Which of the blocks have a slot, where this step may read them; bool `[n]`."""
+        has_slot: BoolArray = self.lut[group, blocks] != NOT_RESIDENT
+        return has_slot
 
     def spare(self, group: int) -> int:
         """Slots that are free or hold an unpinned block."""
@@ -102,11 +98,11 @@ class SlotTable:
 
     def used(self, group: int) -> int:
         """Slots that hold a block."""
-        return self._geometry.num_slots - 1 - self._num_free[group]
+        return self._num_used[group]
 
     def free(self, group: int) -> IntArray:
-        """int32 `[num_free]` slots that hold no block, in no order."""
-        return self._free[group, : self._num_free[group]].copy()
+        """int32 `[num_free]` slots that hold no block, in ascending order."""
+        return np.flatnonzero(self._owner[group, 1:] == NO_OWNER).astype(np.int32) + 1
 
     def demand(self, group: int, blocks: IntArray) -> int:
         """Spare slots that `hold` would take: one for each block that is not resident or not pinned."""
@@ -116,26 +112,31 @@ class SlotTable:
     def pin(self, group: int, blocks: IntArray) -> None:
         """Claim resident blocks."""
         slots = self._slots_of(group, blocks)
-        self._num_pinned[group] += int(np.count_nonzero(self.pins[group, slots] == 0))
+        idle = slots[self.pins[group, slots] == 0]
+        self._num_pinned[group] += idle.size
+        self._idle[group].remove(idle)
         self.pins[group, slots] += 1
 
     def unpin(self, group: int, blocks: IntArray) -> None:
         """Give up claims, several on a block if it is given several times.
 
-        Blocks that nobody claims any more become cache, used last in this step.
+        Blocks that nobody claims any more become cache. The step before this one was the last that read them.
         """
         slots = self._slots_of(group, blocks)
         np.subtract.at(self.pins[group], slots, 1)
         left = self.pins[group, slots]
         if left.size and left.min() < 0:
             raise IntegrityError(f"group {group}: blocks {blocks[left < 0]} have no pin to give up")
-        self._num_pinned[group] -= np.unique(slots[left == 0]).size
-        self._last_use[group, slots] = self._clock
+        idle = np.unique(slots[left == 0])
+        self._num_pinned[group] -= idle.size
+        self.last_read[group, idle] = np.maximum(self.last_read[group, idle], self._clock - 1)
+        self._idle[group].add(idle)
 
     def touch(self, group: int, blocks: IntArray) -> None:
-        """Make resident blocks the last to be evicted, the first given before the last given."""
-        rank = np.arange(1, blocks.size + 1) / (blocks.size + 1)
-        self._last_use[group, self._slots_of(group, blocks)] = self._clock + rank
+        """Note that this step reads resident blocks: they are the last to be evicted, the first given first."""
+        slots = self._slots_of(group, blocks)
+        self.last_read[group, slots] = self._clock
+        self._idle[group].add(slots[self.pins[group, slots] == 0])
 
     def hold_fresh(self, group: int, blocks: IntArray) -> Copies:
         """Give EMPTY blocks a slot and pin them: they become DIRTY once every group has done so.
@@ -160,13 +161,6 @@ class SlotTable:
         missing = blocks[self.lut[group, blocks] == NOT_RESIDENT]
         self.require_host_copy(missing)
         return self._hold(group, blocks, missing)
-
-    def prefetch(self, group: int, blocks: IntArray) -> Copies:
-        """As `hold`, but the copies land during the step: not readable until the next step begins."""
-        copies = self.hold(group, blocks)
-        self._landing[group, copies.blocks] = True
-        self._landing_copies.append(copies)
-        return copies
 
     def mark_written_back(self, blocks: IntArray) -> None:
         """DIRTY blocks have a host copy now and are CLEAN."""
@@ -218,13 +212,10 @@ class SlotTable:
             raise IntegrityError(f"{num_on_host} blocks have a host copy, {self.num_on_host} are counted")
 
     def _check_group(self, group: int) -> None:
-        lut, owner = self.lut[group], self._owner[group]
-        used, num_free = np.flatnonzero(owner != NO_OWNER), self._num_free[group]
-        free = self._free[group, :num_free]
-        if used.size + num_free != owner.size - 1 or np.unique(np.concatenate((used, free))).size != owner.size - 1:
-            raise IntegrityError(
-                f"group {group}: {used.size} used and {num_free} free slots are not the {owner.size - 1} there are"
-            )
+        lut, owner, idle = self.lut[group], self._owner[group], self._idle[group].live()
+        used, is_idle = np.flatnonzero(owner != NO_OWNER), np.zeros(owner.size, np.bool_)
+        if used.size != self._num_used[group]:
+            raise IntegrityError(f"group {group}: {used.size} slots are used, {self._num_used[group]} are counted")
         if owner[NULL_SLOT] != NO_OWNER or lut[NULL_BLOCK] != NULL_SLOT:
             raise IntegrityError(
                 f"group {group}: null slot owned by {owner[NULL_SLOT]}, null block in {lut[NULL_BLOCK]}"
@@ -237,6 +228,9 @@ class SlotTable:
             )
         if self.pins[group].min() < 0 or self.pins[group, owner == NO_OWNER].any():
             raise IntegrityError(f"group {group}: a pin count is negative, or a slot without a block is pinned")
+        is_idle[idle] = True
+        if np.unique(idle).size != idle.size or (is_idle[1:] == (self.pins[group, 1:] > 0)).any() or is_idle[NULL_SLOT]:
+            raise IntegrityError(f"group {group}: {idle.size} slots are queued, but not each that has no pin once")
         num_pinned = np.count_nonzero(self.pins[group])
         if num_pinned != self._num_pinned[group]:
             raise IntegrityError(f"group {group}: {num_pinned} slots are pinned, {self._num_pinned[group]} are counted")
@@ -254,38 +248,36 @@ class SlotTable:
         # Pinned first, so that making room for some does not evict others of them.
         if missing.size < blocks.size:
             self.pin(group, blocks[self.lut[group, blocks] != NOT_RESIDENT])
-        if missing.size > self._num_free[group]:
-            self._evict(group, missing.size - self._num_free[group])
-        left = self._num_free[group] - missing.size
-        slots = self._free[group, left : self._num_free[group]][::-1].copy()
-        self._num_free[group] = left
+        slots = self._take(group, missing.size)
+        # Newest step whose kernels may still use one of them; this one's come later in any case
+        last_read = min(int(self.last_read[group, slots].max(initial=0)), self._clock - 1)
         self._owner[group, slots] = missing
         self._held_since[group, slots] = self._clock
         self.lut[group, missing] = slots
         self.pins[group, slots] = 1
         self._num_pinned[group] += missing.size
-        return Copies(group, missing, slots)
+        self._num_used[group] += missing.size
+        return Copies(group, missing, slots, self._clock - 1 - last_read)
 
-    def _evict(self, group: int, count: int) -> None:
-        is_evictable = (self.pins[group] == 0) & (self._owner[group] != NO_OWNER)
-        evictable = np.flatnonzero(is_evictable).astype(np.int32)
-        if count > evictable.size:
+    def _take(self, group: int, count: int) -> IntArray:
+        """Slots that have rested longest, out of the queue; what they held is evicted."""
+        spare = self.spare(group)
+        if count > spare:
             raise IntegrityError(
-                f"group {group}: {count} more slots are needed, but of {self._geometry.num_slots - 1} slots "
-                f"{self._num_pinned[group]} are pinned, {self._num_free[group]} free and {evictable.size} evictable"
+                f"group {group}: {count} slots are needed, but of {self._geometry.num_slots - 1} slots "
+                f"{self._num_pinned[group]} are pinned and {spare} spare"
             )
-        oldest = np.argpartition(self._last_use[group, evictable], count - 1)[:count]
-        slots = evictable[oldest]
-        self.require_host_copy(self._owner[group, slots])
-        # Rounded up, for the fraction of the last use only orders
-        self.idle_steps.observe(np.ceil(self._clock - self._last_use[group, slots]))
-        self.lifetime_steps.observe(self._clock - self._held_since[group, slots])
-        self._release(group, slots)
-        self.num_evictions += count
+        slots = self._idle[group].take(count)
+        evicted = slots[self._owner[group, slots] != NO_OWNER]
+        if evicted.size:
+            self.require_host_copy(self._owner[group, evicted])
+            self.idle_steps.observe((self._clock - self.last_read[group, evicted]).astype(np.float64))
+            self.lifetime_steps.observe((self._clock - self._held_since[group, evicted]).astype(np.float64))
+            self._release(group, evicted)
+            self.num_evictions += evicted.size
+        return slots
 
     def _release(self, group: int, slots: IntArray) -> None:
         self.lut[group, self._owner[group, slots]] = NOT_RESIDENT
         self._owner[group, slots] = NO_OWNER
-        end = self._num_free[group] + slots.size
-        self._free[group, self._num_free[group] : end] = slots
-        self._num_free[group] = end
+        self._num_used[group] -= slots.size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashmemory_vllm.residency.ranking import difference, merged
+from flashmemory_vllm.residency.ranking import merged
 from flashmemory_vllm.residency.requests import ScheduledRequest, Table
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import NOTHING, IntArray
@@ -19,8 +19,8 @@ def decode_table(row: ScheduledRequest, slots: SlotTable) -> Table:
     for group, resident in enumerate(row.state.sets):
         if resident.is_changing:
             # The room of leaving blocks may have been needed meanwhile.
-            leaving = resident.leaving[slots.readable(group, ids[resident.leaving])]
-            positions.append(merged(difference(resident.held, resident.landing), leaving))
+            leaving = resident.leaving[slots.is_resident(group, ids[resident.leaving])]
+            positions.append(merged(resident.held, leaving))
             slots_by_group.append(slots.lut[group, ids[positions[-1]]])
         else:
             unknown = resident.held[resident.slots.size :]
@@ -44,12 +44,12 @@ def prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
             streamed.append(NOTHING)
             continue
         history = row.history
-        is_readable = slots.readable(group, history)
+        is_resident = slots.is_resident(group, history)
         in_table = np.ones(row.end, np.bool_)
-        if is_readable.all():
+        if is_resident.all():
             slots.touch(group, history)
         else:
-            in_table[: row.first_written] = is_readable & ~slots.host_valid[history]
+            in_table[: row.first_written] = is_resident & ~slots.host_valid[history]
         positions.append(np.flatnonzero(in_table).astype(np.int32))
         streamed.append(history[~in_table[: row.first_written]])
         slots.require_host_copy(streamed[-1])

@@ -136,11 +136,14 @@ class Copies:
         group: layer group.
         blocks: int32 `[n]` logical blocks.
         slots: int32 `[n]` slots of the same blocks.
+        rested: steps between the newest one whose kernels use one of the slots for what it held before, and this one.
+            0: the step before this one may still use it.
     """
 
     group: int
     blocks: IntArray
     slots: IntArray
+    rested: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,10 +220,10 @@ class DueSelection:
 class StepPlan:
     """Everything one step does to the memory; filled by the planner, executed by the worker.
 
-    Order of execution: recalls, then the forward with its rows, then write-backs and the scoring of `due`.
-    Prefetches may run at any time from the recalls on, but end before the next step's forward. No slot that
-    `recalls`, `prefetches` or `fresh` name is read by a row of this step as the block it held before; kernels
-    and copies of earlier steps may still use it, and the executor orders itself after them.
+    Order of execution: recalls and prefetches, then the forward with its rows, then write-backs and the scoring of
+    `due`. No slot that `recalls`, `prefetches` or `fresh` name is read by a row of this step as the block it held
+    before; kernels and copies of earlier steps may still use it, and the executor orders itself after them.
+    Most slots have rested for a step or more, so that their copies run beside the step before this one.
 
     Attributes:
         step: number of the step.
@@ -228,7 +231,7 @@ class StepPlan:
         fresh: per group with any, blocks that got a slot because this step writes their first tokens: nothing
             to copy.
         recalls: per group with any, host to slot, in place before this step's attention.
-        prefetches: per group with any, host to slot, in force at the next plan.
+        prefetches: likewise, for later selections: the portion of their blocks that comes in with this step.
         write_backs: slot to host after the forward.
         rows: one for each scheduled request.
         due: requests to score after the forward.

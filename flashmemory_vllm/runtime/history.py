@@ -3,15 +3,28 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import RequestState
 from flashmemory_vllm.residency.types import IntArray, StepPlan
-from flashmemory_vllm.transfer.engine import TransferCounters
 
 MAX_SELECTIONS = 16
+# Fences whose selections are remembered until it is known whether they waited.
+MAX_FENCES = 8
+
+
+class Fences(Protocol):
+    """The part of a transfer engine that is asked which steps had to wait."""
+
+    @property
+    def num_fences(self) -> int:
+        """See `TransferEngine`."""
+
+    def take_late_fences(self) -> list[int]:
+        """See `TransferEngine`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -24,7 +37,7 @@ class Cycle:
         first: the request had none before.
         num_blocks: blocks of the request that held tokens after that step.
         chosen: per group int32 `[k]`, the blocks of the set, those still on their way included.
-        recalled: per group int32 `[m]`, those of them that had to come from the host.
+        recalled: per group int32 `[m]`, those of them that had, or still have, to come from the host.
         num_changed: blocks that the selection before it had not chosen, over all groups; blocks that did not
             exist then do not count. All chosen ones if it is the first.
         late: a step waited for copies when some of `recalled` were due.
@@ -45,17 +58,17 @@ class SelectionHistory:
 
     Args:
         planner: whose selections.
-        copied: totals of the engine that moves the blocks.
+        fences: of the engine that moves the blocks; whether one had to wait is known some steps later.
     """
 
-    def __init__(self, planner: StepPlanner, copied: TransferCounters) -> None:
+    def __init__(self, planner: StepPlanner, fences: Fences) -> None:
         self._planner = planner
-        self._copied = copied
+        self._fences = fences
         self._latest: dict[str, Cycle] = {}
         self._last: deque[Cycle] = deque(maxlen=MAX_SELECTIONS)
         self._arriving: list[Cycle] = []
         self._num_selections = 0
-        self._num_late = 0
+        self._behind: dict[int, list[Cycle]] = {}
         self.step = 0
 
     def __iter__(self) -> Iterator[Cycle]:
@@ -75,18 +88,25 @@ class SelectionHistory:
             new = [self._begin(state, plan) for state in self._chosen_now(plan)]
             self._num_selections = self._planner.counters.selections
             self._forget_gone()
-            # What waits for nothing has had its copies recalled for this very step.
-            due = due + [cycle for cycle in new if not cycle.state.is_changing and any(map(len, cycle.recalled))]
+            due = due + [cycle for cycle in new if any(map(len, cycle.recalled))]
             self._arriving = self._arriving + new
-        if self._copied.late_fences != self._num_late:
-            self._num_late = self._copied.late_fences
-            for cycle in due:
-                cycle.late = True
+        self._note_fence(due)
         if len(self._latest) > len(self._planner.requests):
             self._forget_gone()
         if self._arriving:
             # The set of one that is gone goes on waiting for ever
             self._arriving = [cycle for cycle in self._arriving if cycle.state.is_changing and self._knows(cycle)]
+
+    def _note_fence(self, due: list[Cycle]) -> None:
+        """Learn whose blocks the step's fence is for, and which of the fences so far had to wait."""
+        number = self._fences.num_fences
+        if due:
+            self._behind[number] = due
+        for fence in self._fences.take_late_fences():
+            for cycle in self._behind.get(fence, ()):
+                cycle.late = True
+        known = ((fence, [*filter(self._knows, cycles)]) for fence, cycles in self._behind.items())
+        self._behind = {fence: cycles for fence, cycles in known if cycles and fence > number - MAX_FENCES}
 
     def _chosen_now(self, plan: StepPlan) -> list[RequestState]:
         states = (self._planner.requests.get(req_id) for req_id in plan.rows)
@@ -119,8 +139,8 @@ class SelectionHistory:
 
 def _recalled(state: RequestState, plan: StepPlan) -> tuple[IntArray, ...]:
     """Per group the positions that this plan recalls, prefetches, or leaves for later steps to prefetch."""
-    recalled = [np.union1d(resident.landing, resident.waiting) for resident in state.sets]
-    for copies in plan.recalls:
+    recalled = [np.sort(resident.waiting) for resident in state.sets]
+    for copies in (*plan.recalls, *plan.prefetches):
         now = np.flatnonzero(np.isin(state.blocks.ids, copies.blocks)).astype(np.int32)
         recalled[copies.group] = np.union1d(recalled[copies.group], now)
     return tuple(recalled)

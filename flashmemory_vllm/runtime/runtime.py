@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from flashmemory_vllm.residency.types import (
     BoolArray,
+    Copies,
     DueSelection,
     Row,
     StepInput,
@@ -25,14 +27,15 @@ from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import StripsAsked, runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
 from flashmemory_vllm.transfer.checksums import Comparison
-from flashmemory_vllm.transfer.engine import TransferCounters
+from flashmemory_vllm.transfer.engine import Marker, TransferCounters
 from flashmemory_vllm.transfer.host_pool import HostPool
+from flashmemory_vllm.transfer.step_ends import StepEnds
 
 
 class ResidencyRuntime:
     """Drives planner, transfers, tables and selector through the steps of one worker.
 
-    begin   scores that are due -> plan -> recalls (waited for) and prefetches (not waited for)
+    begin   scores that are due -> plan -> recalls and prefetches, beside the step before where their slots have rested
     forward slot mappings translated, metadata compacted, queries captured, absent history streamed
     end     full blocks written back and indexed, selectors started for requests that are due
     """
@@ -44,7 +47,8 @@ class ResidencyRuntime:
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
         self._report = Reporter(parts.counters, parts.planner, parts.engine, parts.selections)
-        self._history = SelectionHistory(parts.planner, parts.engine.counters)
+        self._history = SelectionHistory(parts.planner, parts.engine)
+        self._ends = StepEnds(parts.engine)
         self._plan: StepPlan | None = None
         self._rows: list[Row] = []
         self._comparisons: tuple[Comparison, ...] = ()
@@ -210,7 +214,7 @@ class ResidencyRuntime:
         with parts.engine.warming_up(), parts.selections.strict():
             for group in range(len(parts.groups)):
                 parts.engine.write_back(group, null, null)
-                parts.engine.recall(group, null, null)
+                parts.engine.recall(group, null, null, parts.engine.marker())
             parts.engine.fence(())
             index_full_blocks(parts, WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
             parts.selections.warm_up(self._queries.row(0), len(parts.groups))
@@ -249,11 +253,10 @@ class ResidencyRuntime:
             parts.planner.offer(selection)
         parts.planner.hasten(parts.selections.drifted(step_input.step))
         plan = parts.planner.plan(step_input)
-        for copies in plan.recalls:
-            parts.engine.recall(copies.group, copies.blocks, copies.slots)
+        # First those that nothing has to be waited for
+        for copies in sorted((*plan.recalls, *plan.prefetches), key=attrgetter("rested"), reverse=True):
+            parts.engine.recall(copies.group, copies.blocks, copies.slots, self._last_use(copies))
         parts.engine.fence((*plan.fresh, *poisoned(parts)))
-        for copies in plan.prefetches:
-            parts.engine.recall(copies.group, copies.blocks, copies.slots)
         self._history.note(plan)
         self._tables.learn(plan.fresh)
         if parts.check_integrity:
@@ -275,8 +278,13 @@ class ResidencyRuntime:
             queries, earlier = self._queries.row(row), parts.questions.earlier(due, self._rows[row])
             parts.selections.score(plan.step, due, queries, self._resident(due), earlier)
         parts.selections.watch(plan, row_of)
+        self._ends.add()
         self._comparisons += parts.engine.take_comparisons()
         self._report.publish()
+
+    def _last_use(self, copies: Copies) -> Marker | None:
+        """What a copy from the host has to wait for; poison is written to slots that nobody has."""
+        return self._parts.engine.marker() if self._parts.poison else self._ends.before(copies.rested)
 
     def _resident(self, due: DueSelection) -> BoolArray | None:
         return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))

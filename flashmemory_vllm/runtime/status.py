@@ -14,14 +14,13 @@ from flashmemory_vllm.residency.slots import NOT_RESIDENT
 from flashmemory_vllm.residency.types import IntArray, Phase
 from flashmemory_vllm.runtime.history import Cycle, SelectionHistory
 
-BlockState = Literal["evicted", "waiting", "cached", "landing", "leaving", "resident", "recalled", "sink", "recent"]
+BlockState = Literal["evicted", "waiting", "cached", "leaving", "resident", "recalled", "sink", "recent"]
 """Where a block of a request is, and why:
 
 evicted   only in the host pool
 waiting   only in the host pool, chosen by the latest selection
 cached    has a slot until somebody needs it; decode does not read it
-landing   a copy to its slot is under way; chosen, not read yet
-leaving   no longer chosen; read in the place of a block that is waiting or landing
+leaving   no longer chosen; read in the place of a block that is waiting
 resident  chosen or being written, read from its slot
 recalled  as resident, fetched from the host for the latest selection
 sink      as resident, always chosen: one of the first blocks
@@ -211,7 +210,6 @@ def _codes(state: RequestState, group: int, num_blocks: int, lut: IntArray, cycl
         sink, recent = state.policy.sink_blocks(state.num_tokens), state.policy.recent_blocks(state.num_tokens)
         codes[:sink][is_held[:sink]] = _CODES["sink"]
         codes[-recent:][is_held[-recent:]] = _CODES["recent"]
-    codes[resident.landing] = _CODES["landing"]
     return codes
 
 

@@ -28,6 +28,8 @@ MIN_DMA_PAGE_BYTES = 32 << 10
 # sampled tokens would take 17 ms to reach the host. Pieces of this size on two streams that wait for each other let
 # them through in half a millisecond, and what needs a piece need not wait for all.
 WRITE_BACK_BYTES = 32 << 20
+# Two events with nothing to wait for between them are some microseconds apart.
+LATE_SECONDS = 20e-6
 # A copy kernel needs few multiprocessors, but those soon: the model's next kernel would take all of them.
 HIGH_PRIORITY = -1
 
@@ -35,9 +37,9 @@ HIGH_PRIORITY = -1
 class CudaTransferEngine(TransferEngine):
     """Copies beside the model.
 
-    Recalls and write-backs wait for the compute stream as it stands at the call: the last reader of the slots
-    they overwrite, the writer of the slots they save. Host to device and device to host are different wires
-    and different streams, so that a long write-back holds up neither a recall nor the next forward pass.
+    A write-back waits for the compute stream as it stands at the call, which writes the slots that it saves; a recall
+    for the last reader of the slots that it overwrites, which the caller knows. Host to device and device to host are
+    different wires and different streams, so that a long write-back holds up neither a recall nor a forward pass.
 
     Raises:
         ConfigError: the host pool is not pinned.
@@ -53,7 +55,8 @@ class CudaTransferEngine(TransferEngine):
         )
         self._written: Marker | None = None
         self._recalled = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        # Of each wait: events before and behind it, and the number of its fence if recalls were under way.
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, int | None]] = deque()
         self._pending = PendingWriteBacks(len(layout.groups), pool.num_blocks, layout.num_slots)
         self._group_of = {layer: group for group, layers in enumerate(layout.groups) for layer in layers}
         self._host_layers = [pool.layer_view(layer) for layer in range(layout.num_layers)]
@@ -67,17 +70,17 @@ class CudaTransferEngine(TransferEngine):
         return KernelSums(self.layout, self.pool.num_blocks, self._upload)
 
     def _fence(self, reused: Sequence[Copies]) -> None:
-        """Make the compute stream wait for recalls and for who reads `reused`; late if a recall is under way."""
+        """Make the compute stream wait for recalls and for who reads `reused`."""
         self._count_waits()
         markers = (self._recalled, *(self._pending.reading(use.group, use.slots) for use in reused))
         under_way = [marker for marker in markers if marker is not None and not marker.query()]
         if not under_way:
             return
-        self.counters.late_fences += under_way[0] is self._recalled
+        fence = self.num_fences if under_way[0] is self._recalled else None
         before = self._timed_event()
         for marker in under_way:
             self.wait(marker)
-        self._waits.append((before, self._timed_event()))
+        self._waits.append((before, self._timed_event(), fence))
 
     def marker(self) -> Marker:
         """The compute stream so far."""
@@ -93,9 +96,9 @@ class CudaTransferEngine(TransferEngine):
         for stream in (self._recalls, self._gathers, *self._write_backs):
             stream.synchronize()
 
-    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
-        after = (self._pending.writing(group, blocks), self._pending.reading(group, slots))
-        with self._copying(self._recalls, self.marker(), *after) as stream:
+    def _recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None:
+        saved = (self._pending.writing(group, blocks), self._pending.reading(group, slots))
+        with self._copying(self._recalls, after, *saved) as stream:
             for run in self.layout.runs(group):
                 self._copy(self.pool.run_view(run), blocks, run.device_pages, slots, stream)
             self._arrives(group, blocks, slots)
@@ -152,10 +155,13 @@ class CudaTransferEngine(TransferEngine):
         self._waits.clear()
 
     def _count_waits(self) -> None:
-        """Add up waits that are over."""
+        """Add up waits that are over: the time between two events is the device's, not the host's."""
         while self._waits and self._waits[0][1].query():  # type: ignore[no-untyped-call]
-            before, after = self._waits.popleft()
-            self.counters.stall_seconds += before.elapsed_time(after) / 1e3
+            before, after, fence = self._waits.popleft()
+            seconds = before.elapsed_time(after) / 1e3
+            self.counters.stall_seconds += seconds
+            if fence is not None and seconds > LATE_SECONDS:
+                self._was_late(fence)
 
     def _timed_event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ class TransferCounters:
         bytes_h2d: host to slots, recalls and prefetches.
         bytes_streamed: host to staging buffers, gathers.
         bytes_d2h: device to host, write-backs.
-        late_fences: fences at which a recall had not landed yet, so that the device waited.
+        late_fences: fences at which the device had come to the end of its work before a recall had landed.
         stall_seconds: time that the device spent waiting at fences, with nothing else to do.
         compared_pages: pages, of one layer each, that came from the host and were compared with their checksums.
         wrong_pages: those of them that were others than had been saved. Counted by whoever reads the comparisons.
@@ -46,10 +46,10 @@ class TransferCounters:
 class TransferEngine(ABC):
     """Executes the copies of a step plan.
 
-    Order seen by the caller: a recall and a write-back run after all device work enqueued before the call, a
-    gather only after the marker it is given. A recall, and a gather, of a block that is being written back
-    reads what is written. Device work enqueued after `fence` runs after all recalls issued before it. So issue
-    a copy that may overlap a forward pass before that pass is enqueued, and one that reads its results after.
+    Order seen by the caller: a write-back runs after all device work enqueued before the call, a recall and a
+    gather only after the marker they are given. A recall, and a gather, of a block that is being written back
+    reads what is written. Device work enqueued after `fence` runs after all recalls issued before it. So a recall
+    into slots that nobody uses any more runs beside the forward passes enqueued before, and the next one reads it.
 
     Nothing waits for a write-back but who needs it: a recall into a slot that it reads, and work that `fence`
     was told writes to such a slot.
@@ -66,11 +66,20 @@ class TransferEngine(ABC):
         self.pool = pool
         self.counters = TransferCounters()
         self._checks = None if compared is None else PageChecks(self._page_sums(), compared)
+        self._num_fences = 0
+        self._late_fences: list[int] = []
 
-    def recall(self, group: int, blocks: Ids, slots: Ids) -> None:
-        """Copy host blocks `blocks[i]` into device slots `slots[i]`, all layers of the group."""
+    def recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None:
+        """Copy host blocks `blocks[i]` into device slots `slots[i]`, all layers of the group.
+
+        Args:
+            group: layer group.
+            blocks: [n] host blocks.
+            slots: [n] device slots.
+            after: the last use of what the slots hold. None if nothing enqueued so far uses it.
+        """
         if len(blocks):
-            self._recall(group, blocks, slots)
+            self._recall(group, blocks, slots, after)
             self.counters.bytes_h2d += len(blocks) * self._group_bytes(group)
 
     def write_back(self, group: int, blocks: Ids, slots: Ids) -> None:
@@ -110,9 +119,20 @@ class TransferEngine(ABC):
             reused: slots that this work writes to although write-backs may still read them. It then waits for
                 those write-backs too.
         """
+        self._num_fences += 1
         if self._checks is not None:
             self._checks.fence()
         self._fence(reused)
+
+    @property
+    def num_fences(self) -> int:
+        """Calls of `fence` so far: the number of the last one."""
+        return self._num_fences
+
+    def take_late_fences(self) -> list[int]:
+        """Numbers of the fences that are known since the last call to have waited for a recall."""
+        taken, self._late_fences = self._late_fences, []
+        return taken
 
     def take_comparisons(self) -> tuple[Comparison, ...]:
         """The comparisons of pages that the work enqueued so far reads, and no work before the last call did."""
@@ -128,6 +148,7 @@ class TransferEngine(ABC):
             yield
             self.synchronize()
         self._forget_waits()
+        self._late_fences = []
         for name, total in before.items():
             setattr(self.counters, name, total)
 
@@ -154,7 +175,7 @@ class TransferEngine(ABC):
     def _fence(self, reused: Sequence[Copies]) -> None: ...
 
     @abstractmethod
-    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None: ...
+    def _recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None: ...
 
     @abstractmethod
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None: ...
@@ -163,6 +184,11 @@ class TransferEngine(ABC):
     def _gather_layer(
         self, layer: int, blocks: torch.Tensor, host_blocks: Ids, out: torch.Tensor, after: Marker | None
     ) -> Marker | None: ...
+
+    def _was_late(self, fence: int) -> None:
+        """The fence of this number has waited for a recall."""
+        self.counters.late_fences += 1
+        self._late_fences.append(fence)
 
     def _arrives(self, group: int, blocks: Ids, slots: Ids) -> None:
         """The copies into these slots are enqueued, on the current stream."""
@@ -203,7 +229,13 @@ class CpuTransferEngine(TransferEngine):
     def _forget_waits(self) -> None:
         """Nothing is in flight."""
 
-    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
+    def _recall(
+        self,
+        group: int,
+        blocks: Ids,
+        slots: Ids,
+        after: Marker | None,  # noqa: ARG002 - all earlier use is over
+    ) -> None:
         source, target = self.upload(blocks), self.upload(slots)
         for run in self.layout.runs(group):
             copy_pages(self.pool.run_view(run), source, run.device_pages, target)

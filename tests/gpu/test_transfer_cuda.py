@@ -62,7 +62,7 @@ def engine_over(caches: list[torch.Tensor]) -> Iterator[CudaTransferEngine]:
     ready = [torch.empty(words, dtype=torch.int64, pin_memory=True) for words in (1, 2, 4) for _ in range(8)]
     del ready
     before = [cache.clone() for cache in caches]
-    engine.recall(0, ids(0), ids(0))
+    engine.recall(0, ids(0), ids(0), engine.marker())
     engine.gather_layer(0, engine.upload(ids(0)), ids(0), torch.empty_like(layout.page_view(0)[:1]), None)
     engine.synchronize()
     for cache, content in zip(caches, before, strict=True):
@@ -109,7 +109,7 @@ def test_round_trip_behind_a_busy_compute_stream(dtype: torch.dtype, block_outer
             for cache, fresh in zip(caches, content, strict=True):
                 cache.copy_(fresh)
             engine.write_back(0, blocks, slots)
-            engine.recall(0, blocks, moved)
+            engine.recall(0, blocks, moved, engine.marker())
             engine.fence([])
             # Reads after the fence see the recalled pages, without the host ever waiting.
             for cache, fresh in zip(caches, content, strict=True):
@@ -134,7 +134,7 @@ def test_slots_are_saved_before_the_model_or_a_recall_overwrites_them() -> None:
             cache[1], cache[2] = 1.0, 2.0
         delay(*engine._write_backs)
         engine.write_back(0, ids(11, 12), ids(1, 2))
-        engine.recall(0, ids(5), ids(1))
+        engine.recall(0, ids(5), ids(1), engine.marker())
         engine.fence([Copies(0, ids(13), ids(2))])
         for cache in caches:
             cache[2] = 20.0
@@ -184,7 +184,7 @@ def test_neither_a_fence_nor_a_gather_waits_for_write_backs_of_others() -> None:
         engine.pool.pages[7] = 7.0
         delay(*engine._write_backs)
         engine.write_back(0, ids(11), ids(1))
-        engine.recall(0, ids(7), ids(3))
+        engine.recall(0, ids(7), ids(3), engine.marker())
         engine.fence([Copies(0, ids(13), ids(2))])
         engine.wait(engine.gather_layer(0, engine.upload(ids(7)), ids(7), staging, engine.marker()))
         torch.cuda.current_stream().synchronize()
@@ -199,7 +199,7 @@ def test_fence_counts_recalls_that_are_not_done() -> None:
         engine.fence([])
         assert engine.counters.late_fences == 0
         delay(engine._recalls)
-        engine.recall(0, ids(1), ids(1))
+        engine.recall(0, ids(1), ids(1), engine.marker())
         engine.fence([])
         assert engine.counters.late_fences == 1
         engine.synchronize()

@@ -28,8 +28,8 @@ MOVERS = (
     Mutation(
         "wrong group: recalls of every group go to the first one",
         f"{_RUNTIME}runtime.py",
-        "        for copies in plan.recalls:\n            parts.engine.recall(copies.group, ",
-        "        for copies in plan.recalls:\n            parts.engine.recall(0, ",
+        "            parts.engine.recall(copies.group, ",
+        "            parts.engine.recall(0, ",
         f"{_OUTPUTS}[0.3-LateEngine-2]",
     ),
     Mutation(
@@ -42,8 +42,8 @@ MOVERS = (
     Mutation(
         "prefetches are forgotten",
         f"{_RUNTIME}runtime.py",
-        "for copies in plan.prefetches:\n",
-        "for copies in plan.prefetches[:0]:\n",
+        "(*plan.recalls, *plan.prefetches)",
+        "plan.recalls",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-1]",
     ),
     Mutation(
@@ -147,22 +147,29 @@ MOVERS = (
     Mutation(
         "slot reused before its last reader is done",
         f"{_TRANSFER}cuda_engine.py",
-        "self._copying(self._recalls, self.marker(), *after)",
-        "self._copying(self._recalls, *after)",
+        "self._copying(self._recalls, after, *saved)",
+        "self._copying(self._recalls, *saved)",
+        _OVERLAP,
+    ),
+    Mutation(
+        "a copy waits for a step before the last reader of its slots",
+        f"{_TRANSFER}step_ends.py",
+        "self._ends[-1 - min(rested, len(self._ends) - 1)]",
+        "self._ends[-1 - min(rested + 1, len(self._ends) - 1)]",
         _OVERLAP,
     ),
     Mutation(
         "a block is recalled while it is still being written back",
         f"{_TRANSFER}cuda_engine.py",
-        "after = (self._pending.writing(group, blocks), self._pending.reading(group, slots))",
-        "after = (None, self._pending.reading(group, slots))",
+        "saved = (self._pending.writing(group, blocks), self._pending.reading(group, slots))",
+        "saved = (None, self._pending.reading(group, slots))",
         _OVERLAP,
     ),
     Mutation(
         "a recall overwrites a slot that a write-back still reads",
         f"{_TRANSFER}cuda_engine.py",
-        "after = (self._pending.writing(group, blocks), self._pending.reading(group, slots))",
-        "after = (self._pending.writing(group, blocks), None)",
+        "saved = (self._pending.writing(group, blocks), self._pending.reading(group, slots))",
+        "saved = (self._pending.writing(group, blocks), None)",
         _OVERLAP,
     ),
     Mutation(

@@ -40,24 +40,24 @@ class MemoryTwin:
         groups, block_size = geometry.num_groups, geometry.block_size
         self._device = np.full((groups, geometry.num_slots, block_size), GARBAGE, np.int64)
         self._host = np.full((geometry.num_logical_blocks, groups, block_size), GARBAGE, np.int64)
+        # The newest step that read or wrote a slot
+        self._last_use = np.full((groups, geometry.num_slots), -1)
+        self._num_steps = 0
         self.num_streamed = 0
+        self.num_rested = 0
         self.num_left_out = 0
 
     def execute(self, plan: StepPlan, planner: StepPlanner, requests: Mapping[str, TwinRequest]) -> None:
         """Run one step and assert that every read finds what it must."""
         for copies in plan.fresh:
             self._device[copies.group, copies.slots] = GARBAGE
-        for copies in plan.recalls:
+        for copies in (*plan.recalls, *plan.prefetches):
             self._load(copies, planner)
-        # Copies under way: whoever reads these slots now reads garbage.
-        for copies in plan.prefetches:
-            self._device[copies.group, copies.slots] = GARBAGE
         for row in plan.rows.values():
             self._write(row, requests[row.req_id], planner.lut)
         for row in plan.rows.values():
             self._check_row(row, requests[row.req_id], planner)
-        for copies in plan.prefetches:
-            self._load(copies, planner)
+        self._num_steps += 1
         for group, slots in enumerate(plan.write_backs.slots):
             assert (planner.lut[group, plan.write_backs.blocks] == slots).all()
             self._host[plan.write_backs.blocks, group] = self._device[group, slots]
@@ -69,6 +69,9 @@ class MemoryTwin:
 
     def _load(self, copies: Copies, planner: StepPlanner) -> None:
         assert (planner.lut[copies.group, copies.blocks] == copies.slots).all()
+        rested = self._num_steps - 1 - self._last_use[copies.group, copies.slots]
+        assert rested.min() >= copies.rested, "a copy would overwrite what a step that may still run reads"
+        self.num_rested += copies.rested > 0
         self._device[copies.group, copies.slots] = self._host[copies.blocks, copies.group]
 
     def _write(self, row: Row, request: TwinRequest, lut: IntArray) -> None:
@@ -80,6 +83,7 @@ class MemoryTwin:
             assert (slots > 0).all(), "a token has no slot to be written to"
             tags = request.tags(start, end) + group * GROUP_STRIDE
             self._device[group, slots, tokens % self._geometry.block_size] = tags
+            self._last_use[group, slots] = self._num_steps
 
     def _check_row(self, row: Row, request: TwinRequest, planner: StepPlanner) -> None:
         block_size = self._geometry.block_size
@@ -94,6 +98,7 @@ class MemoryTwin:
             assert set(range(first_written, num_blocks)) <= set(positions.tolist())
             assert row.evicted_tokens[group] == block_size * (num_blocks - positions.size)
             assert (planner.lut[group, block_ids[positions]] == slots).all()
+            self._last_use[group, slots] = self._num_steps
             found = self._device[group, slots] - group * GROUP_STRIDE
             assert (found == expected[positions])[is_token[positions]].all(), "a slot holds something else"
             left_out = np.setdiff1d(np.arange(num_blocks), positions)

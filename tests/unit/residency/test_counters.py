@@ -135,7 +135,7 @@ def test_evicted_blocks_have_a_lifetime_and_an_idle_time() -> None:
             table.touch(0, ids(2, 1))
     assert sum(table.idle_steps.read().counts) == 0
     table.hold_fresh(0, ids(3))
-    # In its slot since step 1 and used in step 4; now it is step 10
+    # In its slot since step 1 and read in step 4; now it is step 10
     assert table.lifetime_steps.read() == ((0, 0, 1, 0, 0, 0, 0, 0, 0), 9.0)
     assert table.idle_steps.read() == ((0, 0, 1, 0, 0, 0, 0, 0, 0), 6.0)
     table.clear()

@@ -41,18 +41,18 @@ def test_growth_does_without_the_worst(data: st.DataObject) -> None:
     assert (resident.slots == 100 + resident.held[: resident.slots.size]).all()
 
 
-def test_waiting_blocks_land_best_first() -> None:
+def test_waiting_blocks_join_best_first() -> None:
     scores = np.arange(10, dtype=np.float32)
     resident = ResidentSet()
     resident.replace(ids(0, 4), scores, ids(9, 2, 1), ids(5, 6, 7))
-    resident.land(2, scores)
+    resident.join(2, scores)
     assert resident.held.tolist() == [0, 2, 4, 9]
     assert resident.ranks.tolist() == [0, 2, 4, 9]
-    assert (resident.landing.tolist(), resident.waiting.tolist()) == ([2, 9], [1])
-    resident.landed(ids(5, 6, 7), scores)
+    assert ([portion.tolist() for portion in resident.portions], resident.waiting.tolist()) == ([[2, 9]], [1])
+    resident.fill_in(ids(5, 6, 7), scores)
     assert resident.leaving.tolist() == [7]
     assert resident.is_changing
-    resident.land(1, scores)
-    resident.landed(ids(7), scores)
+    resident.join(1, scores)
+    resident.fill_in(ids(7), scores)
     assert resident.leaving.size == 0
     assert not resident.is_changing

@@ -36,7 +36,7 @@ def test_without_a_selection_the_newest_resident_blocks_are_taken() -> None:
     assert driver.planner.counters.missing_selections == 1
 
 
-def test_later_selections_prefetch_while_the_best_old_blocks_stay() -> None:
+def test_later_selections_are_in_force_with_the_step_that_fetches_their_blocks() -> None:
     driver = Driver(num_slots=28, ratio=0.4)  # five blocks of thirteen
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3, 5, 7])
@@ -44,11 +44,10 @@ def test_later_selections_prefetch_while_the_best_old_blocks_stay() -> None:
     driver.prefill("b", 22, first_block=100, spare_blocks=0)
     driver.offer("a", 12, best=[9, 5, 10, 3])
     plan = driver.step(a=1, finished=["b"])
-    # 9 and 10 are on their way; 3 ranks above 7, but two blocks are missing, so both fill in.
     assert plan.prefetches[0].blocks.tolist() == [10, 11]
     assert plan.recalls == ()
-    assert positions(plan, "a") == [0, 3, 5, 7, 12]
-    assert positions(driver.step(a=1), "a") == [0, 5, 9, 10, 12]
+    assert positions(plan, "a") == [0, 5, 9, 10, 12]
+    assert driver.step(a=1).prefetches == ()
     assert driver.planner.counters.prefetched_blocks == 2
 
 
@@ -82,40 +81,24 @@ def test_resident_blocks_of_a_new_selection_join_at_once() -> None:
     assert plan.prefetches == plan.recalls == ()
 
 
-def test_leaving_blocks_give_way_when_slots_are_short() -> None:
-    driver = Driver(num_slots=14, ratio=0.4)
+def test_leaving_blocks_give_way_when_slots_are_short_the_worst_first() -> None:
+    driver = Driver(num_slots=14, ratio=0.4, max_prefetches=1)
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3, 5, 7])
     driver.step(a=1)
     driver.prefill("b", 8, first_block=100, spare_blocks=0)  # all 13 slots are taken, 5 by a and 8 by b
-    driver.offer("a", 12, best=[9, 10, 11])
+    driver.offer("a", 12, best=[9, 10, 11, 3])
     plan = driver.step(a=1)
-    assert plan.prefetches[0].blocks.tolist() == [10, 11, 12]
-    assert positions(plan, "a") == [0, 12]
-    assert positions(driver.step(a=1), "a") == [0, 9, 10, 11, 12]
-
-
-def test_the_worst_leaving_block_gives_way_first() -> None:
-    driver = Driver(num_slots=18, ratio=0.4)
-    driver.prefill("a", 12)
-    driver.offer("a", 12, best=[3, 5, 7])
-    driver.step(a=1)
-    driver.prefill("b", 12, first_block=100, spare_blocks=0)  # all 17 slots are taken, 5 by a and 12 by b
-    driver.offer("a", 12, best=[9, 3, 7, 5])
-    plan = driver.step(a=1)
-    # The set becomes 3, 7 and 9; the slot of 9 can only come from 5.
+    # The slot of 9 can only come from one of those that leave: 7 is the worst of them.
     assert plan.prefetches[0].blocks.tolist() == [10]
-    assert positions(plan, "a") == [0, 3, 7, 12]
-    driver.step(a=1, finished=["b"])
-    driver.prefill("c", 11, first_block=130, spare_blocks=0)
-    driver.offer("a", 12, best=[10, 11, 7, 3, 9])
-    plan = driver.step(a=1)
-    # Two slots are needed: the one that is free, and that of 9, the worse of the two that leave.
-    assert plan.prefetches[0].blocks.tolist() == [11, 12]
-    assert positions(plan, "a") == [0, 3, 7, 12]
+    assert positions(plan, "a") == [0, 3, 5, 9, 12]
+    # Of the last two one gives way to a new request, the other to block 10.
+    plan = driver.step([NewRequest("c", (150,), 0, 4)], a=1, c=4)
+    assert plan.prefetches[0].blocks.tolist() == [11]
+    assert positions(plan, "a") == [0, 9, 10, 12]
 
 
-def test_blocks_on_their_way_are_not_read_by_others() -> None:
+def test_blocks_that_come_in_are_read_by_others_in_the_same_step() -> None:
     driver = Driver(num_slots=40)
     driver.prefill("a", 12)
     driver.step(a=1)
@@ -124,8 +107,8 @@ def test_blocks_on_their_way_are_not_read_by_others() -> None:
     driver.offer("a", 12, best=[1])
     plan = driver.step([NewRequest("c", (1, 2, 60), 8, 48)], finished=["b"], a=1, c=4)
     assert plan.prefetches[0].blocks.tolist() == [2]
-    assert positions(plan, "c") == [2]
-    assert plan.rows["c"].streamed[0].tolist() == [1, 2]
+    assert positions(plan, "c") == [0, 1, 2]
+    assert plan.rows["c"].streamed[0].tolist() == []
 
 
 def test_dense_prefill_leaves_room_for_prefetches() -> None:

@@ -57,6 +57,7 @@ def test_a_claim_counts_as_use_until_it_is_given_up() -> None:
     table.unpin(0, ids(1))
     table.hold_fresh(0, ids(5, 6, 7))
     assert (table.lut[0, 1:5] > 0).tolist() == [True, False, False, False]
+    table.check_integrity()
 
 
 def test_touched_blocks_go_last_and_in_order() -> None:
@@ -76,7 +77,7 @@ def test_pinned_blocks_are_never_evicted() -> None:
     table.unpin(0, ids(1, 2))
     table.hold(0, ids(2))
     table.hold_fresh(0, ids(5, 6, 7))
-    with pytest.raises(IntegrityError, match=r"1 more slots are needed, but of 4 slots 4 are pinned"):
+    with pytest.raises(IntegrityError, match=r"1 slots are needed, but of 4 slots 4 are pinned and 0 spare"):
         table.hold_fresh(0, ids(8))
     assert table.lut[0, 2] > 0
 
@@ -105,14 +106,33 @@ def test_groups_evict_on_their_own() -> None:
     table.check_integrity()
 
 
-def test_prefetched_blocks_are_readable_from_the_next_step_on() -> None:
+def test_copies_say_how_long_their_slots_have_rested() -> None:
     table = make_table()
-    make_clean(table, ids(1, 2))
-    make_clean(table, ids(3, 4, 5, 6))
-    assert table.prefetch(0, ids(1, 5)).blocks.tolist() == [1]
-    assert table.readable(0, ids(1, 5)).tolist() == [False, True]
+    assert table.hold_fresh(0, ids(1, 2, 3, 4)).rested == 0
+    table.mark_written_back(ids(1, 2, 3, 4))
+    table.begin_step()  # 2: the step before has read them all
+    table.unpin(0, ids(1, 2))
+    table.begin_step()  # 3
+    table.touch(0, ids(2))
+    table.begin_step()  # 4: block 1 was read in step 1, block 2 in step 3
+    table.unpin(0, ids(3))
+    table.drop(ids(4 + 5))
+    table.mark_written_back(ids(9))
+    assert table.hold(0, ids(9)).rested == 2
+    table.mark_written_back(ids(8))
+    assert table.hold(0, ids(8)).rested == 0
+    assert (table.lut[0, 1:5] > 0).tolist() == [False, False, True, True]
+    table.check_integrity()
+
+
+def test_after_a_reset_every_slot_counts_as_just_read() -> None:
+    table = make_table()
+    for _ in range(5):
+        table.begin_step()
+    table.clear()
+    table.mark_written_back(ids(1))
     table.begin_step()
-    assert table.readable(0, ids(1, 5)).all()
+    assert table.hold(0, ids(1)).rested == 0
 
 
 def test_reallocated_blocks_lose_content_and_slots() -> None:

@@ -36,7 +36,7 @@ class LateEngine(CpuTransferEngine):
     def fence(self, reused: Sequence[Copies]) -> None:
         """Recalls land; write-backs of reused slots are made, for what follows overwrites those."""
         for recall in self._recalls:
-            super()._recall(*recall)
+            super()._recall(*recall, None)
         self._recalls.clear()
         for use in reused:
             self._make_those_of(use.group, slots=use.slots)
@@ -47,7 +47,7 @@ class LateEngine(CpuTransferEngine):
         self._make(len(self._write_backs))
         self.fence(())
 
-    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
+    def _recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None:  # noqa: ARG002 - is over
         self._make_those_of(group, blocks, slots)
         for layer in self.layout.groups[group]:
             self.layout.page_view(layer)[torch.from_numpy(slots.astype(np.int64))] = torch.nan

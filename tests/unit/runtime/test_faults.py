@@ -189,14 +189,14 @@ class SlowEngine(CpuTransferEngine):
         self._recalls: list[tuple[int, Ids, Ids]] = []
         self._saves: list[tuple[int, Ids, Ids]] = []
 
-    def fence(self, reused: Sequence[Copies]) -> None:
-        self.counters.late_fences += bool(self._recalls)
+    def _fence(self, reused: Sequence[Copies]) -> None:
+        if self._recalls:
+            self._was_late(self.num_fences)
         for copies in reused:
             self._save(copies.group, slots=copies.slots)
         for group, blocks, slots in self._recalls:
-            super()._recall(group, blocks, slots)
+            super()._recall(group, blocks, slots, None)
         self._recalls = []
-        super().fence(reused)
 
     def wait(self, marker: Marker | None) -> None:
         if isinstance(marker, Gather):
@@ -207,7 +207,7 @@ class SlowEngine(CpuTransferEngine):
         for group in range(len(self.layout.groups)):
             self._save(group, slots=np.arange(self.layout.num_slots))
 
-    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
+    def _recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None:  # noqa: ARG002 - is over
         self._save(group, blocks, slots)
         self._recalls.append((group, blocks, slots))
 
@@ -274,8 +274,8 @@ def test_slow_copies_change_no_output_and_are_counted(tmp_path: Path) -> None:
 class RefusedRecalls(CpuTransferEngine):
     """The driver refuses what the copy engines are asked to do."""
 
-    def _recall(self, group: int, blocks: Ids, slots: Ids) -> None:
-        raise RuntimeError(f"cuMemcpyBatchAsync: error 700 at copy 0 of {len(blocks)} to {slots} of group {group}")
+    def _recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None:
+        raise RuntimeError(f"cuMemcpyBatchAsync: error 700 of {len(blocks)} to {slots} of group {group}, {after}")
 
 
 class RefusedWriteBacks(CpuTransferEngine):

@@ -5,24 +5,26 @@ import pytest
 from flashmemory_vllm.residency.types import NewRequest, StepPlan
 from flashmemory_vllm.runtime.history import MAX_SELECTIONS, Cycle, SelectionHistory
 from flashmemory_vllm.soak.leftovers import find_mentions
-from flashmemory_vllm.transfer.engine import TransferCounters
 from tests.unit.residency.driver import Driver
+from tests.unit.runtime.fences import FencesTwin
 
 
 class Watched:
-    """A planner, its history and the engine's totals; one request of 12 full blocks, prefilled."""
+    """A planner, its history and the engine's fences; one request of 12 full blocks, prefilled."""
 
     def __init__(self, max_prefetches: int | None = None) -> None:
         self.driver = Driver(num_slots=40, ratio=0.4, tau=50, max_prefetches=max_prefetches)
-        self.copied = TransferCounters()
-        self.history = SelectionHistory(self.driver.planner, self.copied)
+        self.fences = FencesTwin()
+        self.history = SelectionHistory(self.driver.planner, self.fences)
         self.driver.prefill("a", 12, spare_blocks=20)
 
-    def step(self, best: list[int] | None = None, *, late: bool = False) -> StepPlan:
+    def step(self, best: list[int] | None = None, *, late_fence: int | None = None) -> StepPlan:
+        """One step; some time after a fence it may turn out to have been late."""
         if best is not None:
             self.driver.offer("a", 12, best=best)
         plan = self.driver.step(a=1)
-        self.copied.late_fences += late
+        self.fences.fence()
+        self.fences.late += [] if late_fence is None else [late_fence]
         self.history.note(plan)
         return plan
 
@@ -75,28 +77,32 @@ def test_a_step_without_a_selection_adds_nothing() -> None:
     assert (len(list(watched.history)), watched.history.step) == (1, plan.step)
 
 
-@pytest.mark.parametrize(("late_step", "is_late"), [(0, False), (1, True), (2, True), (3, False)])
-def test_a_selection_is_late_if_a_step_waits_while_it_comes_in(late_step: int, is_late: bool) -> None:
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize(("late_step", "is_late"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_selection_is_late_if_a_step_waits_while_it_comes_in(late_step: int, is_late: bool, delay: int) -> None:
     watched = Watched(max_prefetches=1)
     watched.step(best=[3, 5, 7])
     watched.make_absent()
-    # Lands one block at the second step, the other at the third.
-    for index in range(4):
-        watched.step(best=[9, 10, 3] if index == 0 else None, late=index == late_step)
+    first_fence = watched.fences.num_fences + 1
+    # One block comes with the first of these steps, the other with the second.
+    for index in range(6):
+        late_fence = first_fence + late_step if index == late_step + delay else None
+        watched.step(best=[9, 10, 3] if index == 0 else None, late_fence=late_fence)
     assert watched.newest().late is is_late
 
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_first_selection_is_late_if_its_own_step_waits(is_late: bool) -> None:
-    driver, copied = Driver(num_slots=14, ratio=0.4, tau=50), TransferCounters()
-    history = SelectionHistory(driver.planner, copied)
+    driver, fences = Driver(num_slots=14, ratio=0.4, tau=50), FencesTwin()
+    history = SelectionHistory(driver.planner, fences)
     # Of a prompt in two chunks the blocks of the first one lose their slots to another request.
     driver.step([NewRequest("a", tuple(range(1, 15)), 0, 48)], a=44)
     driver.step(a=4)
     driver.prefill("b", 12, first_block=100, spare_blocks=0)
     driver.offer("a", 12, best=[3, 5, 7])
     plan = driver.step(a=1, finished=["b"])
-    copied.late_fences += is_late
+    fences.fence()
+    fences.late += [1] if is_late else []
     history.note(plan)
     (cycle,) = history
     assert (cycle.first, cycle.recalled[0].tolist(), cycle.late) == (True, [0, 3, 5, 7], is_late)
@@ -104,7 +110,7 @@ def test_a_first_selection_is_late_if_its_own_step_waits(is_late: bool) -> None:
 
 def test_a_selection_that_fetches_nothing_is_never_late() -> None:
     watched = Watched()
-    watched.step(best=[3, 5, 7], late=True)
+    watched.step(best=[3, 5, 7], late_fence=1)
     assert not watched.newest().late
 
 

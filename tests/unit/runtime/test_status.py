@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flashmemory_vllm.residency.types import NewRequest, StepPlan
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.status import RequestStatus, RuntimeStatus, StripsAsked, run_lengths, runtime_status
-from flashmemory_vllm.transfer.engine import TransferCounters
 from tests.unit.residency.driver import BLOCK, Driver
+from tests.unit.runtime.fences import FencesTwin
 
 READ = {"leaving", "resident", "recalled", "sink", "recent"}
 ALL = StripsAsked(1000)
@@ -24,7 +24,7 @@ class Observed:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.history = SelectionHistory(driver.planner, TransferCounters())
+        self.history = SelectionHistory(driver.planner, FencesTwin())
 
     def step(self, **tokens: int) -> StepPlan:
         plan = self.driver.step(tokens=tokens)
@@ -108,17 +108,16 @@ def test_a_request_tells_how_it_decodes_and_why() -> None:
     assert (shorter.mode, shorter.reason) == ("dense", "below_min_sparse_tokens")
 
 
-def test_blocks_go_from_waiting_to_landing_to_recalled_while_old_ones_leave() -> None:
+def test_blocks_go_from_waiting_to_recalled_while_old_ones_leave() -> None:
     observed = decoding()
     observed.driver.offer("a", 12, best=[9, 10, 3])
     seen = []
-    for _ in range(3):
+    for _ in range(2):
         observed.step(a=1)
         states = observed.states()
         seen.append({position: states[position] for position in (3, 5, 7, 9, 10)})
     assert seen == [
-        {3: "resident", 5: "leaving", 7: "leaving", 9: "landing", 10: "waiting"},
-        {3: "resident", 5: "leaving", 7: "cached", 9: "recalled", 10: "landing"},
+        {3: "resident", 5: "leaving", 7: "cached", 9: "recalled", 10: "waiting"},
         {3: "resident", 5: "cached", 7: "cached", 9: "recalled", 10: "recalled"},
     ]
 
@@ -174,7 +173,7 @@ def all_states(observed: Observed, num_groups: int) -> Iterator[list[str]]:
     return (observed.states(group) for group in range(num_groups))
 
 
-@given(st.lists(st.integers(0, 8), max_size=200))
+@given(st.lists(st.integers(0, 7), max_size=200))
 def test_run_lengths_keep_every_block_and_merge_equal_ones(codes: list[int]) -> None:
     runs = run_lengths(np.array(codes, np.int32))
     expanded = [state for state, count in runs for _ in range(count)]

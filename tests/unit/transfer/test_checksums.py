@@ -69,8 +69,8 @@ def wrong(comparisons: tuple[Comparison, ...]) -> set[tuple[int, int]]:
 def test_a_recall_finds_the_page_that_was_changed(engine_cls: type[TransferEngine], kind: str) -> None:
     engine = make_engine(engine_cls, kind, 1)
     flip(engine, 5, layer=1)
-    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32))
-    engine.recall(1, BLOCKS, np.array([0, 2, 4], np.int32))
+    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32), engine.marker())
+    engine.recall(1, BLOCKS, np.array([0, 2, 4], np.int32), engine.marker())
     assert engine.take_comparisons() == (), "nothing may read them before the fence"
     engine.fence([])
     assert wrong(engine.take_comparisons()) == {(1, 5)}
@@ -98,7 +98,7 @@ def test_a_stale_page_and_one_of_another_block_are_wrong(engine_cls: type[Transf
     torch.testing.assert_close(engine.pool.layer_view(0)[8], engine.layout.page_view(0)[1])
     engine.pool.pages[8] = older
     engine.pool.pages[2] = engine.pool.pages[5]
-    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32))
+    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32), engine.marker())
     engine.fence([])
     assert wrong(engine.take_comparisons()) == {(0, 8), (0, 2), (1, 2), (2, 2)}
 
@@ -107,7 +107,7 @@ def test_what_is_written_again_has_a_new_sum(engine_cls: type[TransferEngine]) -
     engine = make_engine(engine_cls, "block_outermost", 1)
     flip(engine, 5, layer=0)
     engine.write_back(0, BLOCKS, SLOTS)
-    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32))
+    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32), engine.marker())
     engine.fence([])
     assert wrong(engine.take_comparisons()) == set()
 
@@ -115,7 +115,7 @@ def test_what_is_written_again_has_a_new_sum(engine_cls: type[TransferEngine]) -
 def test_without_checksums_nobody_looks(engine_cls: type[TransferEngine]) -> None:
     engine = make_engine(engine_cls, "block_outermost", None)
     flip(engine, 5, layer=0)
-    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32))
+    engine.recall(0, BLOCKS, np.array([0, 2, 4], np.int32), engine.marker())
     engine.fence([])
     assert engine.take_comparisons() == ()
     assert engine.counters.compared_pages == 0
@@ -126,7 +126,7 @@ def test_pages_of_low_precision_have_sums() -> None:
     engine = CpuTransferEngine(layout, HostPool(NUM_BLOCKS, layout), 1)
     engine.write_back(0, BLOCKS, SLOTS)
     engine.pool.pages[2, 0] = -0.0
-    engine.recall(0, BLOCKS, SLOTS)
+    engine.recall(0, BLOCKS, SLOTS, engine.marker())
     engine.fence([])
     assert wrong(engine.take_comparisons()) == {(0, 2)}, "zero with another sign is another page"
 
@@ -136,7 +136,7 @@ def test_a_comparison_that_never_ran_has_found_nothing_right() -> None:
         engine = make_engine(CudaTransferEngine, "block_outermost", 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("flashmemory_vllm.transfer.kernel_sums.verify_checksums", lambda *_: None)
-            engine.recall(0, BLOCKS, SLOTS)
+            engine.recall(0, BLOCKS, SLOTS, engine.marker())
         engine.fence([])
         assert wrong(engine.take_comparisons()) == {(place, block) for place in range(3) for block in (8, 2, 5)}
 
@@ -180,11 +180,11 @@ def test_a_sample_reaches_every_block_and_takes_its_share(stride: int) -> None:
 def test_all_pages_are_compared_while_warming_up_and_the_results_dropped() -> None:
     engine = make_engine(CpuTransferEngine, "block_outermost", 1 << 20)
     with engine.warming_up():
-        engine.recall(0, BLOCKS, SLOTS)
+        engine.recall(0, BLOCKS, SLOTS, engine.marker())
         engine.fence([])
         assert engine._checks is not None
         assert [len(comparison.blocks) for comparison in engine._checks._in_force] == [3]
     assert engine.take_comparisons() == ()
-    engine.recall(0, BLOCKS, SLOTS)
+    engine.recall(0, BLOCKS, SLOTS, engine.marker())
     engine.fence([])
     assert sum(len(comparison.blocks) for comparison in engine.take_comparisons()) < 3

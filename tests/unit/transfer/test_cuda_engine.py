@@ -20,6 +20,7 @@ from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferCounters, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.step_ends import StepEnds
 from tests.unit.transfer.pools import NUM_SLOTS, PAGE_ELEMS, block_outermost
 from tests.unit.transfer.streams import Device, Stream, simulated
 
@@ -36,6 +37,8 @@ class Worker:
         self._device = device
         self._staging = torch.zeros(2, NUM_BLOCKS, PAGE_ELEMS)
         self._drained = [self.engine.marker(), self.engine.marker()]
+        self._ends = StepEnds(self.engine)
+        self._last_use = np.zeros((len(GROUPS), NUM_SLOTS), np.int64)
         self.seen: list[list[float]] = []
         self.compared: list[Comparison] = []
 
@@ -55,26 +58,29 @@ class Worker:
             self.compute(lambda page=pages[slot], number=value + offset: page.fill_(number))
 
     def step(self, random: Random, number: int) -> None:
-        """Recalls, fence, prefetches, attention over slots and streamed history, write-backs."""
+        """Recalls, fence, attention over slots and streamed history, write-backs."""
         engine, plans = self.engine, [_Plan(random) for _ in GROUPS]
         for group, plan in enumerate(plans):
-            engine.recall(group, *plan.recalls)
+            for blocks, slots in (plan.recalls, plan.prefetches):
+                rested = number - 1 - int(self._last_use[group, slots].max(initial=0))
+                engine.recall(group, blocks, slots, self._ends.before(rested))
+            for _, slots in (plan.recalls, plan.prefetches, plan.fresh):
+                self._last_use[group, slots] = number
         engine.fence([Copies(group, *plan.fresh) for group, plan in enumerate(plans)])
-        for group, plan in enumerate(plans):
-            engine.recall(group, *plan.prefetches)
         fetched = []
         for group, plan in enumerate(plans):
             ids, buffer = plan.gathered, self._staging[group]
             fetched.append(engine.gather_layer(group, engine.upload(ids), ids, buffer, self._drained[group]))
         for group, plan in enumerate(plans):
             self.write(group, plan.fresh[1], 100.0 * number + 10 * group)
-            for slot in (*plan.fresh[1], *plan.recalls[1]):
+            for slot in (*plan.fresh[1], *plan.recalls[1], *plan.prefetches[1]):
                 self.read(engine.layout.page_view(group)[slot : slot + 1])
             engine.wait(fetched[group])
             self.read(self._staging[group, : len(plan.gathered)])
             self._drained[group] = engine.marker()
         for group, plan in enumerate(plans):
             engine.write_back(group, *plan.fresh)
+        self._ends.add()
         self.compared += engine.take_comparisons()
 
     def wrong(self) -> list[tuple[list[int], list[list[bool]]]]:
@@ -163,21 +169,48 @@ def test_warming_up_is_not_counted_later_either() -> None:
         engine = Worker(CudaTransferEngine, device).engine
         with engine.warming_up():
             engine.write_back(0, np.array([1]), np.array([1]))
-            engine.recall(0, np.array([1]), np.array([1]))
+            engine.recall(0, np.array([1]), np.array([1]), engine.marker())
             engine.fence([])
         device.current.synchronize()
         engine.fence([])
         assert engine.counters == TransferCounters()
 
 
-def test_a_fence_is_late_while_a_recall_is_under_way() -> None:
+def test_a_fence_is_late_if_the_device_waits_for_a_recall() -> None:
     with simulated(Idle(0), by_dma=False) as device:
         engine = Worker(CudaTransferEngine, device, compared=None).engine
-        engine.recall(0, np.array([1]), np.array([1]))
+        engine.recall(0, np.array([1]), np.array([1]), None)
         engine.fence([])
-        assert (engine.counters.late_fences, engine.counters.stall_seconds) == (1, 0.0)
-        engine.synchronize()
+        assert (engine.counters.late_fences, engine.counters.stall_seconds) == (0, 0.0)
+        device.current.synchronize()  # which comes to the fence before the copy is made
+        engine.fence([])
+        assert (engine.counters.late_fences, engine.take_late_fences()) == (1, [1])
+        assert engine.counters.stall_seconds == pytest.approx(1e-3), "one copy ran while the model's stream waited"
+        assert engine.take_late_fences() == []
+
+
+def test_a_recall_into_slots_that_have_rested_waits_for_nobody() -> None:
+    with simulated(Idle(0), by_dma=False) as device:
+        worker = Worker(CudaTransferEngine, device, compared=None)
+        engine, ends = worker.engine, StepEnds(worker.engine)
+        assert isinstance(engine, CudaTransferEngine)
+        worker.read(engine.layout.page_view(0)[1:2])
+        ends.add()
+        device.current.synchronize()
+        worker.read(engine.layout.page_view(0)[2:3])
+        ends.add()
+        engine.recall(0, np.array([1]), np.array([1]), ends.before(1))
+        engine.fence([])
+        recalls = cast("Stream", engine._recalls)
+        while recalls.is_ready:
+            recalls.advance()
+        assert not recalls.queue
+        assert len(worker.seen) == 1, "the copy has waited for the step that runs"
         device.current.synchronize()
         engine.fence([])
-        assert engine.counters.late_fences == 1
-        assert engine.counters.stall_seconds == pytest.approx(1e-3), "one copy ran while the model's stream waited"
+        assert engine.counters.late_fences == 0
+        worker.read(engine.layout.page_view(0)[2:3])
+        ends.add()
+        engine.recall(0, np.array([1]), np.array([2]), ends.before(0))
+        engine.synchronize()
+        assert len(worker.seen) == 3, "the copy has not waited for the reader of its slot"

@@ -35,7 +35,7 @@ def test_write_back_then_recall_elsewhere(kind: str, group: int) -> None:
     blocks, slots = np.array([8, 2, 5], np.int32), np.array([1, 6, 3], np.int32)
     engine.write_back(group, blocks, slots)
     moved = np.array([4, 1, 2], np.int32)
-    engine.recall(group, blocks, moved)
+    engine.recall(group, blocks, moved, engine.marker())
     engine.fence([])
     for layer, cache in enumerate(caches):
         expected = before[layer].clone()
@@ -66,7 +66,7 @@ def test_gather_layer_fills_staging(kind: str) -> None:
 def test_no_copies_are_fine() -> None:
     engine, _ = make_engine("block_outermost")
     nothing = np.array([], np.int32)
-    engine.recall(0, nothing, nothing)
+    engine.recall(0, nothing, nothing, engine.marker())
     engine.write_back(1, nothing, nothing)
     engine.synchronize()
     assert (engine.counters.bytes_h2d, engine.counters.bytes_d2h, engine.counters.late_fences) == (0, 0, 0)
