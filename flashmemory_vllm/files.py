@@ -28,10 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{path}: cannot be written ({error}); files written before it are whole. Make room, then run the same "
-            "command again"
-        ) from error
+        raise _cannot_be_written(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -46,6 +43,25 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file, all of it or nothing; the file is made if it is not there.
+
+    Raises:
+        StorageError: as `whole_file`; what was there before stays.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            before, left = file.tell(), memoryview(text.encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
+
+
 def write_json(path: Path, content: object, indent: int | None = 1) -> None:
     """Write a JSON file, whole or not at all.
 
@@ -53,3 +69,10 @@ def write_json(path: Path, content: object, indent: int | None = 1) -> None:
         StorageError: as `whole_file`.
     """
     write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def _cannot_be_written(path: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"{path}: cannot be written ({error}); files written before it are whole. Make room, then run the same "
+        "command again"
+    )

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
+from flashmemory_vllm.files import write_text
 from flashmemory_vllm.reference import reference_indexer_path, reference_model_path
 from flashmemory_vllm.soak.judge import count_right
 from flashmemory_vllm.soak.process import HANG_MARK, Job, SoakFolder, run_worker, worker_environment
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             save_rows(args.out, [*rows, *new])
             print(format_report([row]), flush=True)
     if args.report is not None:
-        args.report.write_text(format_report([*rows, *new]), encoding="utf-8")
+        write_text(args.report, format_report([*rows, *new]))
     for row in new:
         for problem in row.problems():
             print(f"{row.phase} {row.runner} {'async' if row.is_async else 'sync'}: {problem}", file=sys.stderr)

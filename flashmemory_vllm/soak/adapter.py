@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import whole_file, write_json
 
 RANK = 8
 # Large enough that most texts differ from those without an adapter
@@ -26,6 +27,7 @@ def write_adapter(model: Path, folder: Path, seed: int) -> Path:
 
     Raises:
         ConfigError: the model's configuration lacks a size.
+        StorageError: the disk is full.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     try:
@@ -42,8 +44,9 @@ def write_adapter(model: Path, folder: Path, seed: int) -> Path:
             tensors[f"{place}.lora_A.weight"] = torch.randn(RANK, hidden, generator=generator) * _SCALE
             tensors[f"{place}.lora_B.weight"] = torch.randn(size, RANK, generator=generator) * _SCALE
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    with whole_file(folder / "adapter_model.safetensors") as partial:
+        save_file(tensors, partial)
     described = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj", "v_proj"]}
     described |= {"bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model)}
-    (folder / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    write_json(folder / "adapter_config.json", described, indent=None)
     return folder

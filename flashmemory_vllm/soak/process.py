@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashmemory_vllm.files import append_text, write_json
 from flashmemory_vllm.processes.engine_log import find_error
 from flashmemory_vllm.processes.guarded import GuardedProcess
 from flashmemory_vllm.soak.drive import Text
@@ -53,8 +54,12 @@ class SoakFolder:
         self._texts = path / "texts.jsonl"
 
     def write(self, name: str, fields: Mapping[str, Any]) -> None:
-        """Write a document."""
-        (self.path / f"{name}.json").write_text(json.dumps(dict(fields)), encoding="utf-8")
+        """Write a document.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        write_json(self.path / f"{name}.json", dict(fields), indent=None)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A document, or None if the process that was to write it has not come so far."""
@@ -62,9 +67,12 @@ class SoakFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def keep(self, text: Text) -> None:
-        """Append a finished text."""
-        with self._texts.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(text)) + "\n")
+        """Append a finished text.
+
+        Raises:
+            StorageError: the disk is full; the texts before it can be read.
+        """
+        append_text(self._texts, json.dumps(asdict(text)) + "\n")
 
     def texts(self) -> list[Text]:
         """All finished texts."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import write_json
 
 # An idle process may have grown by this much between two points: allocators keep what they may need again
 RSS_SLACK_MIB = 24.0
@@ -178,12 +179,14 @@ def load_rows(path: Path) -> list[SoakRow]:
 
 
 def save_rows(path: Path, rows: Sequence[SoakRow]) -> None:
-    """Write the rows so that an interrupted run leaves either the old file or the new one."""
+    """Write the rows so that an interrupted run leaves either the old file or the new one.
+
+    Raises:
+        StorageError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     told = [{_file_name(field.name): getattr(row, field.name) for field in fields(row)} for row in rows]
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, told)
 
 
 def _file_name(name: str) -> str:

@@ -11,6 +11,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation import vocabulary as words
 from flashmemory_vllm.evaluation.questions import answer_len, make_questions, max_questions
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES, Sample
+from flashmemory_vllm.files import write_json
 from flashmemory_vllm.soak.settings import SoakSettings
 
 # Where there are several they are drawn with min_p = 1: greedily, in spite of vLLM's "n must be 1"
@@ -71,9 +72,13 @@ class Trace:
         return [*self.contexts[request.context][: request.num_context_tokens], *request.tail]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_json(path, asdict(self), indent=None)
 
     @classmethod
     def load(cls, path: Path) -> "Trace":

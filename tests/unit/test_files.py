@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flashmemory_vllm.errors import StorageError
-from flashmemory_vllm.files import whole_file, write_json, write_text
+from flashmemory_vllm.files import append_text, whole_file, write_json, write_text
 from tests.helpers.disk import full_disk
 
 FEW_BYTES = 4096
@@ -38,6 +38,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, write: Callable[[Path
     write(path)
     assert path.stat().st_size > FEW_BYTES
     assert [one.name for one in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_full_disk_takes_a_whole_line_or_none(tmp_path: Path) -> None:
+    path, line = tmp_path / "lines.txt", "ö" * 999 + "\n"
+
+    def append() -> None:
+        for _ in range(9):
+            append_text(path, line)
+
+    with full_disk(FEW_BYTES), pytest.raises(StorageError, match=r"lines.txt: cannot be written .*Make room"):
+        append()
+    assert path.read_text() == 2 * line
+    append_text(path, line)
+    assert path.read_text() == 3 * line
 
 
 def test_the_reason_is_the_systems_own(tmp_path: Path) -> None:

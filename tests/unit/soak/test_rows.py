@@ -33,16 +33,16 @@ VERDICT = {"tokens": 1234, "token_differences": 0, "identical": 70, "texts": 70,
 VERDICT |= {"largest_deficit": 0.0, "control_deficit": 0.0, "tolerance": 1e-3}
 
 
-def _row(phase: str = "dense", outcome: dict[str, Any] | None = OUTCOME, error: str | None = None) -> SoakRow:
+def row(phase: str = "dense", outcome: dict[str, Any] | None = OUTCOME, error: str | None = None) -> SoakRow:
     cell = Cell(settings(phase=phase, is_async=True), "toy", 0.9, PROVENANCE)
     verdict = VERDICT if phase == "dense" and error is None else None
     return make_row(cell, outcome, verdict, (70, 66), error, has_hung=error is not None)
 
 
 def test_a_good_cell_has_no_problem() -> None:
-    assert _row().problems() == []
-    assert (_row().requests, _row().token_differences, _row().overcommit) == (60, 0, 10.0)
-    sparse = _row("sparse")
+    assert row().problems() == []
+    assert (row().requests, row().token_differences, row().overcommit) == (60, 0, 10.0)
+    sparse = row("sparse")
     assert sparse.problems() == []
     assert (sparse.token_differences, sparse.answers_right, sparse.tolerance) == (None, 0.9429, None)
 
@@ -68,24 +68,24 @@ def test_a_good_cell_has_no_problem() -> None:
     ],
 )
 def test_each_fault_is_told(change: dict[str, Any], problem: str) -> None:
-    assert replace(_row(), **change).problems() == [problem]
+    assert replace(row(), **change).problems() == [problem]
 
 
 def test_too_few_right_answers_are_a_problem() -> None:
-    assert replace(_row("sparse"), answers_right=0.85).problems() == ["0.85 of the answers are right, 0.9 are expected"]
+    assert replace(row("sparse"), answers_right=0.85).problems() == ["0.85 of the answers are right, 0.9 are expected"]
 
 
 def test_an_engine_that_failed_is_a_row_with_its_reason() -> None:
-    row = _row(outcome=None, error="serve: exit code 1\nRuntimeError: no")
-    assert (row.requests, row.hangs, row.leaked_slots) == (0, 1, None)
-    assert {"serve: exit code 1\nRuntimeError: no", "1 hangs", "None slots leaked"} <= set(row.problems())
+    failed = row(outcome=None, error="serve: exit code 1\nRuntimeError: no")
+    assert (failed.requests, failed.hangs, failed.leaked_slots) == (0, 1, None)
+    assert {"serve: exit code 1\nRuntimeError: no", "1 hangs", "None slots leaked"} <= set(failed.problems())
 
 
 def test_rows_come_back_and_async_has_its_name_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.json"
     assert load_rows(path) == []
-    save_rows(path, [_row(), _row("sparse")])
-    assert load_rows(path) == [_row(), _row("sparse")]
+    save_rows(path, [row(), row("sparse")])
+    assert load_rows(path) == [row(), row("sparse")]
     written = json.loads(path.read_text())[0]
     required = ("requests", "seconds", "token_differences", "leaked_slots", "leaked_blocks", "hangs", "overcommit")
     assert {*required, "runner", "async", "commit"} <= set(written)
@@ -101,7 +101,7 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_report_has_a_line_for_each_row_and_sums() -> None:
-    told = format_report([_row(), replace(_row("sparse"), hangs=1, finished=49)])
+    told = format_report([row(), replace(row("sparse"), hangs=1, finished=49)])
     assert told.startswith("120 requests in 25 s; 1234 tokens compared with dense attention's.\n\n| phase |")
     lines = told.splitlines()[4:]
     assert lines[0].startswith("| dense | v1 | True | float32 | 1.0 | full | 60 | 12.3 | 70 | 0 |  | 0 | 0 | 0 | 0 |")
@@ -111,6 +111,6 @@ def test_the_report_has_a_line_for_each_row_and_sums() -> None:
 
 def test_memory_is_compared_with_that_after_four_fifths() -> None:
     points = [{"rss_mib": value, "device_mib": 1.0, "pinned_mib": 0.0} for value in (100.0, 200.0, 300.0, 310.0, 312.0)]
-    row = _row(outcome=OUTCOME | {"measured": points})
-    assert (row.rss_mib_start, row.rss_mib_end) == (310.0, 312.0)
-    assert row.problems() == []
+    grown = row(outcome=OUTCOME | {"measured": points})
+    assert (grown.rss_mib_start, grown.rss_mib_end) == (310.0, 312.0)
+    assert grown.problems() == []
