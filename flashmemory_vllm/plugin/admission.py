@@ -21,7 +21,7 @@ from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.observability.counters import SCHEDULER, CounterWriter, read_capacity
 from flashmemory_vllm.observability.metrics import series
 from flashmemory_vllm.plugin import compat
-from flashmemory_vllm.plugin.compat_outputs import fail_requests_with_broken_blocks
+from flashmemory_vllm.plugin.compat_outputs import fail_requests_with_broken_blocks, hear_every_rank
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.ledger import SlotLedger
 from flashmemory_vllm.residency.modes import reason
@@ -88,6 +88,7 @@ class FlashMemoryManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: FlashMemorySpec, **kwargs: Any) -> None:
         """Read the number of slots that the workers published before the scheduler is built."""
         fail_requests_with_broken_blocks()
+        hear_every_rank()
         super().__init__(kv_cache_spec, **kwargs)
         assert kv_cache_spec.budget is not None
         directory = Path(kv_cache_spec.counters_dir)

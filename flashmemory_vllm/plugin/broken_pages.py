@@ -1,6 +1,6 @@
 """What becomes of a request whose KV came back from the host other than it was saved: an error, never text."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,6 @@ class PageJudge:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._unread: list[Comparison] = []
 
     def judged(self, output: Any, runtime: ResidencyRuntime | None) -> Any:
         """A step's output that names the broken blocks which the step has read, if there are any.
@@ -44,28 +43,37 @@ class PageJudge:
         Args:
             output: vLLM's, or a promise of it, in which case nothing is waited for now. None if it comes later.
             runtime: has run the step. None while vLLM warms up.
+
+        Returns:
+            The output. Of a rank but the first, whose tokens nobody reads, only the `BrokenBlocks`, or a promise of
+            them; None if nothing was compared.
         """
         if output is None or runtime is None:
             return output
         comparisons, counters = runtime.take_comparisons(), runtime.moved
         if self._rank != 0:
-            self._judge_alone(comparisons, counters)
-        elif comparisons and isinstance(output, AsyncModelRunnerOutput):
+            return _Verdict(comparisons, counters) if comparisons else None
+        if comparisons and isinstance(output, AsyncModelRunnerOutput):
             return _JudgedOutput(output, comparisons, counters)
-        elif comparisons:
-            return _with_broken_blocks(output, comparisons, counters)
-        return output
+        return _with_broken_blocks(output, broken_blocks(comparisons, counters)) if comparisons else output
 
-    def _judge_alone(self, comparisons: tuple[Comparison, ...], counters: TransferCounters) -> None:
-        """End the worker, and with it the engine: nobody reads the outputs of ranks but the first.
 
-        An error would not do: vLLM logs it, and the other ranks wait for this one for ever.
+class OutputsOfRanks:
+    """Joins what the ranks of an engine answer to a step; stands where vLLM puts the aggregator of a KV connector."""
+
+    def aggregate(self, outputs: Sequence[Any], output_rank: int = 0) -> Any:
+        """The output of one rank, with the broken blocks of all.
+
+        Args:
+            outputs: of each rank what `PageJudge.judged` returned.
+            output_rank: whose tokens are read.
         """
-        self._unread += comparisons
-        over = [comparison for comparison in self._unread if comparison.is_over]
-        self._unread = [comparison for comparison in self._unread if not comparison.is_over]
-        if broken_blocks(over, counters):
-            raise SystemExit(f"flashmemory: rank {self._rank} has read broken KV; the engine ends")
+        output, blocks = outputs[output_rank], set[int]()
+        for rank, answer in enumerate(outputs):
+            broken = output and output.kv_connector_output if rank == output_rank else answer
+            if isinstance(broken, BrokenBlocks):
+                blocks |= broken.invalid_block_ids
+        return _with_broken_blocks(output, blocks)
 
 
 def broken_blocks(comparisons: Collection[Comparison], counters: TransferCounters) -> set[int]:
@@ -95,13 +103,23 @@ class _JudgedOutput(AsyncModelRunnerOutput):
         self._counters = counters
 
     def get_output(self) -> ModelRunnerOutput:
-        return _with_broken_blocks(self._output.get_output(), self._comparisons, self._counters)
+        output = self._output.get_output()
+        return _with_broken_blocks(output, broken_blocks(self._comparisons, self._counters))
 
 
-def _with_broken_blocks(
-    output: ModelRunnerOutput, comparisons: tuple[Comparison, ...], counters: TransferCounters
-) -> ModelRunnerOutput:
-    blocks = broken_blocks(comparisons, counters)
+class _Verdict(AsyncModelRunnerOutput):
+    """What a rank but the first answers: judges when that is asked for."""
+
+    def __init__(self, comparisons: tuple[Comparison, ...], counters: TransferCounters) -> None:
+        self._comparisons = comparisons
+        self._counters = counters
+
+    def get_output(self) -> BrokenBlocks | None:
+        blocks = broken_blocks(self._comparisons, self._counters)
+        return BrokenBlocks(invalid_block_ids=blocks) if blocks else None
+
+
+def _with_broken_blocks(output: ModelRunnerOutput, blocks: set[int]) -> ModelRunnerOutput:
     if blocks:
         # vLLM has one object for all steps without tokens.
         output = copy(output)

@@ -4,7 +4,7 @@ Each docstring names the symptom that made the change necessary, why it works, a
 No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
 instance attribute on an enum member, one official backend override (CPU only), two wrapped bound methods
 on our own worker's model runner, two wrapped methods of the scheduler that change nothing for other engines,
-the interpreter's hook for uncaught errors once one of ours is raised, and two wrapped methods that make an error
+the interpreter's hook for uncaught errors once one of ours is raised, and three wrapped methods that make an error
 of broken KV (`compat_outputs.py`).
 
 Overrides stand in the classes of ours that need them. Those that go further than vLLM offers a way for:

@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from flashmemory_vllm.plugin.broken_pages import BROKEN_KV, BrokenBlocks
+from flashmemory_vllm.plugin.broken_pages import BROKEN_KV, BrokenBlocks, OutputsOfRanks
+from flashmemory_vllm.plugin.names import CPU_WORKER, CUDA_WORKER
 
 _MARK = "__flashmemory__"
 
@@ -53,6 +54,30 @@ def fail_requests_with_broken_blocks() -> None:
 
     setattr(update_from_output, _MARK, True)
     Scheduler.update_from_output = update_from_output
+
+
+def hear_every_rank() -> None:
+    """Let an engine read what each of its ranks answers to a step, not the first one only.
+
+    Symptom: a page that another rank finds broken stays unknown to the scheduler, and an error there is logged while
+    the other ranks wait for ever. Cure: wrap `MultiprocExecutor.execute_model`, which gives an executor of our workers
+    the aggregator that vLLM gives to those with a KV connector: with one, all ranks answer.
+    Remove when vLLM's executor takes an aggregator from the worker or its configuration.
+    """
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    original = MultiprocExecutor.execute_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.kv_output_aggregator is None and self.parallel_config.worker_cls in {CPU_WORKER, CUDA_WORKER}:
+            self.kv_output_aggregator = OutputsOfRanks()
+        return original(self, *args, **kwargs)
+
+    setattr(execute_model, _MARK, True)
+    MultiprocExecutor.execute_model = execute_model
 
 
 def raise_failed_requests() -> None:

@@ -28,6 +28,12 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks": ("self", "invalid_block_ids"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("self", "block_ids"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("self", "request_id"),
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc": (
+        "self",
+        "unique_reply_rank",
+        "kv_output_aggregator",
+    ),
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ("self", "prompt", "sampling_params", "request_id"),
     "vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups": (
         "vllm_config",

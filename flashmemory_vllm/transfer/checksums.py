@@ -38,11 +38,6 @@ class Comparison:
     wrong: torch.Tensor
     landed: Marker | None
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the result is there."""
-        return self.landed is None or self.landed.query()
-
     def wrong_pages(self) -> npt.NDArray[np.bool_]:
         """Which pages [L, n] are wrong; blocks the host until it is known."""
         if self.landed is not None:

@@ -41,12 +41,20 @@ def main() -> None:
 
 
 def _break_first_block(llm: Any) -> None:
-    """Flip a bit of the first element, in the first layer, of the block that the engine's first request began with."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    """Change the block that the engine's first request began with, on the last rank."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    assert sum(executor.collective_rpc(_break_block_of_last_rank)) == 1
+
+
+def _break_block_of_last_rank(worker: Any) -> bool:
+    """Flip a bit of the block's first element in the first layer."""
+    if worker.rank + 1 < worker.parallel_config.world_size:
+        return False
     parts, block = worker.flashmemory_runtime._parts, 1
     assert parts.planner._slots.host_valid[block]
     assert parts.planner.lut[0, block] < 0, "the block is still on the device"
     parts.engine.pool.layer_view(0)[block, :1].view(torch.int32).bitwise_xor_(1 << 28)
+    return True
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"), num_layers=2)
 
 
-def test_full(model: Path) -> None:
-    assert_the_request_failed_alone(ask_around_a_broken_block(model, "full"))
+def test_full_with_two_ranks_where_only_a_page_of_the_second_is_broken(model: Path) -> None:
+    two_ranks = {"tensor_parallel_size": 2}
+    assert_the_request_failed_alone(ask_around_a_broken_block(model, "full", engine=two_ranks))
 
 
 def test_full_with_model_runner_v2_and_two_layer_groups_where_only_one_is_broken(model: Path) -> None:

@@ -14,10 +14,12 @@ from vllm.exceptions import RetryableRequestError
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from flashmemory_vllm.plugin import compat_outputs
-from flashmemory_vllm.plugin.broken_pages import BROKEN_KV, BrokenBlocks, PageJudge
+from flashmemory_vllm.plugin.broken_pages import BROKEN_KV, BrokenBlocks, OutputsOfRanks, PageJudge
+from flashmemory_vllm.plugin.names import CPU_WORKER, CUDA_WORKER
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.transfer.checksums import Comparison
 from flashmemory_vllm.transfer.engine import TransferCounters
@@ -97,12 +99,45 @@ def test_a_promise_is_judged_when_it_is_kept() -> None:
     assert (output.sampled_token_ids, output.kv_connector_output.invalid_block_ids) == ([[1]], {11})
 
 
-def test_other_ranks_end_once_they_know() -> None:
-    landed, judge, output = Landing(), PageJudge(1), ModelRunnerOutput(["a"], {"a": 0})
-    assert judge.judged(output, runtime(comparison([1], landed=landed))) is output
-    landed.is_over = True
-    with pytest.raises(SystemExit, match="rank 1 has read broken KV"):
-        judge.judged(output, runtime())
+@pytest.mark.parametrize("output", [ModelRunnerOutput(["a"], {"a": 0}), Promise()], ids=["output", "promise"])
+def test_other_ranks_answer_with_what_is_broken_and_nothing_else(output: Any) -> None:
+    landed, judge = Landing(), PageJudge(1)
+    judged = judge.judged(output, runtime(comparison([0, 1], landed=landed)))
+    assert not landed.query(), "the host must not wait while the step runs"
+    assert judged.get_output() == BrokenBlocks(invalid_block_ids={11})
+    assert judge.judged(output, runtime(comparison([0, 0]))).get_output() is None
+    assert judge.judged(output, runtime()) is None
+
+
+def test_the_blocks_of_all_ranks_are_named_with_the_tokens_of_the_first() -> None:
+    ranks, output = OutputsOfRanks(), ModelRunnerOutput(["a"], {"a": 0}, [[1]])
+    assert ranks.aggregate([output, None, None]) is output
+    of_others = [BrokenBlocks(invalid_block_ids={4}), None, BrokenBlocks(invalid_block_ids={5})]
+    judged = ranks.aggregate([output, *of_others])
+    assert (judged.sampled_token_ids, judged.kv_connector_output.invalid_block_ids) == ([[1]], {4, 5})
+    assert isinstance(judged.kv_connector_output, BrokenBlocks)
+    judged = ranks.aggregate([judged, BrokenBlocks(invalid_block_ids={6})])
+    assert judged.kv_connector_output.invalid_block_ids == {4, 5, 6}
+    assert ranks.aggregate([None, None]) is None, "the tokens come with the next call"
+
+
+@pytest.mark.parametrize(("worker", "hears"), [(CPU_WORKER, True), (CUDA_WORKER, True), ("auto", False)])
+def test_only_an_engine_of_ours_hears_every_rank(monkeypatch: pytest.MonkeyPatch, worker: str, hears: bool) -> None:
+    heard = []
+
+    def collective_rpc(self: Any, method: str, **kwargs: Any) -> None:
+        del self
+        heard.append((method, isinstance(kwargs["kv_output_aggregator"], OutputsOfRanks)))
+
+    monkeypatch.setattr(MultiprocExecutor, "collective_rpc", collective_rpc)
+    monkeypatch.setattr(MultiprocExecutor, "execute_model", MultiprocExecutor.execute_model)
+    compat_outputs.hear_every_rank()
+    executor: Any = object.__new__(MultiprocExecutor)
+    executor.parallel_config = SimpleNamespace(worker_cls=worker)
+    executor.output_rank, executor.kv_output_aggregator, executor.ec_output_aggregator = 0, None, None
+    executor.execute_model(None)
+    executor.sample_tokens(None)
+    assert heard == [("execute_model", hears), ("sample_tokens", hears)]
 
 
 class Pool:
