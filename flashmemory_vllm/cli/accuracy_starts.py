@@ -102,7 +102,7 @@ def index_bytes(setting: Setting, shape: "AttentionShape") -> int:
     Raises:
         ConfigError: the setting is not allowed for this model, or its indexer cannot be read or does not fit.
     """
-    from flashmemory_vllm.runtime.assembly import index_bytes_per_block
+    from flashmemory_vllm.runtime.beside import index_bytes_per_block
 
     # The oracle has no index, and none can be made here
     return 0 if setting.selector == ORACLE else index_bytes_per_block(_config(setting), shape)

@@ -19,7 +19,7 @@ class DeviceMemory:
     """Where the bytes for KV on each GPU come from.
 
     Attributes:
-        kv_bytes: what slots, index keys and staging may take.
+        kv_bytes: what slots and all that is beside them may take.
         weights_bytes: what the weights take, or None if the bytes for KV were given.
         is_estimate: whether the weights were estimated from the model's configuration.
     """
@@ -56,7 +56,9 @@ def as_json(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", co
         "num_slots": capacity.num_slots,
         "slot_bytes": capacity.slot_bytes,
         "index_bytes": capacity.index_bytes,
-        "staging_bytes": capacity.staging.bytes,
+        "checksum_bytes": capacity.checksum_bytes,
+        "question_bytes": capacity.beside.question_bytes,
+        "staging_bytes": capacity.beside.staging.bytes,
         "num_logical_blocks": capacity.num_logical_blocks,
         "host_bytes": capacity.host_bytes,
         "request_decode_slots": made.request_decode_slots,
@@ -77,7 +79,9 @@ def as_table(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", c
         ("KV of one request", f"{_gib(made.request_kv_bytes)} ({args.context:,} tokens)"),
         ("device slots", f"{capacity.num_slots:,} ({_gib(capacity.slot_bytes)})"),
         ("index keys", _gib(capacity.index_bytes)),
-        ("staging", _gib(capacity.staging.bytes)),
+        ("checksums", _gib(capacity.checksum_bytes)),
+        ("questions", _gib(capacity.beside.question_bytes)),
+        ("staging", _gib(capacity.beside.staging.bytes)),
         ("host blocks", f"{capacity.num_logical_blocks:,} ({_gib(capacity.host_bytes)})"),
         ("slots of one request", f"decodes with {made.request_decode_slots:,}, reserves {capacity.request_slots:,}"),
         ("requests at once", f"{made.num_requests:,} (limited by {made.limited_by})"),

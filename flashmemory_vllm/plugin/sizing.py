@@ -19,7 +19,7 @@ from flashmemory_vllm.plugin.machine import engines_of_machine
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime import capacity
-from flashmemory_vllm.runtime.assembly import index_bytes_per_block, plan_staging
+from flashmemory_vllm.runtime.beside import beside_slots
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_automatic, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
@@ -102,8 +102,7 @@ def _plan(
         MemoryBudget(device_bytes, host_bytes, config.device_slots, max_num_seqs, device_option),
         budget,
         shape.block_bytes,
-        index_bytes_per_block(config, shape),
-        plan_staging(config, shape, device_bytes),
+        beside_slots(config, shape, budget, max_num_seqs, device_bytes),
     )
 
 

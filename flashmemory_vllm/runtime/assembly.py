@@ -16,7 +16,6 @@ from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import Geometry
-from flashmemory_vllm.runtime.capacity import Staging
 from flashmemory_vllm.runtime.drift import QueryDrift
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
@@ -34,10 +33,6 @@ from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 from flashmemory_vllm.transfer.streaming import PartialAttention
-
-# Tokens that one part of a streamed history holds, where staging may take as much.
-STAGED_TOKENS = 16384
-STAGING_SHARE = 1 / 32
 
 
 def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int, ...]:
@@ -95,28 +90,15 @@ def _trained(config: FlashMemoryConfig) -> IndexerSpec | None:
     return None if config.indexer is None else read_spec(resolve_indexer(config.indexer, config.indexer_revision))
 
 
-def index_bytes_per_block(config: FlashMemoryConfig, shape: AttentionShape) -> int:
-    """Device bytes of one logical block's index keys, before anything is allocated."""
-    return _selector(config, _geometry(config, shape, 1, torch.device("meta"))).bytes_per_block()
+def unallocated_selector(config: FlashMemoryConfig, shape: AttentionShape) -> Selector:
+    """The selector asked for, of one logical block and without memory: it tells what it needs."""
+    return _selector(config, _geometry(config, shape, 1, torch.device("meta")))
 
 
-def plan_staging(config: FlashMemoryConfig, shape: AttentionShape, device_bytes: int) -> Staging:
-    """The staging buffers: as asked for, or parts of 16K tokens where that is a small share of the device memory.
-
-    The longer the parts, the less merging them costs beside attention; below that share, a few more slots serve
-    better.
-
-    Args:
-        config: our options.
-        shape: the model's attention layers.
-        device_bytes: device memory for slots, index keys and staging together.
-    """
-    bytes_per_block = NUM_STAGING_BUFFERS * shape.block_bytes // shape.num_layers
-    blocks = config.staging_blocks
-    if blocks is None:
-        affordable = int(device_bytes * STAGING_SHARE) // bytes_per_block
-        blocks = max(1, min(STAGED_TOKENS // shape.block_size, affordable))
-    return Staging(blocks, blocks * bytes_per_block)
+def question_window(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy) -> int:
+    """Prompt tokens whose queries are kept; 0 where nobody asks: no request is ever sparse, or no query is read."""
+    is_asked = selector.needs_queries and not budget.keeps_all(budget.max_model_len)
+    return query_window(config) if is_asked else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +164,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             selector=selector,
             selections=_selections(selector, config, buffers.queries),
             buffers=buffers,
-            questions=_questions(selector, len(anchors), shape, config, budget),
+            questions=QuestionQueries(question_window(selector, config, budget), len(anchors), shape),
             prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
             counters=counters,
             check_integrity=config.check_integrity,
@@ -210,14 +192,6 @@ def _planner(
         fallback_share=config.dense_fallback_share,
         opening_steps=opening_steps(config),
     )
-
-
-def _questions(
-    selector: Selector, num_anchors: int, shape: AttentionShape, config: FlashMemoryConfig, budget: BudgetPolicy
-) -> QuestionQueries:
-    """Keeps nothing where nobody asks: no request is ever sparse, or the selector takes no queries."""
-    is_asked = selector.needs_queries and not budget.keeps_all(budget.max_model_len)
-    return QuestionQueries(query_window(config) if is_asked else 0, num_anchors, shape)
 
 
 def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuffer) -> SelectionQueue:

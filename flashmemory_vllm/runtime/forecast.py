@@ -8,7 +8,7 @@ from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.ledger import SlotLedger
-from flashmemory_vllm.runtime.assembly import index_bytes_per_block, plan_staging
+from flashmemory_vllm.runtime.beside import beside_slots
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, budget_policy, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 
@@ -66,7 +66,7 @@ class ServerSizes:
     """What the server is started with; filled from the command line.
 
     Attributes:
-        device_bytes: device memory of each rank for slots, index keys and staging together.
+        device_bytes: device memory of each rank for slots and all that is beside them.
         context_tokens: most tokens of a request, and those of each request that is counted.
         max_num_seqs: most requests that run at once.
         max_num_batched_tokens: most tokens of one step.
@@ -134,8 +134,7 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         MemoryBudget(server.device_bytes, host_bytes, config.device_slots, server.max_num_seqs),
         budget,
         shape.block_bytes,
-        index_bytes_per_block(config, shape),
-        plan_staging(config, shape, server.device_bytes),
+        beside_slots(config, shape, budget, server.max_num_seqs, server.device_bytes),
     )
     request_blocks = cdiv(server.context_tokens, server.block_size)
     by_blocks = (capacity.num_logical_blocks - 1) // request_blocks
@@ -149,7 +148,7 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
     elif capacity.num_logical_blocks == host_bytes // shape.block_bytes:
         limit = "host blocks"
     else:
-        limit = "host blocks, by the device memory of their index keys"
+        limit = "host blocks, by the device memory of their index keys and checksums"
     return Forecast(
         capacity=capacity,
         request_kv_bytes=request_blocks * shape.block_bytes,

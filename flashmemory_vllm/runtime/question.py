@@ -39,6 +39,11 @@ class _Part:
     place: slice
 
 
+def question_bytes(window: int, num_anchors: int, shape: AttentionShape) -> int:
+    """What the queries of so many tokens take."""
+    return window * num_anchors * shape.num_query_heads * shape.head_dim * shape.dtype.itemsize
+
+
 class QuestionQueries:
     """Keeps the queries of each request's last `window` prompt tokens, by position, from prefill to its end.
 

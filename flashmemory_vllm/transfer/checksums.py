@@ -20,6 +20,8 @@ from flashmemory_vllm.transfer.markers import Ids, Marker
 SAMPLED = 16
 # One of how many pages is compared; None where pages have no checksums.
 COMPARED: dict[PageChecksums, int | None] = {"off": None, "sample": SAMPLED, "full": 1}
+# Of a page's sum on a GPU; a CPU keeps half as much.
+SUM_BYTES = 8
 # Odd factors that spread their products over 32 bits: Knuth's, and one of MurmurHash3's.
 _NEXT_CALL, _SPREAD = 0x9E3779B1, 0x85EBCA6B
 

@@ -225,7 +225,7 @@ def test_too_few_slots_for_one_request(
     llama: Path, options: dict[str, Any], engine: dict[str, Any], given: str
 ) -> None:
     """The longest request takes 65 slots for a prefill chunk of 2,048 tokens that begins and ends within a block."""
-    needed = r" slots, but one request of --max-model-len 8192 needs 66 \(\d+ bytes with index keys and staging\)"
+    needed = r" slots, but one request of --max-model-len 8192 needs 66 \(\d+ bytes with all beside them\)"
     advice = (
         "give more, lower --max-model-len or --max-num-batched-tokens, or lower flashmemory.min_sparse_tokens (2048) "
         "or flashmemory.resident_ratio (0.135)"
@@ -237,7 +237,10 @@ def test_too_few_slots_for_one_request(
 def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
     message = str(refusal(llama, {"device_slots": 250}, kv_cache_memory_bytes=4 << 20))
     assert message.startswith("flashmemory.device_slots: 250 is more than the ")
-    assert "that 4194304 bytes of device memory leaves beside staging and the index keys" in message
+    assert (
+        "that 4194304 bytes of device memory leaves beside staging, questions, and index keys and checksums of"
+        in message
+    )
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ class ResidencyWorker:
             budget=sizing.budget_policy(self.vllm_config, config, {}),
             sizes=RuntimeSizes(
                 num_logical_blocks=num_logical_blocks,
-                staging_blocks=self._capacity.staging.blocks,
+                staging_blocks=self._capacity.beside.staging.blocks,
                 max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
                 max_num_tokens=sizing.max_num_tokens(self.vllm_config),
             ),

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.runtime.capacity import CapacityPlan, MemoryBudget, Staging, plan_automatic, plan_capacity
+from flashmemory_vllm.runtime.capacity import (
+    BesideSlots,
+    CapacityPlan,
+    MemoryBudget,
+    Staging,
+    plan_automatic,
+    plan_capacity,
+)
 
 BLOCK_BYTES = 1000
 
@@ -26,10 +33,17 @@ def budget(**changes: float) -> BudgetPolicy:
 
 
 def plan(
-    device_blocks: int, host_blocks: int, *, slots: int | None = None, index: int = 0, seqs: int = 8
+    device_blocks: int,
+    host_blocks: int,
+    *,
+    slots: int | None = None,
+    index: int = 0,
+    sums: int = 0,
+    questions: int = 0,
+    seqs: int = 8,
 ) -> CapacityPlan:
     memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, slots, seqs)
-    return plan_capacity(memory, budget(), BLOCK_BYTES, index, Staging(1, 0))
+    return plan_capacity(memory, budget(), BLOCK_BYTES, BesideSlots(index, sums, questions, Staging(1, 0)))
 
 
 def test_host_memory_sets_the_logical_blocks() -> None:
@@ -71,6 +85,15 @@ def test_logical_blocks_give_way_to_slots_when_index_keys_are_large() -> None:
     assert made.num_slots - 1 >= made.request_slots
 
 
+def test_checksums_alone_do_not_tie_the_blocks_to_the_slots() -> None:
+    assert plan(400, 5000, sums=1).num_logical_blocks == 5000
+    assert plan(400, 5000, sums=1).num_slots == 395
+
+
+def test_questions_take_slots() -> None:
+    assert plan(400, 5000, questions=10 * BLOCK_BYTES).num_slots == 390
+
+
 def test_slots_are_the_resident_share_of_the_blocks_that_have_index_keys() -> None:
     made = plan(2000, 10**6, index=100)
     assert made.num_slots == pytest.approx(0.135 * made.num_logical_blocks, abs=1)
@@ -80,17 +103,21 @@ def test_slots_are_the_resident_share_of_the_blocks_that_have_index_keys() -> No
     device_blocks=st.integers(1, 5000),
     host_blocks=st.integers(1, 20000),
     index=st.integers(0, 500),
+    sums=st.integers(0, 50),
+    questions=st.integers(0, 100 * BLOCK_BYTES),
     seqs=st.integers(1, 64),
     slots=st.none() | st.integers(2, 5000),
 )
 def test_a_plan_never_spends_more_than_it_has(
-    device_blocks: int, host_blocks: int, index: int, seqs: int, slots: int | None
+    device_blocks: int, host_blocks: int, index: int, sums: int, questions: int, seqs: int, slots: int | None
 ) -> None:
     try:
-        made = plan(device_blocks, host_blocks, slots=slots, index=index, seqs=seqs)
+        made = plan(device_blocks, host_blocks, slots=slots, index=index, sums=sums, questions=questions, seqs=seqs)
     except ConfigError:
         return
-    assert made.slot_bytes + made.index_bytes <= device_blocks * BLOCK_BYTES
+    beside = made.num_logical_blocks * (index + sums) + questions
+    assert (made.index_bytes + made.checksum_bytes + made.beside.question_bytes) == beside
+    assert made.slot_bytes + beside <= device_blocks * BLOCK_BYTES
     assert made.host_bytes <= host_blocks * BLOCK_BYTES
     assert made.request_slots < made.num_slots <= made.num_logical_blocks
 
@@ -98,7 +125,7 @@ def test_a_plan_never_spends_more_than_it_has(
 def automatic(device_blocks: int, host_blocks: int, max_model_len: int = 32768) -> CapacityPlan:
     memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, None, 8)
     policy = budget(max_num_batched_tokens=256, max_model_len=max_model_len)
-    return plan_automatic(memory, policy, BLOCK_BYTES, 0, Staging(1, 0))
+    return plan_automatic(memory, policy, BLOCK_BYTES, BesideSlots(0, 0, 0, Staging(1, 0)))
 
 
 @pytest.mark.parametrize(("device_blocks", "host_blocks", "longest"), [(400, 1001, 16000), (100, 5000, 11840)])

@@ -1,0 +1,50 @@
+"""What a plan counts beside the slots is what a runtime allocates there."""
+
+import pytest
+import torch
+
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.residency.types import Phase, Row
+from flashmemory_vllm.runtime.beside import beside_slots, plan_staging
+from flashmemory_vllm.runtime.capacity import BesideSlots, budget_policy
+from flashmemory_vllm.runtime.question import QuestionQueries
+from flashmemory_vllm.runtime.shape import AttentionShape
+
+GIB = 1 << 30
+# One layer's page of a block is 64 KiB.
+SHAPE_8B = AttentionShape(tuple(map(str, range(32))), 32, 8, 128, 1.0, 16, torch.bfloat16, torch.device("cpu"))
+MAX_NUM_SEQS = 5
+
+
+def beside(**options: object) -> BesideSlots:
+    config = FlashMemoryConfig.from_additional_config({"flashmemory": options})
+    budget = budget_policy(config, block_size=16, max_num_batched_tokens=2048, max_model_len=32768)
+    return beside_slots(config, SHAPE_8B, budget, MAX_NUM_SEQS, 80 * GIB)
+
+
+def test_questions_take_what_as_many_requests_as_run_at_once_keep() -> None:
+    questions = QuestionQueries(12, 3, SHAPE_8B)
+    rows = [Row(str(index), Phase.PREFILL, 0, 100, (), (), (), ()) for index in range(MAX_NUM_SEQS)]
+    questions.set_rows(rows, lambda _name: 100)
+    kept = sum(one.queries.nbytes for one in questions._kept.values())
+    assert beside(query_window=12, anchor_layers=[3, 4, 5]).question_bytes == kept > 0
+
+
+@pytest.mark.parametrize("options", [{"resident_ratio": 1.0}, {"selector": "streaming"}])
+def test_nobody_pays_for_questions_that_nobody_asks(options: dict[str, object]) -> None:
+    assert beside(query_window=12, **options).question_bytes == 0
+
+
+@pytest.mark.parametrize(("mode", "sum_bytes"), [("off", 0), ("sample", 8), ("full", 8)])
+def test_every_page_of_a_block_has_a_checksum(mode: str, sum_bytes: int) -> None:
+    assert beside(page_checksums=mode).checksum_bytes_per_block == 32 * sum_bytes
+
+
+@pytest.mark.parametrize(("device_bytes", "blocks"), [(80 * GIB, 1024), (6 * GIB, 1024), (3 * GIB, 512), (1, 1)])
+def test_staging_follows_the_device_memory(device_bytes: int, blocks: int) -> None:
+    staging = plan_staging(FlashMemoryConfig(), SHAPE_8B, device_bytes)
+    assert staging == (blocks, 3 * blocks * (64 << 10))
+
+
+def test_staging_asked_for_is_taken() -> None:
+    assert plan_staging(FlashMemoryConfig(staging_blocks=7), SHAPE_8B, 80 * GIB).blocks == 7
