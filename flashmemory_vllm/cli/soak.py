@@ -42,6 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--selector", help="of the sparse phase. Default: the shipped trained indexer")
     parser.add_argument("--floor", type=float, help=f"share of right answers. Default: {SHIPPED_FLOOR}, or 0 elsewhere")
     parser.add_argument("--adapters", type=int, help="LoRA adapters of the dense phase. Default: 2")
+    parser.add_argument("--max-loras", type=int, help="adapters of one batch; fewer are swapped. Default: all")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, metavar=("LEAST", "MOST"), help="Default: by device")
     parser.add_argument("--output-tokens", type=int, nargs=2, metavar=("LEAST", "MOST"), help="Default: by device")
     parser.add_argument("--contexts", type=int, help="contexts that prompts share. Default: by device")
@@ -111,6 +112,7 @@ def read_settings(args: argparse.Namespace, device: Device) -> list[SoakSettings
             resident_ratio=args.ratio,
             selector=args.selector,
             adapters=args.adapters,
+            max_loras=args.max_loras,
             prompt_tokens=args.prompt_tokens and tuple(args.prompt_tokens),
             output_tokens=args.output_tokens and tuple(args.output_tokens),
             num_contexts=args.contexts,

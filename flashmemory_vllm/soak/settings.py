@@ -40,6 +40,7 @@ class SoakSettings:
         selector: of the sparse phase; "shipped" is the trained indexer that comes with the shipped model.
         dtype: of model and KV cache.
         adapters: LoRA adapters, beside the model without one.
+        max_loras: adapters that one batch may have, 0 for all. With fewer than there are, vLLM swaps them.
         mixes_adapters: some requests of the dense phase have no adapter. Not on a CPU: in a batch with others, vLLM
             0.32 gives those the adapter of its last place there (index -1 in `lora/ops/torch_ops/lora_ops.py`).
         is_eager: no compilation and no CUDA graphs.
@@ -70,6 +71,7 @@ class SoakSettings:
     selector: str
     dtype: str
     adapters: int = 2
+    max_loras: int = 0
     mixes_adapters: bool = True
     is_eager: bool = False
     share_aborted: float = 0.15
@@ -82,6 +84,8 @@ class SoakSettings:
         """Refuse what no trace can be drawn from."""
         if self.num_requests < 1 or self.num_contexts < 1:
             raise ConfigError(f"requests: {self.num_requests} of {self.num_contexts} contexts, allowed are 1 or more")
+        if not 0 <= self.max_loras <= self.adapters:
+            raise ConfigError(f"--max-loras is {self.max_loras}: allowed are 0 to --adapters, {self.adapters}")
         if not 64 <= self.prompt_tokens[0] <= self.prompt_tokens[1]:
             raise ConfigError(f"prompt tokens: {self.prompt_tokens}, allowed are two ascending numbers from 64 on")
 
@@ -126,8 +130,15 @@ class SoakSettings:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "enable_prefix_caching": True,
             "enforce_eager": self.is_eager,
-            **({"enable_lora": True, "max_loras": self.adapters, "max_lora_rank": 8} if self.adapters else {}),
+            **self._loras,
         }
+
+    @property
+    def _loras(self) -> dict[str, Any]:
+        """With fewer in a batch than there are, host memory holds no more of them either: a swap reads the folder."""
+        if not self.adapters:
+            return {}
+        return {"enable_lora": True, "max_loras": self.max_loras or self.adapters, "max_lora_rank": 8}
 
 
 _SIZES: dict[Device, dict[str, Any]] = {

@@ -49,6 +49,7 @@ def test_what_is_given_replaces_what_suits_the_device() -> None:
         (("--phases", "dense,wet"), "--phases has 'wet': allowed is dense, sparse"),
         (("--scheduling", ""), "--scheduling has '': allowed is sync, async"),
         (("--runners", "v2"), "--runners has v2 and there is no CUDA: allowed with --triton-cpu FOLDER"),
+        (("--max-loras", "3"), "--max-loras is 3: allowed are 0 to --adapters, 2"),
         (("--seconds", "0"), "--seconds is 0.0: allowed is a number > 0"),
         (("--requests", "-1"), "--requests is -1: allowed is a number > 0"),
     ],
@@ -80,8 +81,17 @@ def test_only_the_engine_under_test_has_our_plugin_and_on_a_cpu_only_its_second_
     assert (judged["VLLM_PLUGINS"], judged["VLLM_USE_V2_MODEL_RUNNER"]) == ("", "0")
     assert served["PYTHONPATH"].split(os.pathsep)[0] == "shim"
     assert "TRITON_INTERPRET" not in judged
+    # Or a process grows by 300 MiB, whatever leaks
+    assert int(served["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) <= 64
     assert "shim" not in judged.get("PYTHONPATH", "")
     assert worker_environment(second, "cuda", "judge", None)["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+
+
+def test_as_many_adapters_as_there_are_or_as_asked_for_are_in_a_batch() -> None:
+    cells = [read_settings(_arguments("--phases", "dense", *words), "cpu")[0] for words in ((), ("--max-loras", "1"))]
+    assert [(cell.adapters, cell.engine["max_loras"]) for cell in cells] == [(2, 2), (2, 1)]
+    (without,) = read_settings(_arguments("--phases", "dense", "--adapters", "0"), "cpu")
+    assert "enable_lora" not in without.engine
 
 
 def test_an_adapter_fits_its_model(tmp_path: Path) -> None:
