@@ -17,6 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from flashmemory_kernels.apply_step import apply_step
+from flashmemory_kernels.apply_step import cases as step_cases
+from flashmemory_kernels.capture_queries import capture_queries
+from flashmemory_kernels.capture_queries import cases as capture_cases
 from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_checksums
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.common import TileConfig
@@ -82,6 +86,24 @@ class Job(NamedTuple):
     num_bytes: int
     route: Route
     call: Callable[[], object]
+
+
+def step_jobs(cases: Iterable[step_cases.StepCase], device: str) -> Iterator[Job]:
+    """Jobs of `apply_step`."""
+    for case in cases:
+        inputs = step_cases.make_inputs(case, device)
+        # What is uploaded, changed by edits, and of each row at most its entries, read and written
+        num_bytes = inputs.packed.nbytes + 4 * case.num_edits + 8 * case.num_groups * case.num_rows * case.width
+        yield Job("apply_step", _label(case), num_bytes, "device", partial(apply_step, *inputs))
+
+
+def capture_jobs(cases: Iterable[capture_cases.CaptureCase], device: str) -> Iterator[Job]:
+    """Jobs of `capture_queries`."""
+    for case in cases:
+        inputs = capture_cases.make_inputs(case, device=device)
+        num_kept = int((inputs.query_row >= 0).sum())
+        num_bytes = 4 * case.num_rows + 2 * num_kept * inputs.query[0].nbytes
+        yield Job("capture_queries", _label(case), num_bytes, "device", partial(capture_queries, *inputs))
 
 
 def table_jobs(cases: Iterable[table_cases.TableCase], device: str) -> Iterator[Job]:
@@ -196,6 +218,8 @@ def copy_jobs() -> Iterator[Job]:
 
 
 OPS: dict[str, Callable[[], Iterator[Job]]] = {
+    "apply_step": lambda: step_jobs(step_cases.BENCH_CASES, "cuda"),
+    "capture_queries": lambda: capture_jobs(capture_cases.BENCH_CASES, "cuda"),
     "checksum_pages": lambda: checksum_jobs(checksum_cases.BENCH_CASES, "cuda"),
     "compact_tables": lambda: table_jobs(table_cases.BENCH_CASES, "cuda"),
     "copy_pages": copy_jobs,

@@ -11,6 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from flashmemory_kernels.apply_step import apply_step
+from flashmemory_kernels.apply_step import cases as step_cases
+from flashmemory_kernels.apply_step.naive import apply_step_naive
+from flashmemory_kernels.capture_queries import capture_queries
+from flashmemory_kernels.capture_queries import cases as capture_cases
+from flashmemory_kernels.capture_queries.naive import capture_queries_naive
 from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_checksums
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.checksum_pages.naive import store_checksums_naive
@@ -174,6 +180,38 @@ def test_compact_tables(case: table_cases.TableCase) -> None:
     compact_tables(*got)
     compact_tables_naive(*expected)
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("case", [*step_cases.CASES, *step_cases.BENCH_CASES])
+def test_apply_step(case: step_cases.StepCase) -> None:
+    (packed, counts, lens, got), (*_, expected) = step_cases.make_inputs(case, "cuda"), step_cases.make_inputs(case)
+    apply_step(packed, counts, lens, got)
+    apply_step_naive(packed.cpu(), counts, lens.cpu(), expected)
+    for name in ("block_ids", "entries", "block_table", "seq_lens", "slot_mapping", "query_row"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*capture_cases.CASES, *capture_cases.BENCH_CASES])
+def test_capture_queries(case: capture_cases.CaptureCase, dtype: torch.dtype) -> None:
+    (query, query_row, got), (*_, expected) = (capture_cases.make_inputs(case, dtype, "cuda") for _ in range(2))
+    capture_queries(query, query_row, got)
+    capture_queries_naive(query, query_row, expected)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_capture_queries_follows_its_rows_in_a_graph() -> None:
+    query, query_row, queries = capture_cases.make_inputs(capture_cases.CASES[2], device="cuda")
+    capture_queries(query, query_row, queries)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        capture_queries(query, query_row, queries)
+    queries.fill_(torch.nan)
+    query_row.copy_(query_row.flip(0))
+    expected = queries.clone()
+    capture_queries_naive(query, query_row, expected)
+    graph.replay()
+    torch.testing.assert_close(queries, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("places", ["host_to_device", "device_to_host", "device_to_device"])

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Callable
 
 import torch
+from flashmemory_kernels.apply_step import PlaceTables
+from flashmemory_kernels.apply_step.cases import pack
+from flashmemory_kernels.apply_step.kernel import apply_step_triton
+from flashmemory_kernels.capture_queries.kernel import capture_queries_triton
 from flashmemory_kernels.checksum_pages import PageSet
 from flashmemory_kernels.checksum_pages.kernel import store_checksums_triton, verify_checksums_triton
 from flashmemory_kernels.checksum_pages.naive import page_sums
@@ -158,7 +162,42 @@ def check_merge_attention(reserve: Reserve) -> None:
         torch.testing.assert_close(one, other, rtol=3e-6, atol=3e-6)
 
 
+def check_capture_queries(reserve: Reserve) -> None:
+    queries = far_rows(reserve, torch.float32, 32).view(ROW + 1, 2, 16)
+    query = far_rows(reserve, torch.float32, 32).view(ROW + 1, 2, 16)
+    device = query.device
+    rows = torch.full((ROW + 1,), -1, dtype=torch.int32, device=device)
+    rows[ROW], rows[1] = 2, ROW
+    query[rows >= 0] = content = torch.randn(2, 2, 16, device=device)
+    capture_queries_triton(query, rows, queries)
+    assert torch.equal(queries[[ROW, 2]], content)
+
+
+def check_apply_step(reserve: Reserve) -> None:
+    width, device = STRIDE, reserve(1, torch.int32).device
+    entries = reserve((ROW + 1) * width, torch.int32).view(1, ROW + 1, width)
+    ids = reserve((ROW + 1) * width, torch.int32).view(ROW + 1, width)
+    block_table = reserve((ROW + 1) * width, torch.int32).view(1, ROW + 1, width)
+    slots = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    lens, query_row = slots.new_zeros(1, ROW + 1, dtype=torch.int32), slots.new_zeros(2, dtype=torch.int32)
+    tables = PlaceTables(ids, entries, block_table, lens, slots, query_row, block_size=16, num_kept=4)
+    rows = [(-1, 0, 0, 0, 0)] * (ROW - 1) + [(ROW, 0, 1, 0, 0), (1, 1, 1, 0, 0)]
+    runs = [(ROW, 0, (7, 8)), (ROW + 1 + ROW, 5, (9,))]
+    packed, counts = pack(rows, runs, [(1, 0, 6), (ROW + 1 + 1, 3, 4)], num_tokens=2)
+    logical = torch.zeros(ROW + 1, dtype=torch.int32)
+    logical[-2], logical[-1] = 20, 3
+    apply_step_triton(packed.to(device), counts, logical.to(device), tables)
+    assert ids[ROW, 5] == 9
+    assert ids[1, 3] == 4
+    assert block_table[0, ROW - 1, :2].tolist() == [7, 8]
+    assert block_table[0, ROW, 0] == 6
+    assert slots.tolist() == [[8 * 16 + 3, 6 * 16 + 2]]
+    assert query_row.tolist() == [4 * ROW + 3, 4 + 2]
+
+
 CHECKS: dict[str, Callable[[Reserve], None]] = {
+    "apply_step": check_apply_step,
+    "capture_queries": check_capture_queries,
     "checksum_pages": check_checksum_pages,
     "compact_tables": check_compact_tables,
     "copy_pages": check_copy_pages,

@@ -5,6 +5,14 @@ import sys
 from typing import Any
 
 import torch
+from flashmemory_kernels.apply_step.cases import CASES as STEP_CASES
+from flashmemory_kernels.apply_step.cases import make_inputs as step_inputs
+from flashmemory_kernels.apply_step.kernel import apply_step_triton
+from flashmemory_kernels.apply_step.naive import apply_step_naive
+from flashmemory_kernels.capture_queries.cases import CASES as CAPTURE_CASES
+from flashmemory_kernels.capture_queries.cases import make_inputs as capture_inputs
+from flashmemory_kernels.capture_queries.kernel import capture_queries_triton
+from flashmemory_kernels.capture_queries.naive import capture_queries_naive
 from flashmemory_kernels.checksum_pages import PageSet
 from flashmemory_kernels.checksum_pages.cases import CASES as CHECKSUM_CASES
 from flashmemory_kernels.checksum_pages.cases import make_inputs as checksum_inputs
@@ -191,8 +199,29 @@ def check_compact_tables() -> int:
     return len(TABLE_CASES)
 
 
+def check_apply_step() -> int:
+    for case in STEP_CASES:
+        (packed, counts, lens, got), (*_, expected) = step_inputs(case), step_inputs(case)
+        apply_step_triton(packed, counts, lens, got)
+        apply_step_naive(packed, counts, lens, expected)
+        for name in ("block_ids", "entries", "block_table", "seq_lens", "slot_mapping", "query_row"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), (case, name)
+    return len(STEP_CASES)
+
+
+def check_capture_queries() -> int:
+    for case, dtype in itertools.product(CAPTURE_CASES, (torch.float32, torch.bfloat16)):
+        (query, query_row, got), (*_, expected) = capture_inputs(case, dtype), capture_inputs(case, dtype)
+        capture_queries_triton(query, query_row, got)
+        capture_queries_naive(query, query_row, expected)
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (case, dtype)
+    return len(CAPTURE_CASES) * 2
+
+
 if __name__ == "__main__":
     checks = {
+        "apply_step": check_apply_step,
+        "capture_queries": check_capture_queries,
         "checksum_pages": check_checksum_pages,
         "compact_tables": check_compact_tables,
         "copy_pages": check_copy_pages,

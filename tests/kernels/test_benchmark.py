@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from flashmemory_kernels import benchmark
+from flashmemory_kernels.apply_step import cases as step_cases
+from flashmemory_kernels.capture_queries import cases as capture_cases
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
@@ -20,6 +22,8 @@ from flashmemory_kernels.translate_slots import cases as translate_cases
 
 CEILINGS: dict[benchmark.Route, float] = {"device": 2000.0, "host_to_device": 50.0, "device_to_host": 40.0}
 SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
+    "apply_step": lambda: benchmark.step_jobs(step_cases.CASES, "cpu"),
+    "capture_queries": lambda: benchmark.capture_jobs([case for case in capture_cases.CASES if case.num_rows], "cpu"),
     "checksum_pages": lambda: benchmark.checksum_jobs(checksum_cases.CASES, "cpu"),
     "compact_tables": lambda: benchmark.table_jobs(table_cases.CASES, "cpu"),
     "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),

@@ -21,6 +21,8 @@ FOLDER = Path(__file__).parent
 @pytest.mark.parametrize(
     "op",
     [
+        "apply_step",
+        "capture_queries",
         "checksum_pages",
         "compact_tables",
         "copy_pages",
@@ -41,6 +43,8 @@ def test_kernel_matches_specification(op: str) -> None:
 @pytest.mark.parametrize(
     "op",
     [
+        "apply_step",
+        "capture_queries",
         "checksum_pages",
         "compact_tables",
         "copy_pages",
