@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # As safetensors calls them
 _DTYPES = ("F16", "F32")
-_COMPARED = ("num_query_heads", "num_kv_heads", "head_dim", "block_size", "anchor_layers")
+_COMPARED = ("num_query_heads", "num_kv_heads", "head_dim", "anchor_layers")
 
 
 def resolve_indexer(indexer: str, revision: str | None = None) -> Path:
@@ -206,7 +206,7 @@ def _checked_weights(path: Path, model: NeuralIndexer) -> dict[str, np.ndarray[A
 
 
 def check_fits(spec: IndexerSpec, geometry: IndexGeometry, source: str) -> None:
-    """Refuse an indexer that was trained for another model or block size.
+    """Refuse an indexer that was trained for another model, or whose chunks do not fill the blocks that are served.
 
     Args:
         spec: the indexer's.
@@ -214,7 +214,8 @@ def check_fits(spec: IndexerSpec, geometry: IndexGeometry, source: str) -> None:
         source: names the indexer in the message.
 
     Raises:
-        ConfigError: sizes differ; the message lists all of them.
+        ConfigError: sizes differ, the message lists all of them; or the block size cannot be served, the message says
+            which can.
     """
     differences = [
         f"{name} {_plain(getattr(spec, name))} (served: {_plain(getattr(geometry, name))})"
@@ -223,6 +224,12 @@ def check_fits(spec: IndexerSpec, geometry: IndexGeometry, source: str) -> None:
     ]
     if differences:
         raise ConfigError(f"indexer {source!r} was trained for {spec.model!r} with " + ", ".join(differences))
+    if not spec.serves(geometry.block_size):
+        least = max(1, spec.reach) * spec.chunk_size
+        raise ConfigError(
+            f"indexer {source!r} has chunks of {spec.chunk_size} tokens, --block-size is {geometry.block_size}: "
+            f"allowed are multiples of {spec.chunk_size}" + (f" from {least} on" if least > spec.chunk_size else "")
+        )
 
 
 def _plain(value: object) -> object:
@@ -236,6 +243,6 @@ def _spec_of(given: Mapping[str, Any]) -> IndexerSpec:
     spec = IndexerSpec(**{**given, "anchor_layers": tuple(given["anchor_layers"])})
     if spec.aggregate not in get_args(Aggregate):
         raise ValueError(f"aggregate is {spec.aggregate!r}")
-    if spec.block_size % spec.chunk_size or not 0 <= spec.reach <= spec.chunks_per_block:
+    if spec.reach < 0 or not spec.serves(spec.block_size):
         raise ValueError(f"chunk_size is {spec.chunk_size} and reach {spec.reach} at the block size {spec.block_size}")
     return spec

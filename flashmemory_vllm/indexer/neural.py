@@ -36,7 +36,8 @@ class NeuralSelector(Selector):
     score for the whole request: the answer may take a while to come to it. So do the blocks that the question lies in.
 
     Args:
-        geometry: sizes; anchor layers and heads must be those that the indexer was trained for.
+        geometry: sizes; anchor layers and heads must be those that the indexer was trained for, and blocks consist of
+            its chunks.
         indexer: file, folder or Hugging Face id of a checkpoint. Default: None, which is refused.
         indexer_revision: branch, tag or commit of a Hugging Face repository. Default: None, its main branch.
 
@@ -56,8 +57,8 @@ class NeuralSelector(Selector):
         if indexer is None:
             raise ConfigError("selector 'neural' needs the option indexer: a file, a folder or a Hugging Face id")
         self.model = load_indexer(resolve_indexer(indexer, indexer_revision), geometry.device)
-        self.spec = self.model.spec
-        check_fits(self.spec, geometry, indexer)
+        check_fits(self.model.spec, geometry, indexer)
+        self.spec = self.model.spec = self.model.spec.at(geometry.block_size)
         self._anchors_of = [
             [anchor for anchor, own in enumerate(geometry.layer_groups) if own == group]
             for group in range(geometry.num_groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
@@ -29,7 +29,7 @@ class IndexerSpec:
         num_query_heads: its query heads, Hq.
         num_kv_heads: its KV heads, Hkv.
         head_dim: elements of one key, D.
-        block_size: tokens in a block.
+        block_size: tokens in a block, as trained. Serving may have others, see `at`.
         chunk_size: tokens in a chunk, each of which has a code; divides the block size.
         reach: chunks at the end of a block that speak for the block after it, too.
         query_window: newest tokens of a prompt that a request's first selection is made with.
@@ -79,6 +79,14 @@ class IndexerSpec:
     def chunks_per_block(self) -> int:
         """Chunks of one block, C."""
         return self.block_size // self.chunk_size
+
+    def serves(self, block_size: int) -> bool:
+        """Whether blocks of so many tokens are whole chunks, and as many of them as speak for the next block."""
+        return block_size % self.chunk_size == 0 and block_size >= max(1, self.reach) * self.chunk_size
+
+    def at(self, block_size: int) -> IndexerSpec:
+        """The same weights over blocks of another size: codes, distances and reach are those of chunks."""
+        return replace(self, block_size=block_size)
 
     @property
     def bytes_per_block(self) -> int:

@@ -19,7 +19,7 @@ from flashmemory_vllm.plugin.refusals import refuse_unsupported
 from flashmemory_vllm.plugin.seams import check_seams
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CacheConfig, VllmConfig
 
 # vLLM sets up handlers for the names below its own only.
 logger = init_logger("vllm.flashmemory")
@@ -58,6 +58,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     config = read_config(vllm_config)
     if ignore_windows_that_never_bind(vllm_config):
         logger.info_once("flashmemory: no request is longer than the model's sliding window, which is ignored")
+    take_smallest_blocks(vllm_config.cache_config)
     refuse_unsupported(vllm_config, config)
     _pin_indexer(vllm_config, config)
     _tell_options(vllm_config)
@@ -77,7 +78,7 @@ def check_sizes(vllm_config: "VllmConfig") -> None:
 
     Raises:
         ConfigError: slots or host memory are too few, or more than there are; the indexer cannot be read, is damaged,
-            or belongs to another model or block size.
+            belongs to another model, or has chunks that do not fill a block.
     """
     if is_selected(vllm_config) and vllm_config.model_config is not None:
         config = read_config(vllm_config)
@@ -125,6 +126,31 @@ def _check_indexer(config: FlashMemoryConfig) -> None:
             trained,
             trained,
         )
+
+
+def take_smallest_blocks(cache: "CacheConfig") -> None:
+    """Give blocks the smallest size that the platform's attention takes, unless the user gave one.
+
+    A selection keeps or leaves whole blocks. vLLM's default is the smallest on CUDA, which it checks itself; on a CPU
+    it is four times that, and of so few large blocks no choice is good.
+
+    Args:
+        cache: vLLM's configuration of its cache; changed on a CPU.
+
+    Raises:
+        ConfigError: the size given is not one that a CPU's attention takes.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()
+    smallest = min(getattr(size, "base", size) for size in sizes)
+    if not cache.user_specified_block_size:
+        # Else vLLM puts its own default there
+        cache.block_size, cache.user_specified_block_size = smallest, True
+    elif not CPUAttentionBackend.supports_block_size(cache.block_size):
+        raise ConfigError(f"--block-size is {cache.block_size}: allowed on a CPU are multiples of {smallest}")
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:

@@ -16,6 +16,7 @@ from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 import flashmemory_vllm
+from flashmemory_vllm.cli.block_size import CPU_MULTIPLE
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
 from flashmemory_vllm.plugin import checks
@@ -122,12 +123,20 @@ def test_a_plain_model_is_accepted_and_gets_our_worker(llama: Path) -> None:
     assert configure(llama).parallel_config.worker_cls == "flashmemory_vllm.plugin.workers.cpu.FlashMemoryCpuWorker"
 
 
+def test_blocks_are_the_smallest_unless_others_are_asked_for(llama: Path) -> None:
+    sizes = [configure(llama, block_size=given).cache_config.block_size for given in (None, 64, 128)]
+    assert sizes == [CPU_MULTIPLE, 64, 128]
+    message = str(refusal(llama, block_size=16))
+    assert message == f"--block-size is 16: allowed on a CPU are multiples of {CPU_MULTIPLE}"
+
+
 def test_another_backend_is_left_alone(llama: Path) -> None:
     nonsense = {"flashmemory": {"no_such_option": 1}}
     engine = EngineArgs(
         model=str(llama), skip_tokenizer_init=True, kv_cache_dtype="fp8", additional_config=nonsense
     ).create_engine_config()
     assert "flashmemory" not in engine.parallel_config.worker_cls
+    assert engine.cache_config.block_size == 128
 
 
 @pytest.mark.parametrize(("options", "message"), OURS_AND_ALLOWED, ids=lambda value: str(value)[:40])
@@ -251,7 +260,10 @@ def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
             {"num_kv_heads": 4, "head_dim": 8},
             "was trained for 'toy' with num_kv_heads 4 (served: 2), head_dim 8 (served: 16)",
         ),
-        ({"block_size": 16}, "was trained for 'toy' with block_size 16 (served: 32)"),
+        (
+            {"chunk_size": 24, "block_size": 48},
+            "has chunks of 24 tokens, --block-size is 32: allowed are multiples of 24",
+        ),
     ],
     ids=["depth", "heads", "block size"],
 )

@@ -246,14 +246,55 @@ def test_bytes_per_block_are_known_before_anything_is_allocated(checkpoint: str)
         ({"num_query_heads": 8}, r"num_query_heads 4 \(served: 8\)"),
         ({"num_kv_heads": 4}, r"num_kv_heads 2 \(served: 4\)"),
         ({"head_dim": 64}, r"head_dim 16 \(served: 64\)"),
-        ({"block_size": 16}, r"block_size 8 \(served: 16\)"),
         ({"anchor_layers": (1, 3, 5)}, r"anchor_layers \[1, 3, 4\] \(served: \[1, 3, 5\]\)"),
-        ({"head_dim": 64, "block_size": 16}, r"head_dim 16 \(served: 64\), block_size 8 \(served: 16\)"),
+        ({"num_kv_heads": 4, "head_dim": 64}, r"num_kv_heads 2 \(served: 4\), head_dim 16 \(served: 64\)"),
     ],
 )
 def test_another_model_is_refused(checkpoint: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=r"was trained for 'toy' with .*" + message):
         NeuralSelector(make_geometry(replace(SPEC, **change)), checkpoint)
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_blocks_of_another_size_have_the_same_chunks(checkpoint: str, block_size: int) -> None:
+    """A block is worth what its best chunk is worth, or one that speaks for it, however blocks are cut."""
+    history = History()
+    num_chunks = NUM_BLOCKS * 2 // (block_size // 4) * (block_size // 4)
+    keys = history.keys.transpose(1, 2).flatten(2, 3)[:, :, : num_chunks * 4]
+    keys = keys.reshape(3, 2, -1, block_size, 16).transpose(1, 2)
+    ids = torch.randperm(N, generator=torch.Generator().manual_seed(2))[: keys.shape[1]]
+    if block_size == 4:
+        ids = torch.arange(keys.shape[1]).flip(0)
+    geometry = replace(make_geometry(), block_size=block_size, num_logical_blocks=NUM_BLOCKS * 2)
+    selector = NeuralSelector(geometry, checkpoint)
+    selector.add_blocks(ids, list(keys))
+    score = selector.score(ScoringRequest("r", ids, history.queries, 0))[0]
+    # By the module: chunks that are blocks of their own, and no reach
+    model = make_model()
+    of_chunks = replace(model.spec.at(4), reach=0)
+    alone = NeuralIndexer(of_chunks)
+    alone.load_state_dict(model.state_dict() | {"reach_offset": torch.zeros(3, 0)})
+    distance = num_chunks - torch.arange(num_chunks).float()
+    with torch.no_grad():
+        pooled = history.pooled[:num_chunks, None].unsqueeze(0)
+        chunks = alone(history.queries[None, None], pooled, distance[None, None])[0, 0]
+        per_block = block_size // 4
+        best = chunks.view(3, -1, per_block).amax(2)
+        before = chunks[:, per_block - 1 : -1 : per_block] + model.reach_offset
+        best[:, 1:] = torch.maximum(best[:, 1:], before)
+        expected = model.probability(best.amax(0))
+    torch.testing.assert_close(score, expected, rtol=2e-3, atol=2e-4)
+    assert selector.bytes_per_block() == 3 * per_block * (20 + 4)
+
+
+@pytest.mark.parametrize(
+    ("reach", "block_size", "allowed"),
+    [(1, 10, r"multiples of 4$"), (2, 4, r"multiples of 4 from 8 on$"), (0, 6, r"multiples of 4$")],
+)
+def test_blocks_that_are_no_whole_chunks_are_refused(tmp_path: Path, reach: int, block_size: int, allowed: str) -> None:
+    save_indexer(make_model(replace(SPEC, reach=reach)), tmp_path / "indexer.safetensors")
+    with pytest.raises(ConfigError, match=f"chunks of 4 tokens, --block-size is {block_size}: allowed are {allowed}"):
+        NeuralSelector(replace(make_geometry(), block_size=block_size), str(tmp_path))
 
 
 def test_what_is_missing_is_told(checkpoint: str) -> None:
