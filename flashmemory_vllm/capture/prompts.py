@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.evaluation.texts import common_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,15 @@ class Prompt:
         max_tokens: tokens to generate at most.
         group: prompts of one group share text, so that a split into training and validation keeps them together.
         answer: first and last output token that the prompt was asked for. Default: unknown.
+        forced: the text that goes on, `max_tokens` of it, which is recorded in place of an answer. Default: none, the
+            model answers.
     """
 
     ids: tuple[int, ...]
     max_tokens: int
     group: int
     answer: tuple[int, int] | None = None
+    forced: tuple[int, ...] = ()
 
     @property
     def digest(self) -> bytes:
@@ -40,10 +44,12 @@ def prompt_digest(ids: Sequence[int]) -> bytes:
 
 
 def digest_of_all(prompts: Sequence[Prompt]) -> str:
-    """One hexadecimal digest of prompts in their order, and of how many tokens each may generate."""
+    """One hexadecimal digest of prompts in their order, and of how many and which tokens may follow each."""
     joined = hashlib.sha256()
     for prompt in prompts:
         joined.update(prompt.digest + prompt.max_tokens.to_bytes(4, "little"))
+        if prompt.forced:
+            joined.update(prompt_digest(prompt.forced))
     return joined.hexdigest()
 
 
@@ -71,6 +77,10 @@ class Encoder:
         """Token ids of plain text."""
         return self._encode(text)
 
+    def continuation(self, text: str) -> list[int]:
+        """Token ids of text that follows other text, without what the tokenizer puts before each."""
+        return self.text(text)[len(common_start(self.text("a"), self.text("b"))) :]
+
     def question(self, text: str) -> list[int]:
         """Token ids of one user turn, or of plain text where the model knows no chats."""
         return self.text(text) if self._encode_chat is None else self._encode_chat([{"role": "user", "content": text}])
@@ -90,7 +100,8 @@ def read_prompts(path: Path, encoder: Encoder, max_tokens: int) -> list[Prompt]:
     """Read a file of prompts, one JSON object in each line.
 
     An object has one of `prompt_ids` (token ids), `prompt` (text) and `messages` (a chat), and may have `max_tokens`
-    and `group` (an integer; default: a group for each line).
+    and `group` (an integer; default: a group for each line). With `forced_ids` or `forced` (text), or a chat whose last
+    message is the assistant's, the model is recorded along that text, up to `max_tokens` of it.
 
     Args:
         path: the file.
@@ -106,24 +117,32 @@ def read_prompts(path: Path, encoder: Encoder, max_tokens: int) -> list[Prompt]:
             continue
         try:
             found = json.loads(line)
-            ids = _ids(found, encoder)
+            ids, forced = _ids(found, encoder)
             limit, group = int(found.get("max_tokens", max_tokens)), int(found.get("group", number - 1))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"--prompts: {path}, line {number} ({type(error).__name__}: {error}): allowed is a JSON object with "
-                "one of prompt_ids, prompt and messages, and at will max_tokens and group"
+                "one of prompt_ids, prompt and messages, and at will max_tokens, group and one of forced_ids and forced"
             ) from None
         if not ids or limit < 1:
             raise ConfigError(f"--prompts: {path}, line {number}: at least one token to read and to write is needed")
-        prompts.append(Prompt(ids, limit, group))
+        forced = forced[:limit]
+        prompts.append(Prompt(ids, len(forced) or limit, group, forced=forced))
     if not prompts:
         raise ConfigError(f"--prompts: {path} is empty: allowed is at least one line")
     return prompts
 
 
-def _ids(found: dict[str, Any], encoder: Encoder) -> tuple[int, ...]:
+def _ids(found: dict[str, Any], encoder: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a prompt, and of the text that is to follow it."""
+    forced = encoder.continuation(found["forced"]) if "forced" in found else found.get("forced_ids", ())
     if "prompt_ids" in found:
-        return tuple(int(token) for token in found["prompt_ids"])
-    if "messages" in found:
-        return tuple(encoder.chat(found["messages"]))
-    return tuple(encoder.text(found["prompt"]))
+        ids = found["prompt_ids"]
+    elif "messages" in found:
+        messages = list(found["messages"])
+        if messages[-1]["role"] == "assistant":
+            forced = encoder.continuation(messages.pop()["content"])
+        ids = encoder.chat(messages)
+    else:
+        ids = encoder.text(found["prompt"])
+    return tuple(map(int, ids)), tuple(map(int, forced))

@@ -30,9 +30,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--prompts", type=Path, help="JSON lines. Default: generated documents with questions")
     parser.add_argument(
+        "--texts", type=Path, nargs="+", help="text files or JSON lines to record along, in place of answers"
+    )
+    parser.add_argument(
         "--accuracy-questions", type=int, help="ask what `flashmemory accuracy` asks at --tokens: so many of each task"
     )
-    parser.add_argument("--documents", type=int, default=200, help="documents to generate. Default: 200")
+    parser.add_argument(
+        "--documents", type=int, default=200, help="documents to generate, or windows of --texts. Default: 200"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the longest one. Default: 8192")
     parser.add_argument("--max-output-tokens", type=int, default=512, help="most tokens of an answer. Default: 512")
     parser.add_argument(
@@ -118,8 +123,10 @@ def check(args: argparse.Namespace) -> None:
         given = getattr(args, option)
         if given is not None and given < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {given}: allowed is 1 or more")
-    if args.prompts is not None and args.accuracy_questions is not None:
-        raise ConfigError("--accuracy-questions: given with --prompts; allowed is one of them")
+    sources = [option for option in ("prompts", "texts", "accuracy_questions") if getattr(args, option) is not None]
+    if len(sources) > 1:
+        given, other = (f"--{option.replace('_', '-')}" for option in (sources[-1], sources[0]))
+        raise ConfigError(f"{given}: given with {other}; allowed is one of them")
     if block_size_of(args) % args.chunk_size:
         raise ConfigError(
             f"--chunk-size is {args.chunk_size}: allowed is what divides {block_size_of(args)}, the block size"
@@ -143,6 +150,7 @@ def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ..
         ConfigError: the file holds something else, or a prompt does not fill one block.
     """
     from flashmemory_vllm.capture.encoder import load_encoder
+    from flashmemory_vllm.capture.given_texts import given_prompts
     from flashmemory_vllm.capture.prompts import read_prompts
     from flashmemory_vllm.capture.reference_prompts import (
         accuracy_prompts,
@@ -150,10 +158,14 @@ def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ..
         speaks_reference_language,
     )
     from flashmemory_vllm.capture.text_prompts import text_prompts
+    from flashmemory_vllm.evaluation.texts import read_texts
 
     encoder, stop_token_ids = load_encoder(args.model)
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, encoder, args.max_output_tokens)
+    elif args.texts is not None:
+        texts = read_texts(args.texts)
+        prompts = given_prompts(texts, encoder, args.documents, args.tokens, args.max_output_tokens)
     elif args.accuracy_questions is not None:
         prompts = accuracy_prompts(args.accuracy_questions, args.tokens)
     elif speaks_reference_language(encoder.text):

@@ -55,25 +55,26 @@ def windows(texts: Sequence[str], encode: Callable[[str], list[int]], tokens: in
     Raises:
         ConfigError: the documents have fewer windows.
     """
-    head = _common_start(encode("a"), encode("b"))
-    length = tokens - len(head)
-    found = [ids[at : at + length] for ids in _bodies(texts, encode, head) for at in range(0, len(ids), length)]
-    found = [window for window in found if len(window) == length]
+    found = [window for of_one in windows_by_text(texts, encode, tokens) for window in of_one]
     if len(found) < count:
         raise ConfigError(
             f"--documents is {count}, but --texts has {len(found)} windows of {tokens:,} tokens; allowed are as many "
             "as it has"
         )
-    return [head + found[index * len(found) // count] for index in range(count)]
+    return [found[index * len(found) // count] for index in range(count)]
 
 
-def _bodies(texts: Sequence[str], encode: Callable[[str], list[int]], head: Sequence[int]) -> Iterator[list[int]]:
+def windows_by_text(texts: Sequence[str], encode: Callable[[str], list[int]], tokens: int) -> Iterator[list[list[int]]]:
+    """All windows of each document, see `windows`; what is left of one is dropped."""
+    head = common_start(encode("a"), encode("b"))
+    length = tokens - len(head)
     for text in texts:
-        yield encode(text)[len(head) :]
+        body = encode(text)[len(head) :]
+        yield [head + body[at : at + length] for at in range(0, len(body) - length + 1, length)]
 
 
-def _common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """Tokens that both begin with."""
+def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Tokens that both begin with: of two texts that begin differently, what the tokenizer puts before each."""
     same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return list(one[:same])
 

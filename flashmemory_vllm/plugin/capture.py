@@ -40,7 +40,7 @@ class _StepByStep(OfflineGenerator):
 
 
 class CaptureEngine(_StepByStep):
-    """Greedy generation with dense attention, recorded; see `_StepByStep` for the other arguments.
+    """Greedy generation with dense attention, or given text, recorded; see `_StepByStep` for the other arguments.
 
     Args:
         model: folder or Hugging Face id of the model.
@@ -72,7 +72,8 @@ class CaptureEngine(_StepByStep):
         # A block that is found, not computed, would have no recorded keys; a replayed graph would pass by the recorder.
         recordable = {"enable_prefix_caching": False, "enforce_eager": True}
         super().__init__(model, {**engine_args, **recordable}, options, stop_token_ids)
-        self._req_ids: dict[str, str] = {}
+        # By name the id that the worker sees, and what was asked
+        self._asked: dict[str, tuple[str, Prompt]] = {}
 
     def record(self, choices: Choices) -> ModelShape:
         """Record all requests from now on."""
@@ -87,14 +88,20 @@ class CaptureEngine(_StepByStep):
         return kind
 
     def submit(self, name: str, prompt: Prompt) -> None:
-        """Begin a prompt."""
-        self._req_ids[name] = self._begin(name, prompt.ids, prompt.max_tokens)
+        """Begin a prompt. Along a text it is one long prefill: what tokens attend to is the same as in decode steps."""
+        if not prompt.forced:
+            self._asked[name] = self._begin(name, prompt.ids, prompt.max_tokens), prompt
+            return
+        req_id = self._begin(name, (*prompt.ids, *prompt.forced[:-1]), 1)
+        self._llm.collective_rpc("flashmemory_record_along", args=(req_id, len(prompt.ids)))
+        self._asked[name] = req_id, prompt
 
     def finished(self) -> Iterator[tuple[str, list[int], Recording]]:
         """Run one step; names, output ids and recordings of the prompts that it finished."""
         for name, output_ids in self._step():
-            recording = self._llm.collective_rpc("flashmemory_take", args=(self._req_ids.pop(name),))[0]
-            yield name, output_ids, recording
+            req_id, prompt = self._asked.pop(name)
+            recording = self._llm.collective_rpc("flashmemory_take", args=(req_id,))[0]
+            yield name, list(prompt.forced) or output_ids, recording
 
 
 class OracleGenerator(_StepByStep):

@@ -43,6 +43,8 @@ class RecordedRuntime(WatchedRuntime):
         super().__init__(runtime)
         self._recorder = recorder
         self._prompt_lens: dict[str, int] = {}
+        # Of requests whose prompt is followed by text, in one prefill
+        self._texts: dict[str, int] = {}
         self._computed: dict[str, int] = {}
         self._scheduled: Mapping[str, int] = {}
         self._req_ids: Sequence[str] = ()
@@ -54,12 +56,18 @@ class RecordedRuntime(WatchedRuntime):
             raise IntegrityError(f"capture: {list(step_input.preempted)} were preempted; lower --batch")
         for req_id in step_input.finished:
             self._prompt_lens.pop(req_id, None)
-        self._prompt_lens |= {request.req_id: request.prefill_len for request in step_input.new}
+        self._prompt_lens |= {
+            request.req_id: self._texts.pop(request.req_id, request.prefill_len) for request in step_input.new
+        }
         self._computed = {request.req_id: request.num_computed_tokens for request in _scheduled(step_input)}
         self._scheduled = step_input.num_scheduled_tokens
         with self._runtime.step(step_input):
             yield
             self._recorder.end()
+
+    def record_along(self, req_id: str, prompt_len: int) -> None:
+        """Take the tokens of a request that is to begin from `prompt_len` on for text that follows its prompt."""
+        self._texts[req_id] = prompt_len
 
     def set_rows(self, req_ids: Sequence[str]) -> None:
         """As the runtime's."""
@@ -141,6 +149,8 @@ class CaptureExtension:
 
         settings = RecorderSettings(
             num_layers=shape.num_layers,
+            num_query_heads=shape.num_query_heads,
+            key_width=shape.num_kv_heads * shape.head_dim,
             anchor_layers=runtime.anchors,
             block_size=shape.block_size,
             softmax_scale=shape.softmax_scale,
@@ -158,6 +168,10 @@ class CaptureExtension:
             softmax_scale=shape.softmax_scale,
             dtype=str(shape.dtype).removeprefix("torch."),
         )
+
+    def flashmemory_record_along(self: "WorkerBase", req_id: str, prompt_len: int) -> None:
+        """See `RecordedRuntime.record_along`."""
+        self.flashmemory_runtime.record_along(req_id, prompt_len)
 
     def flashmemory_take(self: "WorkerBase", req_id: str) -> Recording:
         """The recording of a finished request."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from flashmemory_vllm.capture.document import LEAST_MASS
-from flashmemory_vllm.capture.labels import block_mass, golden_votes
+from flashmemory_vllm.capture.labels import block_mass, golden_blocks
 from flashmemory_vllm.capture.reference_prompts import reference_prompts
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES, make_samples
 from flashmemory_vllm.reference import reference_model_path
@@ -170,7 +170,8 @@ def test_golden_blocks_are_those_of_transformers(documents: list[Tensors], truth
     same = total = 0
     for document, truth in zip(documents, truths, strict=True):
         for token, position in enumerate(document["positions"].tolist()):
-            votes = golden_votes(truth.shares[token], TOP_P)[: position // BLOCK_SIZE]
+            shares = truth.shares[token]
+            votes = golden_blocks(shares.mean(1), shares.amax(1), TOP_P).sum(0)[: position // BLOCK_SIZE]
             entries = slice(*document["golden_ptr"][token : token + 2])
             found = dict(zip(document["golden_ids"][entries], document["golden_votes"][entries], strict=True))
             same += found == {block: int(count) for block, count in enumerate(votes) if count >= MIN_VOTES}
@@ -192,7 +193,8 @@ def test_keys_and_queries_are_those_of_the_anchor_layers(documents: list[Tensors
         for anchor, layer in enumerate(ANCHORS):
             keys = torch.nn.functional.pad(truth.keys[layer], (0, 0, 0, -num_tokens % BLOCK_SIZE))
             query = torch.from_numpy(document["queries"][token, anchor])
-            found = block_mass(query, _blocks(keys), num_tokens, 64**-0.5)
+            at = torch.tensor([[num_tokens - 1]])
+            found = block_mass(query[None, None], _blocks(keys)[None], at, 64**-0.5)[0, 0]
             torch.testing.assert_close(found, truth.shares[token, layer], rtol=0, atol=0.01)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmemory_vllm.capture.labels import block_mass, default_min_votes, golden_votes
+from flashmemory_vllm.capture.labels import block_mass, default_min_votes, golden_blocks
 
 
 @given(
@@ -18,30 +18,36 @@ def test_mass_is_softmax_over_all_tokens_summed_by_block(
     seed: int, sizes: tuple[int, int, int, int], data: st.DataObject
 ) -> None:
     num_blocks, num_kv_heads, block_size, heads_each = sizes
-    num_tokens = data.draw(st.integers((num_blocks - 1) * block_size + 1, num_blocks * block_size))
+    rows, num_queries = 2, 3
+    last = st.integers(0, num_blocks * block_size - 1)
+    positions = torch.tensor(data.draw(st.lists(last, min_size=6, max_size=6))).view(rows, num_queries)
     generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(num_blocks, num_kv_heads, block_size, 8, generator=generator)
-    query = torch.randn(num_kv_heads * heads_each, 8, generator=generator) * 3
-    flat = keys.permute(1, 0, 2, 3).reshape(num_kv_heads, -1, 8)[:, :num_tokens].double()
-    expected = torch.zeros(len(query), num_blocks, dtype=torch.float64)
-    for head, own in enumerate(query.double()):
-        shares = (flat[head // heads_each] @ own * 0.3).softmax(0)
+    keys = torch.randn(rows, num_blocks, num_kv_heads, block_size, 8, generator=generator)
+    queries = torch.randn(rows, num_queries, num_kv_heads * heads_each, 8, generator=generator) * 3
+    flat = keys.transpose(1, 2).flatten(2, 3).double()
+    expected = torch.zeros(rows, num_queries, num_kv_heads * heads_each, num_blocks, dtype=torch.float64)
+    for row, query, head in torch.cartesian_prod(*map(torch.arange, expected.shape[:3])).tolist():
+        num_tokens = int(positions[row, query]) + 1
+        own = queries[row, query, head].double()
+        shares = (flat[row, head // heads_each, :num_tokens] @ own * 0.3).softmax(0)
         for token, share in enumerate(shares):
-            expected[head, token // block_size] += share
-    keys[-1, :, num_tokens - (num_blocks - 1) * block_size :] = torch.nan  # memory that nothing was written to
-    torch.testing.assert_close(block_mass(query, keys, num_tokens, 0.3).double(), expected, rtol=1e-4, atol=1e-6)
+            expected[row, query, head, token // block_size] += share
+    for row, of_row in enumerate(keys.transpose(1, 2).unbind()):
+        # Memory that nothing was written to
+        written = int(positions[row].max()) + 1
+        for token in range(written, num_blocks * block_size):
+            of_row[:, token // block_size, token % block_size] = torch.nan
+    torch.testing.assert_close(block_mass(queries, keys, positions, 0.3).double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def brute_force_votes(mass: torch.Tensor, top_p: float) -> list[int]:
-    votes = [0] * mass.shape[1]
-    for layer in mass.tolist():
-        held = 0.0
-        for block in sorted(range(len(layer)), key=lambda block: -layer[block]):
-            if held >= top_p:
-                break
-            votes[block] += 1
-            held += layer[block]
-    return votes
+def brute_force(mass: list[float], top_p: float) -> list[bool]:
+    golden, held = [False] * len(mass), 0.0
+    for block in sorted(range(len(mass)), key=lambda block: -mass[block]):
+        if held >= top_p:
+            break
+        golden[block] = True
+        held += mass[block]
+    return golden
 
 
 @given(
@@ -49,25 +55,25 @@ def brute_force_votes(mass: torch.Tensor, top_p: float) -> list[int]:
     st.lists(st.lists(st.integers(0, 40), min_size=7, max_size=7), min_size=1, max_size=6),
     st.integers(1, 200),
 )
-def test_votes_count_the_shortest_prefixes(rows: list[list[int]], top: int) -> None:
+def test_golden_are_the_shortest_prefixes(rows: list[list[int]], top: int) -> None:
     mass = torch.tensor(rows, dtype=torch.float32) / 1024
-    votes = golden_votes(mass.unsqueeze(1), top / 1024)
-    assert votes.dtype == torch.uint8
-    assert votes.tolist() == brute_force_votes(mass, top / 1024)
+    found = golden_blocks(mass, torch.ones_like(mass), top / 1024)
+    assert found.tolist() == [brute_force(row, top / 1024) for row in mass.tolist()]
 
 
 def test_the_block_that_crosses_the_line_is_golden() -> None:
-    shares = torch.tensor([[[0.25, 0.5, 0.125, 0.125]]])
-    assert golden_votes(shares, 0.6).tolist() == [1, 1, 0, 0]
-    assert golden_votes(shares, 0.5).tolist() == [0, 1, 0, 0]
+    mass = torch.tensor([0.25, 0.5, 0.125, 0.125])
+    assert golden_blocks(mass, mass, 0.6).tolist() == [True, True, False, False]
+    assert golden_blocks(mass, mass, 0.5).tolist() == [False, True, False, False]
 
 
 def test_a_block_that_no_head_looks_at_is_not_golden() -> None:
     # One head looks at block 0 alone, the other everywhere
-    shares = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]])
-    assert golden_votes(shares, 1.0).tolist() == [1, 1, 1, 1]
-    assert golden_votes(shares, 1.0, min_share=0.25).tolist() == [1, 1, 1, 1]
-    assert golden_votes(shares, 1.0, min_share=0.5).tolist() == [1, 0, 0, 0]
+    shares = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    both = shares.mean(0), shares.amax(0)
+    assert golden_blocks(*both, 1.0).tolist() == [True] * 4
+    assert golden_blocks(*both, 1.0, min_share=0.25).tolist() == [True] * 4
+    assert golden_blocks(*both, 1.0, min_share=0.5).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(("layers", "votes"), [(1, 1), (5, 1), (6, 2), (20, 3), (36, 5)])

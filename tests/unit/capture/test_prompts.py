@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flashmemory_vllm.capture.given_texts import given_prompts
 from flashmemory_vllm.capture.prompts import Encoder, Prompt, digest_of_all, read_prompts
 from flashmemory_vllm.capture.reference_prompts import (
     accuracy_prompts,
@@ -47,6 +48,36 @@ def test_a_file_may_hold_ids_text_and_chats(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_may_say_what_follows(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    chat = [{"role": "user", "content": "ho"}, {"role": "assistant", "content": "hey"}]
+    lines: list[object] = [
+        {"prompt_ids": [5, 6], "forced_ids": [7, 8, 9], "max_tokens": 2},
+        {"prompt": "hi", "forced": "there"},
+        {"messages": chat},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    there, hey = tuple(map(ord, "there")), tuple(map(ord, "hey"))
+    assert read_prompts(path, CHAT, 32) == [
+        Prompt((5, 6), 2, 0, forced=(7, 8)),
+        Prompt(tuple(encode("hi")), 5, 1, forced=there),
+        Prompt(tuple(encode("ho?")), 3, 2, forced=hey),
+    ]
+
+
+def test_windows_of_texts_are_prompts_and_what_goes_on() -> None:
+    texts = ["short", "abcdefghijklmnopqrstuvwxyz+", "0123456789"]
+    prompts = given_prompts(texts, PLAIN, num_documents=9, num_tokens=7, num_forced=3)
+    # Nine letters a window, behind the token that begins every text; every second prompt is half as long
+    assert [text_of(prompt) for prompt in prompts] == ["abcdef", "no", "stuvwx", "45"]
+    assert [prompt.group for prompt in prompts] == [1, 1, 1, 2]
+    assert all(prompt.ids[0] == 0 and prompt.max_tokens == len(prompt.forced) == 3 for prompt in prompts)
+    assert "".join(map(chr, prompts[0].forced)) == "ghi"
+    assert len(given_prompts(texts, PLAIN, num_documents=2, num_tokens=7, num_forced=3)) == 2
+    with pytest.raises(ConfigError, match="--texts: no document has 50 tokens"):
+        given_prompts(texts, PLAIN, num_documents=2, num_tokens=40, num_forced=10)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -78,6 +109,8 @@ def test_digests_tell_prompts_limits_and_order_apart() -> None:
     digests = [digest_of_all(prompts) for prompts in ([one, two], [two, one], [one, Prompt((3,), 9, 1)], [one])]
     assert len(set(digests)) == len(digests)
     assert one.digest == Prompt((1, 2), 5, 7).digest != two.digest
+    along = [digest_of_all([Prompt((1, 2), 1, 0, forced=forced)]) for forced in ((), (5,), (6,))]
+    assert len(set(along)) == 3
 
 
 def test_reference_prompts_cover_tasks_and_lengths_without_repeating() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from flashmemory_vllm.capture import recorder
 from flashmemory_vllm.capture.document import Recording
-from flashmemory_vllm.capture.labels import block_mass, golden_votes
+from flashmemory_vllm.capture.labels import block_mass, golden_blocks
 from flashmemory_vllm.capture.recorder import BatchRow, Choices, Recorder, RecorderSettings
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.neural_model import pooled_keys
@@ -28,7 +29,7 @@ class Model:
         self.slots = torch.randperm(SLOTS, generator=generator).view(len(lengths), -1).int()
         self.window = window
         settings = RecorderSettings(
-            LAYERS, ANCHORS, BS, SCALE, Choices(TOP_P, 0.0, every, CHUNK, window, layer_mass=layer_mass)
+            LAYERS, HQ, HKV * D, ANCHORS, BS, SCALE, Choices(TOP_P, 0.0, every, CHUNK, window, layer_mass=layer_mass)
         )
         self.recorder = Recorder(settings, lambda layer, slots: self.pages[layer].index_select(0, slots))
 
@@ -52,12 +53,8 @@ class Model:
         padded = torch.zeros(LAYERS, num_blocks * BS, HKV, D)
         padded[:, : position + 1] = self.keys[index][:, : position + 1]
         blocks = padded.view(LAYERS, num_blocks, BS, HKV, D).transpose(2, 3)
-        return torch.stack(
-            [
-                block_mass(self.queries[index][layer, position], blocks[layer], position + 1, SCALE)
-                for layer in range(LAYERS)
-            ]
-        )
+        own = self.queries[index][:, position].unsqueeze(1)
+        return block_mass(own, blocks, torch.full((LAYERS, 1), position), SCALE)[:, 0]
 
     def check(self, index: int, recording: Recording, positions: Iterator[int]) -> None:
         expected = list(positions)
@@ -65,7 +62,7 @@ class Model:
         for token in recording.tokens:
             shares = self.shares(index, token.position)
             np.testing.assert_allclose(token.mass, shares.mean((0, 1)), rtol=1e-5)
-            assert token.votes.tolist() == golden_votes(shares, TOP_P).tolist()
+            assert token.votes.tolist() == golden_blocks(shares.mean(1), shares.amax(1), TOP_P).sum(0).tolist()
             own = self.queries[index][list(ANCHORS), token.position].half()
             assert np.array_equal(token.queries, own.numpy())
             if token.layer_mass is not None:
@@ -74,7 +71,8 @@ class Model:
         asked = range(max(0, expected[0] + 1 - self.window), expected[0])
         earlier = self.queries[index][list(ANCHORS)][:, asked].transpose(0, 1).half()
         assert np.array_equal(recording.prompt_queries, earlier.numpy())
-        num_full = (expected[-1] + 1) // BS
+        num_full = recording.keys.shape[1] * CHUNK // BS
+        assert num_full >= (expected[-1] + 1) // BS
         full = self.keys[index][list(ANCHORS), : num_full * BS].view(len(ANCHORS), num_full, BS, HKV, D)
         pooled = torch.stack([pooled_keys(layer.transpose(1, 2), CHUNK) for layer in full])
         np.testing.assert_allclose(recording.keys, pooled.numpy(), rtol=1e-3)
@@ -107,6 +105,26 @@ def test_every_third_output_token() -> None:
     assert all(token.layer_mass is None for token in recording.tokens)
     assert [token.position for token in recording.tokens] == [10, 13, 16]
     model.check(0, recording, iter([10, 13, 16]))
+
+
+@pytest.mark.parametrize("elements", [1 << 27, 700, 1])
+def test_text_is_recorded_as_it_is_prefilled(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 13 tokens and the text behind it, in chunks, beside a row that decodes; in passes of any size."""
+    monkeypatch.setattr(recorder, "PASS_ELEMENTS", elements)
+    model = Model([40, 40])
+    model.step([(1, 9, 0, 9)])
+    model.step([(1, 9, 9, 1), (0, 13, 0, 11)])
+    model.step([(1, 9, 10, 1), (0, 13, 11, 8)])
+    model.step([(0, 13, 19, 12)])
+    model.check(0, model.recorder.take("0"), iter(range(12, 31)))
+    model.check(1, model.recorder.take("1"), iter(range(8, 11)))
+
+
+def test_every_third_token_of_a_text() -> None:
+    model = Model([40], every=3)
+    for done, new in ((0, 15), (15, 2), (17, 11)):
+        model.step([(0, 11, done, new)])
+    model.check(0, model.recorder.take("0"), iter(range(10, 28, 3)))
 
 
 def test_a_request_that_began_unseen_is_refused() -> None:

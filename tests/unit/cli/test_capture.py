@@ -33,6 +33,7 @@ def parse(*arguments: str) -> argparse.Namespace:
         (("--top-p", "1.5"), "--top-p is 1.5"),
         (("--max-gib", "nan"), "--max-gib is nan"),
         (("--prompts", "p.jsonl", "--accuracy-questions", "3"), "--accuracy-questions: given with --prompts"),
+        (("--prompts", "p.jsonl", "--texts", "t.txt"), "--texts: given with --prompts"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(arguments: tuple[str, ...], said: str) -> None:
