@@ -23,6 +23,8 @@ from flashmemory_kernels.capture_queries import capture_queries
 from flashmemory_kernels.capture_queries import cases as capture_cases
 from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_checksums
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
+from flashmemory_kernels.choose_sets import cases as choice_cases
+from flashmemory_kernels.choose_sets import choose_sets
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
@@ -32,6 +34,8 @@ from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.merge_attention.cases import MergeCase
 from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.project_queries import project_queries
+from flashmemory_kernels.remember_shares import cases as remember_cases
+from flashmemory_kernels.remember_shares import remember_shares
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_chunks import cases as chunk_cases
@@ -104,6 +108,23 @@ def capture_jobs(cases: Iterable[capture_cases.CaptureCase], device: str) -> Ite
         num_kept = int((inputs.query_row >= 0).sum())
         num_bytes = 4 * case.num_rows + 2 * num_kept * inputs.query[0].nbytes
         yield Job("capture_queries", _label(case), num_bytes, "device", partial(capture_queries, *inputs))
+
+
+def choice_jobs(cases: Iterable[choice_cases.ChoiceCase], device: str) -> Iterator[Job]:
+    """Jobs of `choose_sets`; after the first run sets change little, which costs the same."""
+    for case in cases:
+        inputs = choice_cases.make_inputs(case, device)
+        # Each channel is read at a block and before it, and the set is read and written
+        num_bytes = case.num_rows * case.num_groups * case.width * (8 * len(case.weights) + 2)
+        yield Job("choose_sets", _label(case), num_bytes, "device", partial(choose_sets, *inputs))
+
+
+def remember_jobs(cases: Iterable[remember_cases.RememberCase], device: str) -> Iterator[Job]:
+    """Jobs of `remember_shares`."""
+    for case in cases:
+        inputs = remember_cases.make_inputs(case, device)
+        num_bytes = inputs.mass.nbytes + inputs.lse.nbytes + 8 * len(case.channels) * sum(case.num_blocks)
+        yield Job("remember_shares", _label(case), num_bytes, "device", partial(remember_shares, *inputs))
 
 
 def table_jobs(cases: Iterable[table_cases.TableCase], device: str) -> Iterator[Job]:
@@ -221,11 +242,13 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "apply_step": lambda: step_jobs(step_cases.BENCH_CASES, "cuda"),
     "capture_queries": lambda: capture_jobs(capture_cases.BENCH_CASES, "cuda"),
     "checksum_pages": lambda: checksum_jobs(checksum_cases.BENCH_CASES, "cuda"),
+    "choose_sets": lambda: choice_jobs(choice_cases.BENCH_CASES, "cuda"),
     "compact_tables": lambda: table_jobs(table_cases.BENCH_CASES, "cuda"),
     "copy_pages": copy_jobs,
     "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),
     "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
     "project_queries": lambda: project_jobs(project_cases.BENCH_CASES, "cuda"),
+    "remember_shares": lambda: remember_jobs(remember_cases.BENCH_CASES, "cuda"),
     "score_blocks": lambda: score_jobs(score_cases.BENCH_CASES, "cuda"),
     "score_chunks": lambda: chunk_jobs(chunk_cases.BENCH_CASES, "cuda"),
     "summarise_keys": lambda: summary_jobs(summary_cases.BENCH_CASES, "cuda"),

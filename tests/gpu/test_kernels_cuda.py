@@ -20,6 +20,9 @@ from flashmemory_kernels.capture_queries.naive import capture_queries_naive
 from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_checksums
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.checksum_pages.naive import store_checksums_naive
+from flashmemory_kernels.choose_sets import cases as choice_cases
+from flashmemory_kernels.choose_sets import choose_sets
+from flashmemory_kernels.choose_sets.naive import choose_sets_naive
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
@@ -37,6 +40,9 @@ from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.project_queries.naive import project_queries_naive
+from flashmemory_kernels.remember_shares import cases as remember_cases
+from flashmemory_kernels.remember_shares import remember_shares
+from flashmemory_kernels.remember_shares.naive import remember_shares_naive
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
@@ -189,6 +195,35 @@ def test_apply_step(case: step_cases.StepCase) -> None:
     apply_step_naive(packed.cpu(), counts, lens.cpu(), expected)
     for name in ("block_ids", "entries", "block_table", "seq_lens", "slot_mapping", "query_row"):
         assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("case", [*choice_cases.CASES, *choice_cases.BENCH_CASES])
+def test_choose_sets(case: choice_cases.ChoiceCase) -> None:
+    got, expected = choice_cases.make_inputs(case, "cuda"), choice_cases.make_inputs(case, "cuda")
+    choose_sets(*got)
+    choose_sets_naive(*expected)
+    for name in ("in_set", "short_list", "long_list"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("tile", [32, 4096])
+@pytest.mark.parametrize("case", choice_cases.CASES)
+def test_choose_sets_in_tiles(case: choice_cases.ChoiceCase, tile: int) -> None:
+    from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
+
+    got, expected = choice_cases.make_inputs(case, "cuda"), choice_cases.make_inputs(case, "cuda")
+    choose_sets_triton(*got, single_tile=0, wide_tile=tile)
+    choose_sets_naive(*expected)
+    for name in ("in_set", "short_list", "long_list"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("case", [*remember_cases.CASES, *remember_cases.BENCH_CASES])
+def test_remember_shares(case: remember_cases.RememberCase) -> None:
+    got, expected = remember_cases.make_inputs(case, "cuda"), remember_cases.make_inputs(case, "cuda")
+    remember_shares(*got)
+    remember_shares_naive(*expected)
+    torch.testing.assert_close(got.memory, expected.memory, **TOL_FP32_SUM, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

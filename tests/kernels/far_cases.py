@@ -17,10 +17,15 @@ from flashmemory_kernels.capture_queries.kernel import capture_queries_triton
 from flashmemory_kernels.checksum_pages import PageSet
 from flashmemory_kernels.checksum_pages.kernel import store_checksums_triton, verify_checksums_triton
 from flashmemory_kernels.checksum_pages.naive import page_sums
+from flashmemory_kernels.choose_sets import ChoicePolicy
+from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
+from flashmemory_kernels.common.due_rows import Due, make_rows
 from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
 from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
+from flashmemory_kernels.remember_shares import Channel, Channels
+from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
 from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
 from flashmemory_kernels.score_chunks import quantise_codes
@@ -195,13 +200,59 @@ def check_apply_step(reserve: Reserve) -> None:
     assert query_row.tolist() == [4 * ROW + 3, 4 + 2]
 
 
+def check_choose_sets(reserve: Reserve) -> None:
+    """Channels, groups and places all lie far apart."""
+    memory = reserve(3 * FAR + ROW * STRIDE + 8, torch.float32)
+    memory = memory.as_strided((2, 2, ROW + 1, 8), (2 * FAR, FAR, STRIDE, 1))
+    in_set = reserve(FAR + ROW * STRIDE + 8, torch.int8).as_strided((2, ROW + 1, 8), (FAR, STRIDE, 1))
+    device = memory.device
+    in_set[:, ROW] = torch.tensor([1, 0, 0, 0, 0, 1, 0, 1], dtype=torch.int8, device=device)
+    memory[:, :, ROW] = torch.tensor([0.0, 0.1, 0.3, 0.2, 0.1, 0.4, 0.0, 0.0], device=device)
+    memory[1, 1, ROW, 4] = 1.0
+    fields = {Due.PLACE: ROW, Due.NUM_BLOCKS: 8, Due.FIRST_RECENT: 6, Due.END: 8, Due.WANT: 2, Due.CAP: 8}
+    rows = make_rows([{**fields, Due.LONG_START: -1}], 1, tile=1).to(device)
+    for tiles in ((8, 8), (0, 4)):
+        of_place = in_set[:, ROW].clone()
+        short, long = torch.zeros(1, 2, 10, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32)
+        weights = torch.ones(2, device=device)
+        choose_sets_triton(memory, in_set, rows, weights, ChoicePolicy(), short, long.to(device), *tiles)
+        assert short[0, :, 3:].tolist() == [[1, 1, 6, 2, 0, 0, 0], [1, 1, 6, 4, 0, 0, 0]]
+        assert in_set[:, ROW].tolist() == [[0, 0, 1, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+        in_set[:, ROW] = of_place
+
+
+def check_remember_shares(reserve: Reserve) -> None:
+    memory = reserve(3 * FAR + ROW * STRIDE + 4, torch.float32)
+    memory = memory.as_strided((2, 2, ROW + 1, 4), (2 * FAR, FAR, STRIDE, 1))
+    device = memory.device
+    # So many queries that the second tile begins at FAR.
+    num_kept = FAR // 256
+    mass = reserve(2 * FAR, torch.float32).view(2, 2, num_kept, 128)
+    lse = reserve(4 * num_kept, torch.float32).view(2, 2, num_kept)
+    mass[1, :, :2] = torch.arange(4.0, device=device).view(2, 2, 1)
+    lse[1, :, :2] = 4.0
+    fields = {Due.NUM_BLOCKS: 4, Due.NUM_QUERIES: 2, Due.ELAPSED: 1}
+    rows = make_rows([fields, {**fields, Due.PLACE: ROW, Due.NUM_KNOWN: 1}], 2, tile=128)
+    memory[:, :, ROW] = 0.8
+    groups = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    channels = Channels.of((Channel(0.5), Channel(0.25)), device)
+    remember_shares_triton(mass, lse, rows.to(device), groups, channels, memory)
+    shares = torch.arange(-4.0, 0.0, device=device).exp().view(2, 2)
+    for channel, decay in enumerate((0.5, 0.25)):
+        expected = torch.maximum(shares[:, 0], shares[:, 1] * decay).unsqueeze(1).repeat(1, 4)
+        expected[:, 0].clamp_(min=0.8 * decay)
+        torch.testing.assert_close(memory[channel, :, ROW], expected, rtol=1e-5, atol=1e-6)
+
+
 CHECKS: dict[str, Callable[[Reserve], None]] = {
     "apply_step": check_apply_step,
     "capture_queries": check_capture_queries,
     "checksum_pages": check_checksum_pages,
+    "choose_sets": check_choose_sets,
     "compact_tables": check_compact_tables,
     "copy_pages": check_copy_pages,
     "merge_attention": check_merge_attention,
+    "remember_shares": check_remember_shares,
     "score_blocks": check_score_blocks,
     "score_chunks": check_score_chunks,
     "summarise_keys": check_summarise_keys,

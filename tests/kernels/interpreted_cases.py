@@ -18,6 +18,11 @@ from flashmemory_kernels.checksum_pages.cases import CASES as CHECKSUM_CASES
 from flashmemory_kernels.checksum_pages.cases import make_inputs as checksum_inputs
 from flashmemory_kernels.checksum_pages.kernel import store_checksums_triton, verify_checksums_triton
 from flashmemory_kernels.checksum_pages.naive import store_checksums_naive
+from flashmemory_kernels.choose_sets.cases import CASES as CHOICE_CASES
+from flashmemory_kernels.choose_sets.cases import WIDE_CASE
+from flashmemory_kernels.choose_sets.cases import make_inputs as choice_inputs
+from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
+from flashmemory_kernels.choose_sets.naive import choose_sets_naive
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.compact_tables.cases import CASES as TABLE_CASES
 from flashmemory_kernels.compact_tables.cases import make_inputs as table_inputs
@@ -37,6 +42,10 @@ from flashmemory_kernels.project_queries.cases import CASES as PROJECT_CASES
 from flashmemory_kernels.project_queries.cases import make_inputs as project_inputs
 from flashmemory_kernels.project_queries.kernel import project_queries_triton
 from flashmemory_kernels.project_queries.naive import project_queries_naive
+from flashmemory_kernels.remember_shares.cases import CASES as REMEMBER_CASES
+from flashmemory_kernels.remember_shares.cases import make_inputs as remember_inputs
+from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
+from flashmemory_kernels.remember_shares.naive import remember_shares_naive
 from flashmemory_kernels.score_blocks.cases import CASES as SCORE_CASES
 from flashmemory_kernels.score_blocks.cases import make_inputs as score_inputs
 from flashmemory_kernels.score_blocks.kernel import LOW_PRECISION, score_blocks_triton
@@ -218,16 +227,37 @@ def check_capture_queries() -> int:
     return len(CAPTURE_CASES) * 2
 
 
+def check_choose_sets() -> int:
+    for case, tiles in (*((case, ()) for case in CHOICE_CASES), (WIDE_CASE, (0, 32))):
+        got, expected = choice_inputs(case), choice_inputs(case)
+        choose_sets_triton(*got, *tiles)
+        choose_sets_naive(*expected)
+        for name in ("in_set", "short_list", "long_list"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), (case, tiles, name)
+    return len(CHOICE_CASES) + 1
+
+
+def check_remember_shares() -> int:
+    for case in REMEMBER_CASES:
+        got, expected = remember_inputs(case), remember_inputs(case)
+        remember_shares_triton(*got)
+        remember_shares_naive(*expected)
+        torch.testing.assert_close(got.memory, expected.memory, **TOL_FP32_SUM, equal_nan=True)
+    return len(REMEMBER_CASES)
+
+
 if __name__ == "__main__":
     checks = {
         "apply_step": check_apply_step,
         "capture_queries": check_capture_queries,
         "checksum_pages": check_checksum_pages,
+        "choose_sets": check_choose_sets,
         "compact_tables": check_compact_tables,
         "copy_pages": check_copy_pages,
         "ensemble_scores": check_ensemble_scores,
         "merge_attention": check_merge_attention,
         "project_queries": check_project_queries,
+        "remember_shares": check_remember_shares,
         "score_blocks": check_score_blocks,
         "score_chunks": check_score_chunks,
         "summarise_keys": check_summarise_keys,
