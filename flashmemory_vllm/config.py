@@ -1,18 +1,19 @@
 """The one schema of every option, read from vLLM's `--additional-config '{"flashmemory": {...}}'`."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
-from flashmemory_vllm.config_text import describe_allowed
+from flashmemory_vllm import config_text
 from flashmemory_vllm.errors import ConfigError
 
-SECTION = "flashmemory"
+SECTION = config_text.SECTION
 # Decode steps between two selections by a selector that was not trained for any number of them
 DEFAULT_TAU = 16
+
+# Whose scores are shares of attention, or sums of them: 0 or more
+SHARE_SELECTORS = ("mean", "bounds", "exact", "h2o")
 
 SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o", "neural"]
 Aggregate = Literal["max", "mean"]
@@ -109,6 +110,26 @@ class FlashMemoryConfig(BaseModel):
         ge=0,
         description="Blocks that a selection scores below this get no slot, though the ratio leaves room. Scores are "
         "shares of attention in 0 to 1, of all selections so far with `h2o`. Unset: the ratio alone decides.",
+    )
+    memory_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="What a score is still worth a token later: a block is worth the best of its scores so far, each "
+        "times this for every token since. 0: a selection forgets the ones before it.",
+    )
+    successor_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="What a block is worth at least, as a share of what the block before it is worth: text that is "
+        "read goes on.",
+    )
+    hysteresis: float = Field(
+        default=0.0,
+        ge=0,
+        description="How much more a block is worth that the request holds already, as a share: what is not much "
+        "better is not copied.",
     )
     dense_fallback_share: float | None = Field(
         default=None,
@@ -207,6 +228,16 @@ class FlashMemoryConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_worth(self) -> "FlashMemoryConfig":
+        for name in ("memory_decay", "successor_share", "hysteresis"):
+            if getattr(self, name) and self.selector not in SHARE_SELECTORS:
+                raise ConfigError(
+                    f"{SECTION}.{name} is {getattr(self, name)}, but {SECTION}.selector {self.selector!r} does not "
+                    f"score by shares of attention: allowed with {', '.join(SHARE_SELECTORS)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_delay(self) -> "FlashMemoryConfig":
         if self.tau_steps is not None or self.indexer is None:  # else the checkpoint tells
             self.tau(trained=None)
@@ -258,21 +289,6 @@ class FlashMemoryConfig(BaseModel):
         try:
             return cls.model_validate(dict(section))
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
-
-
-def _explain(detail: ErrorDetails) -> str:
-    """One sentence for one error of pydantic."""
-    key = str(detail["loc"][0]) if detail["loc"] else SECTION
-    if detail["type"] == "extra_forbidden":
-        known = FlashMemoryConfig.model_fields
-        closest = get_close_matches(key, known, n=1, cutoff=0)[0]
-        return (
-            f"{SECTION}.{key} is no option (given: {detail['input']!r}): closest is {SECTION}.{closest}, "
-            f"{describe_allowed(known[closest])}"
-        )
-    if key not in FlashMemoryConfig.model_fields:
-        return str(detail["ctx"]["error"])
-    where = "".join(f"[{index}]" for index in detail["loc"][1:] if isinstance(index, int))
-    allowed = describe_allowed(FlashMemoryConfig.model_fields[key])
-    return f"{SECTION}.{key}{where} is {detail['input']!r}: allowed is {allowed}"
+            raise ConfigError(
+                "; ".join(config_text.explain(detail, cls.model_fields) for detail in error.errors())
+            ) from None

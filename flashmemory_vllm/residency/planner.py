@@ -46,6 +46,7 @@ from flashmemory_vllm.residency.types import (
     Usage,
     WriteBacks,
 )
+from flashmemory_vllm.residency.worth import Worth
 
 
 class StepPlanner:
@@ -59,6 +60,7 @@ class StepPlanner:
         max_prefetches: most blocks that one step prefetches in each layer group. Default: all that are wanted.
         fallback_share: selected share above which a request keeps all its blocks while there are slots. Default: never.
         opening_steps: first decode steps of a request that each end with a selection of their own. Default: none.
+        worth: how a block's worth follows from its scores. Default: it is the last score.
 
     Raises:
         ConfigError: `tau` or `max_prefetches` is below 1, or geometry and policy disagree on the block size.
@@ -73,6 +75,7 @@ class StepPlanner:
         max_prefetches: int | None = None,
         fallback_share: float | None = None,
         opening_steps: int = 0,
+        worth: Worth | None = None,
     ) -> None:
         for name, given in (("tau", tau), ("max_prefetches", max_prefetches)):
             if given is not None and given < 1:
@@ -90,7 +93,8 @@ class StepPlanner:
             self._fallback = DenseFallback(
                 fallback_share, score_threshold, geometry.num_slots, self._requests, self._counters
             )
-        self._settler = Settler(self._slots, self._counters, score_threshold, self._fallback)
+        self._worth = Worth() if worth is None else worth
+        self._settler = Settler(self._slots, self._counters, score_threshold, self._fallback, self._worth)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
         self._lut_view.flags.writeable = False
@@ -143,7 +147,10 @@ class StepPlanner:
             )
         if np.isnan(scores).any():
             raise IntegrityError(f"request {selection.req_id}: a score is NaN, allowed are numbers")
-        state.offered = scores.astype(np.float32)
+        since = state.num_tokens - state.remembered_at
+        state.memory = self._worth.remember(scores.astype(np.float32), state.memory, since)
+        state.remembered_at = state.num_tokens
+        state.offered = self._worth.of(state.memory)
 
     def hasten(self, req_ids: Iterable[str]) -> None:
         """Make requests due in their next step, as far as the cap on selections allows.

@@ -70,8 +70,10 @@ class RequestState:
         num_tokens: tokens that have KV after the last planned step.
         blocks: logical blocks, those without tokens yet at the end.
         sets: the resident set of each group.
-        offered: scores of a selection that is not yet in force, `[G, n]`.
-        scores: scores of the selection in force, `[G, n]`.
+        memory: what blocks are remembered for, `[G, n]`; see `Worth`.
+        remembered_at: tokens with KV when it was last brought up to date.
+        offered: worth of blocks by a selection that is not yet in force, `[G, n]`.
+        scores: worth by the selection in force, `[G, n]`.
         selection: running number of the selection in force over all requests.
         is_decoding: a decode row was planned.
         kept_all: the budget of the last decode row covered all blocks; true before the first.
@@ -94,6 +96,8 @@ class RequestState:
     num_tokens: int
     blocks: BlockList
     sets: list[ResidentSet]
+    memory: FloatArray | None = None
+    remembered_at: int = 0
     offered: FloatArray | None = None
     scores: FloatArray | None = None
     selection: int = 0

@@ -14,18 +14,25 @@ from flashmemory_vllm.residency.ranking import Frame, best, difference, merged, 
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import NOTHING, IntArray, Phase
+from flashmemory_vllm.residency.worth import Worth
 
 
 class Settler:
     """Settles one row at a time: pins what has slots, gives up what it no longer holds, demands what is missing."""
 
     def __init__(
-        self, slots: SlotTable, counters: Counters, score_threshold: float, fallback: DenseFallback | None
+        self,
+        slots: SlotTable,
+        counters: Counters,
+        score_threshold: float,
+        fallback: DenseFallback | None,
+        worth: Worth,
     ) -> None:
         self._slots = slots
         self._counters = counters
         self._score_threshold = score_threshold
         self._fallback = fallback
+        self._worth = worth
 
     def settle(self, row: ScheduledRequest, demand: Demand) -> None:
         """Bring the sets of a row up to date. A decode row that goes on in the same block has nothing to do.
@@ -126,7 +133,9 @@ class Settler:
                 candidates = worth_a_slot(candidates, state.scores_of(group), self._score_threshold)
             else:
                 candidates = self._resident(row, group, candidates)
-            target = frame.with_best(candidates, state.scores_of(group), budget)
+            # What a prompt happens to hold is no set: nobody has chosen it.
+            held = resident.held if state.is_decoding else NOTHING
+            target = frame.with_best(candidates, self._worth.preferring(held, state.scores_of(group)), budget)
             # The first set is needed at once. Later ones have an old set to go on with meanwhile.
             joining = self._change_set(row, group, target, demand, may_wait=state.is_decoding and not state.at_once)
             if is_selected:

@@ -16,6 +16,7 @@ from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import Geometry
+from flashmemory_vllm.residency.worth import Worth
 from flashmemory_vllm.runtime.drift import QueryDrift
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
@@ -191,6 +192,7 @@ def _planner(
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
         fallback_share=config.dense_fallback_share,
         opening_steps=opening_steps(config),
+        worth=Worth(config.memory_decay, config.successor_share, config.hysteresis),
     )
 
 

@@ -70,6 +70,13 @@ def test_given_options_replace_defaults() -> None:
             "flashmemory.drift_threshold is 1.5: allowed is unset or a number >= 0 and <= 1",
         ),
         (
+            {"selector": "streaming", "hysteresis": 1.0},
+            (
+                "flashmemory.hysteresis is 1.0, but flashmemory.selector 'streaming' does not score by shares of "
+                "attention: allowed with mean, bounds, exact, h2o"
+            ),
+        ),
+        (
             {"dense_fallback_share": 0.2},
             (
                 "flashmemory.dense_fallback_share is 0.2, but nothing says which blocks are worth a slot: allowed with "

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import DueSelection, Geometry, Selection, StepInput, StepPlan
+from flashmemory_vllm.residency.worth import Worth
 from tests.unit.residency.memory_twin import MemoryTwin
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 
@@ -37,6 +38,7 @@ class World:
     max_prefetches: int
     threshold: float
     opening_steps: int
+    worth: Worth
     fallback_share: float | None
     extra_slots: int
     extra_blocks: int
@@ -69,6 +71,7 @@ def worlds(draw: st.DrawFn) -> World:
         threshold=draw(st.sampled_from([-inf, 3.0])),
         fallback_share=draw(st.sampled_from([None, 0.1, 0.5])),
         opening_steps=draw(st.sampled_from([0, 1, 4])),
+        worth=draw(st.sampled_from([Worth(), Worth(0.9, 0.5, 1.0)])),
         extra_slots=draw(st.sampled_from([0, 2, 8, 20, 60])),
         extra_blocks=draw(st.sampled_from([10, 0, 60, 300])),
         num_families=draw(st.sampled_from([2, 1, 5])),
@@ -97,6 +100,7 @@ class History:
             world.max_prefetches,
             world.fallback_share,
             world.opening_steps,
+            world.worth,
         )
         self.max_prefetches = world.max_prefetches
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)

@@ -12,6 +12,7 @@ import pytest
 
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.types import Phase
+from flashmemory_vllm.residency.worth import Worth
 from tests.unit.residency.driver import Driver, positions
 from tests.unit.residency.scheduler_twin import Request
 from tests.unit.residency.test_histories import History, World
@@ -33,6 +34,7 @@ WORLD = World(
     tau=3,
     max_prefetches=2,
     threshold=-inf,
+    worth=Worth(),
     opening_steps=0,
     fallback_share=None,
     extra_slots=0,
