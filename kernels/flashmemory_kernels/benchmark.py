@@ -36,10 +36,14 @@ from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.remember_shares import cases as remember_cases
 from flashmemory_kernels.remember_shares import remember_shares
+from flashmemory_kernels.row_lse import cases as lse_cases
+from flashmemory_kernels.row_lse import row_lse
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.score_chunks import score_chunks
+from flashmemory_kernels.score_rows import cases as score_rows_cases
+from flashmemory_kernels.score_rows import score_rows
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.summarise_keys import summarise_keys
 from flashmemory_kernels.translate_slots import cases as translate_cases
@@ -185,6 +189,24 @@ def chunk_jobs(
         yield Job("score_chunks", _label(case), num_bytes, "device", partial(op, *inputs))
 
 
+def score_rows_jobs(
+    cases: Iterable[score_rows_cases.ScoreRowsCase], device: str, op: Callable[..., None] = score_rows
+) -> Iterator[Job]:
+    """Jobs of `score_rows`, or of the kernel under another configuration."""
+    for case in cases:
+        inputs = score_rows_cases.make_inputs(case, device=device)
+        block_bytes = inputs.key_rows[:, 0].nbytes + (0 if inputs.scales is None else inputs.scales[:, 0].nbytes)
+        num_bytes = sum(case.num_blocks) * (block_bytes + 4) + inputs.mass.nbytes
+        yield Job("score_rows", _label(case), num_bytes, "device", partial(op, *inputs))
+
+
+def lse_jobs(cases: Iterable[lse_cases.LseCase], device: str) -> Iterator[Job]:
+    """Jobs of `row_lse`."""
+    for case in cases:
+        inputs = lse_cases.make_inputs(case, device)
+        yield Job("row_lse", _label(case), inputs[0].nbytes + inputs[2].nbytes, "device", partial(row_lse, *inputs))
+
+
 def summary_jobs(cases: Iterable[summary_cases.SummaryCase], device: str) -> Iterator[Job]:
     """Jobs of `summarise_keys`."""
     for case, kind in itertools.product(cases, summary_cases.KINDS):
@@ -249,8 +271,10 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
     "project_queries": lambda: project_jobs(project_cases.BENCH_CASES, "cuda"),
     "remember_shares": lambda: remember_jobs(remember_cases.BENCH_CASES, "cuda"),
+    "row_lse": lambda: lse_jobs(lse_cases.BENCH_CASES, "cuda"),
     "score_blocks": lambda: score_jobs(score_cases.BENCH_CASES, "cuda"),
     "score_chunks": lambda: chunk_jobs(chunk_cases.BENCH_CASES, "cuda"),
+    "score_rows": lambda: score_rows_jobs(score_rows_cases.BENCH_CASES, "cuda"),
     "summarise_keys": lambda: summary_jobs(summary_cases.BENCH_CASES, "cuda"),
     "translate_slots": lambda: translate_jobs(translate_cases.BENCH_CASES, "cuda"),
 }
@@ -319,12 +343,15 @@ def tune_jobs(ops: Iterable[str]) -> Iterator[Job]:
 
     from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
     from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
+    from flashmemory_kernels.score_rows.kernel import score_rows_triton
 
     blocks = [case for case in score_cases.BENCH_CASES if case.num_layers == 1 and case.num_blocks > 4096]
     chunks = [case for case in chunk_cases.BENCH_CASES if case.num_blocks > 4096]
+    rows = [case for case in score_rows_cases.BENCH_CASES if len(case.num_blocks) > 1]
     makers: dict[str, Callable[[TileConfig], Iterator[Job]]] = {
         "score_blocks": lambda config: score_jobs(blocks, "cuda", partial(score_blocks_triton, config=config)),
         "score_chunks": lambda config: chunk_jobs(chunks, "cuda", partial(score_chunks_triton, config=config)),
+        "score_rows": lambda config: score_rows_jobs(rows, "cuda", partial(score_rows_triton, config=config)),
     }
     for op, config in itertools.product(sorted(makers.keys() & set(ops)), TUNED_CONFIGS):
         for job in makers[op](config):

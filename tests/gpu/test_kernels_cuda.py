@@ -24,6 +24,7 @@ from flashmemory_kernels.choose_sets import cases as choice_cases
 from flashmemory_kernels.choose_sets import choose_sets
 from flashmemory_kernels.choose_sets.naive import choose_sets_naive
 from flashmemory_kernels.common import TileConfig
+from flashmemory_kernels.common.due_rows import padded_mass, scored_rows
 from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.compact_tables import compact_tables
 from flashmemory_kernels.compact_tables.naive import compact_tables_naive
@@ -43,6 +44,9 @@ from flashmemory_kernels.project_queries.naive import project_queries_naive
 from flashmemory_kernels.remember_shares import cases as remember_cases
 from flashmemory_kernels.remember_shares import remember_shares
 from flashmemory_kernels.remember_shares.naive import remember_shares_naive
+from flashmemory_kernels.row_lse import cases as lse_cases
+from flashmemory_kernels.row_lse import row_lse
+from flashmemory_kernels.row_lse.naive import row_lse_naive
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
@@ -50,6 +54,9 @@ from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.score_chunks import score_chunks
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from flashmemory_kernels.score_chunks.op import FP8_CAPABILITY
+from flashmemory_kernels.score_rows import cases as score_rows_cases
+from flashmemory_kernels.score_rows import score_rows
+from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys import Kind, summarise_keys
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
@@ -195,6 +202,39 @@ def test_apply_step(case: step_cases.StepCase) -> None:
     apply_step_naive(packed.cpu(), counts, lens.cpu(), expected)
     for name in ("block_ids", "entries", "block_table", "seq_lens", "slot_mapping", "query_row"):
         assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", [*score_rows_cases.CASES, *score_rows_cases.BENCH_CASES[::3]])
+def test_score_rows(case: score_rows_cases.ScoreRowsCase, dtype: torch.dtype) -> None:
+    got, expected = (score_rows_cases.make_inputs(case, dtype, "cuda") for _ in range(2))
+    score_rows(*got)
+    score_rows_naive(*expected)
+    scored = got.rows[scored_rows(got.rows)]
+    tolerance = TOL_FP32_SUM if dtype == torch.float32 else TOL_TENSOR_CORES
+    torch.testing.assert_close(padded_mass(got.mass, scored), padded_mass(expected.mass, scored), **tolerance)
+
+
+@pytest.mark.parametrize("values", [(16, 0, 4, 1), (64, 1, 4, 2), (128, 2, 8, 3)])
+@pytest.mark.parametrize("case", score_rows_cases.CASES)
+def test_score_rows_under_any_configuration(
+    case: score_rows_cases.ScoreRowsCase, values: tuple[int, int, int, int]
+) -> None:
+    from flashmemory_kernels.score_rows.kernel import score_rows_triton
+
+    got, expected = (score_rows_cases.make_inputs(case, device="cuda") for _ in range(2))
+    score_rows_triton(*got, TileConfig(*values))
+    score_rows_naive(*expected)
+    scored = got.rows[scored_rows(got.rows)]
+    torch.testing.assert_close(padded_mass(got.mass, scored), padded_mass(expected.mass, scored), **TOL_TENSOR_CORES)
+
+
+@pytest.mark.parametrize("case", [*lse_cases.CASES, *lse_cases.BENCH_CASES])
+def test_row_lse(case: lse_cases.LseCase) -> None:
+    (mass, rows, got), (_, _, expected) = lse_cases.make_inputs(case, "cuda"), lse_cases.make_inputs(case, "cuda")
+    row_lse(mass, rows, got)
+    row_lse_naive(mass, rows, expected)
+    torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
 
 
 @pytest.mark.parametrize("case", [*choice_cases.CASES, *choice_cases.BENCH_CASES])

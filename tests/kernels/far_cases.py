@@ -26,11 +26,14 @@ from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.remember_shares import Channel, Channels
 from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
+from flashmemory_kernels.row_lse.kernel import row_lse_triton
 from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
 from flashmemory_kernels.score_blocks.naive import score_blocks_naive
 from flashmemory_kernels.score_chunks import quantise_codes
 from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
+from flashmemory_kernels.score_rows.kernel import score_rows_triton
+from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
 from flashmemory_kernels.translate_slots.kernel import translate_slots_triton
 
@@ -244,6 +247,39 @@ def check_remember_shares(reserve: Reserve) -> None:
         torch.testing.assert_close(memory[channel, :, ROW], expected, rtol=1e-5, atol=1e-6)
 
 
+def check_row_lse(reserve: Reserve) -> None:
+    num_tiles = FAR // 32 + 1
+    mass = reserve(num_tiles * 32, torch.float32).view(num_tiles, 2, 1, 16)
+    mass[-1] = torch.randn(2, 1, 16, device=mass.device)
+    rows = make_rows([{Due.NUM_BLOCKS: 9, Due.NUM_QUERIES: 1}], 1, tile=16)
+    rows[:, Due.FIRST_TILE] = num_tiles - 1
+    lse = torch.zeros(1, 2, 1, device=mass.device)
+    row_lse_triton(mass, rows.to(mass.device), lse)
+    torch.testing.assert_close(lse[0], mass[-1, :, :, :9].logsumexp(2), rtol=1e-5, atol=1e-5)
+
+
+def check_score_rows(reserve: Reserve) -> None:
+    """Index, queries and ids lie far apart, each by layer, block or place."""
+    memory = reserve(FAR + (ROW + 1) * STRIDE, torch.float32)
+    index, device = memory.as_strided((2, ROW + 1, 2, 1, 16), (FAR, STRIDE, 16, 16, 1)), memory.device
+    ids = far_rows(reserve, torch.int32, 3)
+    ids[ROW] = torch.tensor([ROW, 1, ROW - 1], device=device)
+    index[:, ids[ROW].long()] = torch.randn(2, 3, 2, 1, 16, device=device)
+    queries = reserve(FAR + (ROW + 1) * STRIDE, torch.float32)
+    queries = queries.as_strided((2, ROW + 1, 2, 4, 16), (FAR, STRIDE, 64, 16, 1))
+    queries[:, ROW] = torch.randn(2, 2, 4, 16, device=device)
+    rows = make_rows(
+        [{Due.PLACE: ROW, Due.POSITION: 5, Due.NUM_QUERIES: 2, Due.NUM_BLOCKS: 3}], 1, tile=16
+    )  # fmt: skip
+    got, expected = torch.zeros(2, 1, 8, 2, 16, device=device)
+    score_rows_triton(queries, index, None, ids, rows.to(device), 0.3, got)
+    near = index[:, ids[ROW].long()].contiguous()
+    rows[0, Due.PLACE] = 0
+    near_ids = torch.arange(3, dtype=torch.int32, device=device).unsqueeze(0)
+    score_rows_naive(queries[:, ROW:].contiguous(), near, None, near_ids, rows.to(device), 0.3, expected)
+    torch.testing.assert_close(got[..., :3], expected[..., :3], rtol=1e-5, atol=1e-5)
+
+
 CHECKS: dict[str, Callable[[Reserve], None]] = {
     "apply_step": check_apply_step,
     "capture_queries": check_capture_queries,
@@ -253,8 +289,10 @@ CHECKS: dict[str, Callable[[Reserve], None]] = {
     "copy_pages": check_copy_pages,
     "merge_attention": check_merge_attention,
     "remember_shares": check_remember_shares,
+    "row_lse": check_row_lse,
     "score_blocks": check_score_blocks,
     "score_chunks": check_score_chunks,
+    "score_rows": check_score_rows,
     "summarise_keys": check_summarise_keys,
     "translate_slots": check_translate_slots,
 }

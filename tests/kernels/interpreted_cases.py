@@ -24,6 +24,7 @@ from flashmemory_kernels.choose_sets.cases import make_inputs as choice_inputs
 from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
 from flashmemory_kernels.choose_sets.naive import choose_sets_naive
 from flashmemory_kernels.common import TileConfig
+from flashmemory_kernels.common.due_rows import padded_mass, scored_rows
 from flashmemory_kernels.compact_tables.cases import CASES as TABLE_CASES
 from flashmemory_kernels.compact_tables.cases import make_inputs as table_inputs
 from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
@@ -46,6 +47,10 @@ from flashmemory_kernels.remember_shares.cases import CASES as REMEMBER_CASES
 from flashmemory_kernels.remember_shares.cases import make_inputs as remember_inputs
 from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
 from flashmemory_kernels.remember_shares.naive import remember_shares_naive
+from flashmemory_kernels.row_lse.cases import CASES as LSE_CASES
+from flashmemory_kernels.row_lse.cases import make_inputs as lse_inputs
+from flashmemory_kernels.row_lse.kernel import row_lse_triton
+from flashmemory_kernels.row_lse.naive import row_lse_naive
 from flashmemory_kernels.score_blocks.cases import CASES as SCORE_CASES
 from flashmemory_kernels.score_blocks.cases import make_inputs as score_inputs
 from flashmemory_kernels.score_blocks.kernel import LOW_PRECISION, score_blocks_triton
@@ -54,6 +59,10 @@ from flashmemory_kernels.score_chunks.cases import CASES as CHUNK_CASES
 from flashmemory_kernels.score_chunks.cases import make_inputs as chunk_inputs
 from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
+from flashmemory_kernels.score_rows import kernel as score_rows_kernel
+from flashmemory_kernels.score_rows.cases import CASES as SCORE_ROWS_CASES
+from flashmemory_kernels.score_rows.cases import make_inputs as score_rows_inputs
+from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys.cases import CASES as SUMMARY_CASES
 from flashmemory_kernels.summarise_keys.cases import KINDS
 from flashmemory_kernels.summarise_keys.cases import make_inputs as summary_inputs
@@ -246,6 +255,28 @@ def check_remember_shares() -> int:
     return len(REMEMBER_CASES)
 
 
+def check_row_lse() -> int:
+    for case in LSE_CASES:
+        (mass, rows, got), (_, _, expected) = lse_inputs(case), lse_inputs(case)
+        row_lse_triton(mass, rows, got)
+        row_lse_naive(mass, rows, expected)
+        torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
+    return len(LSE_CASES)
+
+
+def check_score_rows() -> int:
+    # As for `score_blocks`.
+    del score_rows_kernel.LOW_PRECISION[torch.bfloat16]
+    for case, dtype in itertools.product(SCORE_ROWS_CASES, (torch.float16, torch.bfloat16)):
+        got, expected = score_rows_inputs(case, dtype), score_rows_inputs(case, dtype)
+        score_rows_kernel.score_rows_triton(*got)
+        score_rows_naive(*expected)
+        scored = got.rows[scored_rows(got.rows)]
+        of_rows = (padded_mass(given.mass, scored) for given in (got, expected))
+        torch.testing.assert_close(*of_rows, **TOL_FP32_SUM)
+    return len(SCORE_ROWS_CASES) * 2
+
+
 if __name__ == "__main__":
     checks = {
         "apply_step": check_apply_step,
@@ -258,8 +289,10 @@ if __name__ == "__main__":
         "merge_attention": check_merge_attention,
         "project_queries": check_project_queries,
         "remember_shares": check_remember_shares,
+        "row_lse": check_row_lse,
         "score_blocks": check_score_blocks,
         "score_chunks": check_score_chunks,
+        "score_rows": check_score_rows,
         "summarise_keys": check_summarise_keys,
         "translate_slots": check_translate_slots,
     }

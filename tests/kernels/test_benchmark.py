@@ -17,8 +17,10 @@ from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.remember_shares import cases as remember_cases
+from flashmemory_kernels.row_lse import cases as lse_cases
 from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_chunks import cases as chunk_cases
+from flashmemory_kernels.score_rows import cases as score_rows_cases
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.translate_slots import cases as translate_cases
 
@@ -33,8 +35,10 @@ SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
     "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),
     "project_queries": lambda: benchmark.project_jobs(project_cases.CASES, "cpu"),
     "remember_shares": lambda: benchmark.remember_jobs(remember_cases.CASES, "cpu"),
+    "row_lse": lambda: benchmark.lse_jobs(lse_cases.CASES, "cpu"),
     "score_blocks": lambda: benchmark.score_jobs(score_cases.CASES, "cpu"),
     "score_chunks": lambda: benchmark.chunk_jobs([case for case in chunk_cases.CASES if case.num_blocks], "cpu"),
+    "score_rows": lambda: benchmark.score_rows_jobs(score_rows_cases.CASES, "cpu"),
     "summarise_keys": lambda: benchmark.summary_jobs(summary_cases.CASES, "cpu"),
     "translate_slots": lambda: benchmark.translate_jobs(translate_cases.CASES, "cpu"),
 }
