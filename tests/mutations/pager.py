@@ -196,6 +196,27 @@ PAGER = (
         f"{_TEST}test_planner.py::test_a_selection_that_meets_its_request_in_prefill_again_is_ignored",
     ),
     Mutation(
+        "a score is remembered for ever",
+        f"{_DIR}worth.py",
+        "np.float32(self.memory_decay**num_tokens)",
+        "np.float32(1)",
+        f"{_TEST}test_worth.py::test_memory_is_the_best_score_faded_by_its_age",
+    ),
+    Mutation(
+        "what the last chunk of a prompt held is preferred, though nobody chose it",
+        f"{_DIR}settling.py",
+        "held = resident.held if state.is_decoding else NOTHING",
+        "held = resident.held",
+        f"{_TEST}test_worth.py::test_what_a_prompt_happens_to_hold_is_not_preferred",
+    ),
+    Mutation(
+        "a slot is given out twice: who joins the queue again stands in it twice",
+        f"{_DIR}idle_queue.py",
+        "self._stamp_of[self._slots[start:end]] == self._stamps[start:end]",
+        "self._stamp_of[self._slots[start:end]] != NOT_QUEUED",
+        f"{_TEST}test_idle_queue.py::test_it_is_a_list_of_distinct_slots",
+    ),
+    Mutation(
         "more selections in a step than the cap",
         f"{_DIR}cadence.py",
         "waiting[: cdiv(num_sparse, self._tau)]",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flashmemory_vllm.residency.types import FloatArray, Selection
+from flashmemory_vllm.residency.types import FloatArray, NewRequest, Selection
 from flashmemory_vllm.residency.worth import Worth
 from tests.unit.residency.driver import Driver, positions
 
@@ -93,6 +93,7 @@ def test_a_block_in_the_set_gives_way_only_to_one_that_is_much_better() -> None:
 
 def test_what_a_prompt_happens_to_hold_is_not_preferred() -> None:
     driver = Driver(ratio=0.4, tau=50, worth=Worth(hysteresis=9.0))
-    driver.prefill("a", 12)
+    driver.step([NewRequest("a", tuple(range(1, 17)), 0, 48)], a=44)
+    driver.step(a=4)  # holds block 11 only
     offer(driver, {3: 0.9, 5: 0.8, 7: 0.7, 11: 0.5})
     assert positions(driver.step(a=1), "a") == [0, 3, 5, 7, 12]
