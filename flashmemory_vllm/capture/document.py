@@ -12,8 +12,9 @@ from flashmemory_vllm.errors import IntegrityError
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Half: TypeAlias = npt.NDArray[np.float16]
-# Blocks with less of the attention mass are left out.
+# Blocks with less of the attention mass, and those that no head pays so much of its attention to, are left out.
 LEAST_MASS = 1e-4
+LEAST_SHARE = 1e-2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,14 +24,14 @@ class Token:
     Attributes:
         position: index of the token in its document.
         queries: float16 [A, Hq, D] after RoPE, of the anchor layers.
-        votes: uint8 [n], layers in which each block is golden.
+        largest: float16 [n], largest share of each block in the attention of any head of any layer.
         mass: float32 [n], share of each block, mean over all layers and heads.
         layer_mass: float16 [2, L, n], mean and maximum over the heads of each layer; None if not asked for.
     """
 
     position: int
     queries: Half
-    votes: npt.NDArray[np.uint8]
+    largest: Half
     mass: npt.NDArray[np.float32]
     layer_mass: Half | None
 
@@ -69,12 +70,11 @@ class Document:
     recording: Recording
     every: int
 
-    def tensors(self, block_size: int, min_votes: int) -> dict[str, Array]:
+    def tensors(self, block_size: int) -> dict[str, Array]:
         """The document's tensors by name, without a prefix.
 
         Args:
             block_size: tokens in a block.
-            min_votes: layers that make a block golden.
 
         Raises:
             IntegrityError: a recorded number does not fit into float16.
@@ -83,8 +83,8 @@ class Document:
         num_tokens = -(-len(self.output_ids) // self.every)
         tokens = list(self.recording.tokens[:num_tokens])
         # Blocks that are still being written are no candidates.
-        golden = [
-            np.flatnonzero(token.votes[: token.position // block_size] >= min_votes).astype(np.int32)
+        shared = [
+            np.flatnonzero(token.largest[: token.position // block_size] >= LEAST_SHARE).astype(np.int32)
             for token in tokens
         ]
         massive = [np.flatnonzero(token.mass > LEAST_MASS).astype(np.int32) for token in tokens]
@@ -93,9 +93,9 @@ class Document:
             "prompt_queries": self.recording.prompt_queries,
             "queries": np.stack([token.queries for token in tokens]),
             "positions": np.asarray([token.position for token in tokens], np.int32),
-            "golden_ptr": _pointers(golden),
-            "golden_ids": np.concatenate(golden),
-            "golden_votes": np.concatenate([token.votes[ids] for token, ids in zip(tokens, golden, strict=True)]),
+            "share_ptr": _pointers(shared),
+            "share_ids": np.concatenate(shared),
+            "share": np.concatenate([token.largest[ids] for token, ids in zip(tokens, shared, strict=True)]),
             "mass_ptr": _pointers(massive),
             "mass_ids": np.concatenate(massive),
             "mass": np.concatenate([token.mass[ids] for token, ids in zip(tokens, massive, strict=True)]).astype(

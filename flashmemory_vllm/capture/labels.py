@@ -1,4 +1,4 @@
-"""What dense attention looked at: mass of each block, and the blocks that were worth having."""
+"""What dense attention looked at: the share of each block."""
 
 import torch
 
@@ -26,32 +26,3 @@ def block_mass(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tenso
     # Not a sum: memory that no token was written to may hold NaN.
     shares = logits.masked_fill_(later.unsqueeze(1), -torch.inf).softmax(-1)
     return shares.view(*shares.shape[:-1], num_blocks, block_size).sum(-1).transpose(1, 2)
-
-
-def golden_blocks(mass: torch.Tensor, largest: torch.Tensor, top_p: float, min_share: float = 0.0) -> torch.Tensor:
-    """Which blocks are golden in one layer.
-
-    A layer's golden blocks are the shortest prefix, in descending order of their mean share over the heads, that holds
-    `top_p` of the whole, the block that crosses the line among them; of these, those that one head or more pays
-    `min_share` of its attention to. Heads that look everywhere need many blocks to reach `top_p`, and none of these
-    matters.
-
-    Args:
-        mass: float32 [..., n], mean share over the heads, adding up to 1.
-        largest: float32 [..., n], largest share of any head.
-        top_p: share in (0, 1].
-        min_share: share in [0, 1]. Default: none is asked for.
-
-    Returns:
-        bool [..., n].
-    """
-    ordered, blocks = mass.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1).roll(1, dims=-1)
-    before[..., 0] = 0.0
-    golden = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, before < top_p)
-    return golden & (largest >= min_share)
-
-
-def default_min_votes(num_layers: int) -> int:
-    """15 % of the layers; at least 2 where there are 6 or more, so that one odd layer decides nothing."""
-    return max(2 if num_layers >= 6 else 1, round(0.15 * num_layers))

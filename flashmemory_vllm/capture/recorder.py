@@ -7,7 +7,7 @@ from itertools import accumulate, groupby
 import torch
 
 from flashmemory_vllm.capture.document import Recording, Token
-from flashmemory_vllm.capture.labels import block_mass, golden_blocks
+from flashmemory_vllm.capture.labels import block_mass
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.neural_model import pooled_keys
 
@@ -22,16 +22,12 @@ class Choices:
     """What to record, as the user chose it.
 
     Attributes:
-        top_p: share of the mass that a layer's golden blocks hold.
-        min_share: share of a head's attention that each of them holds.
         every: output tokens from one recorded token to the next.
         chunk_size: tokens in a chunk, over which keys are pooled; divides the block size.
         query_window: newest tokens of a prompt whose queries are kept, the last one among them.
         layer_mass: keep the mass of each layer, too.
     """
 
-    top_p: float
-    min_share: float
     every: int
     chunk_size: int
     query_window: int
@@ -104,7 +100,7 @@ class _Pass:
         places: int64 [R, T], where they lie in the batch.
         at: int64 [R, T], the positions on the device.
         slots: [R, n], pages of the rows, those of the longest in number.
-        votes: uint8 [R, T, n], layers in which each block is golden, of those so far.
+        largest: float32 [R, T, n], largest share of any head of the layers so far.
         mass: float32 [R, T, n], sum over the layers so far.
         num_layers: layers so far.
         queries: [R, T, Hq, D] of each anchor layer.
@@ -116,7 +112,7 @@ class _Pass:
     places: torch.Tensor
     at: torch.Tensor
     slots: torch.Tensor
-    votes: torch.Tensor
+    largest: torch.Tensor
     mass: torch.Tensor
     num_layers: int = 0
     queries: list[torch.Tensor] = field(default_factory=list)
@@ -256,21 +252,20 @@ class Recorder:
             places=at + torch.tensor([offset for _, offset, _ in alike], device=device).unsqueeze(1),
             at=at,
             slots=slots.masked_fill(~is_own, 0),
-            votes=torch.zeros(shape, dtype=torch.uint8, device=device),
+            largest=torch.zeros(shape, device=device),
             mass=torch.zeros(shape, device=device),
         )
 
     def _look(self, one: _Pass, layer: int, queries: torch.Tensor, *, is_anchor: bool) -> None:
         """Add what a layer's queries [R, T, Hq, D] attend to."""
-        choices = self.settings.choices
         keys = self._read_keys(layer, one.slots.flatten())
         by_row = keys.view(*one.slots.shape, *keys.shape[1:])
         shares = block_mass(queries, by_row, one.at, self.settings.softmax_scale)
         mass, largest = shares.mean(2), shares.amax(2)
         one.num_layers += 1
         one.mass += mass
-        one.votes += golden_blocks(mass, largest, choices.top_p, choices.min_share)
-        if choices.layer_mass:
+        torch.maximum(one.largest, largest, out=one.largest)
+        if self.settings.choices.layer_mass:
             one.by_layer.append(torch.stack((mass, largest)).half())
         if is_anchor:
             one.queries.append(queries.half())
@@ -278,7 +273,7 @@ class Recorder:
     def _keep(self, one: _Pass) -> None:
         """Fetch what a pass has found, and give each token its part."""
         queries = torch.stack(one.queries, dim=2).cpu().numpy()  # [R, T, A, Hq, D]
-        votes, mass = one.votes.cpu().numpy(), (one.mass / one.num_layers).cpu().numpy()
+        largest, mass = one.largest.half().cpu().numpy(), (one.mass / one.num_layers).cpu().numpy()
         by_layer = torch.stack(one.by_layer, dim=1).cpu().numpy() if one.by_layer else None  # [2, L, R, T, n]
         for row, (req_id, positions) in enumerate(zip(one.req_ids, one.positions, strict=True)):
             for place, position in enumerate(positions):
@@ -286,7 +281,7 @@ class Recorder:
                 token = Token(
                     position=position,
                     queries=queries[row, place],
-                    votes=votes[row, place, :num_blocks],
+                    largest=largest[row, place, :num_blocks],
                     mass=mass[row, place, :num_blocks],
                     layer_mass=None if by_layer is None else by_layer[:, :, row, place, :num_blocks],
                 )

@@ -36,7 +36,7 @@ def record(engine: RecordingEngine, prompts: Sequence[Prompt], writer: CaptureWr
     try:
         with tqdm(total=len(prompts), initial=first, unit="document") as progress:
             for document in in_order(engine, prompts, first, every, batch):
-                if not writer.add(document.tensors(writer.block_size, writer.min_votes)):
+                if not writer.add(document.tensors(writer.block_size)):
                     progress.write(f"--max-gib is reached: {writer.num_documents} of {len(prompts)} documents are kept")
                     break
                 progress.update()
@@ -44,6 +44,16 @@ def record(engine: RecordingEngine, prompts: Sequence[Prompt], writer: CaptureWr
         # Whatever ended it: the next run goes on behind what there is
         writer.flush()
     writer.finish()
+
+
+def look(engine: RecordingEngine, prompts: Sequence[Prompt]) -> list[Recording]:
+    """Recordings of some prompts, all of them at once, in any order."""
+    for index, prompt in enumerate(prompts):
+        engine.submit(f"first look {index}", prompt)
+    found: list[Recording] = []
+    while len(found) < len(prompts):
+        found += [recording for _, _, recording in engine.finished()]
+    return found
 
 
 def in_order(

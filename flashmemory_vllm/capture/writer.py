@@ -18,7 +18,7 @@ from flashmemory_vllm.capture.document import Array, with_prefix
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.files import whole_file, write_json
 
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 512 << 20
 GIB = 1 << 30
 # Room for the header of a shard, which names every tensor, and for one document's part of it.
@@ -62,9 +62,6 @@ class CaptureMeta:
         shape: sizes of its attention.
         chunk_size: tokens in a chunk, over which keys are pooled.
         query_window: newest tokens of a prompt whose queries are kept, the last one among them.
-        top_p: share of a layer's mass that its golden blocks hold.
-        min_share: share of a head's attention that each of them holds.
-        min_votes: layers that make a block golden.
         window: decode steps that one selection is to serve.
         delay: decode steps from a selection's queries until its scores are asked for.
         provenance: where the data come from, and what must be equal for a capture to be continued.
@@ -75,9 +72,6 @@ class CaptureMeta:
     shape: ModelShape
     chunk_size: int
     query_window: int
-    top_p: float
-    min_share: float
-    min_votes: int
     window: int
     delay: int
     provenance: Mapping[str, Any]
@@ -91,6 +85,12 @@ class CaptureMeta:
 def is_complete(folder: Path) -> bool:
     """Whether a capture was finished there."""
     return (folder / _INDEX).is_file()
+
+
+def begun_anchors(folder: Path) -> tuple[int, ...] | None:
+    """Anchor layers of the capture that was begun there; None if there is none."""
+    path = folder / _META
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["anchor_layers"]) if path.is_file() else None
 
 
 class CaptureWriter:
@@ -129,11 +129,6 @@ class CaptureWriter:
     def block_size(self) -> int:
         """Tokens in a block of the recorded model."""
         return self._meta.shape.block_size
-
-    @property
-    def min_votes(self) -> int:
-        """Layers that make a block golden."""
-        return self._meta.min_votes
 
     def add(self, tensors: Mapping[str, Array]) -> bool:
         """Keep one document, and write a shard if it would not fit beside those kept.

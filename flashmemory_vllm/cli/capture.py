@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flashmemory_vllm.capture.writer import CaptureMeta, ModelShape
 
 GIB = 1 << 30
+# Documents from which anchor layers are chosen
+FIRST_LOOK = 8
 WORKER_MODULE = "flashmemory_vllm.cli.capture_worker"
 
 
@@ -41,13 +43,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the longest one. Default: 8192")
     parser.add_argument("--max-output-tokens", type=int, default=512, help="most tokens of an answer. Default: 512")
     parser.add_argument(
-        "--anchor-layers", type=int, nargs="+", help="layers to keep queries and keys of. Default: three, as in serving"
+        "--anchor-layers",
+        type=int,
+        nargs="+",
+        help="layers to keep queries and keys of. Default: three, by a first look",
     )
-    parser.add_argument("--top-p", type=float, default=0.6, help="mass of a layer's golden blocks. Default: 0.6")
-    parser.add_argument(
-        "--min-share", type=float, default=0.0, help="share of a head's attention that each of them has. Default: 0"
-    )
-    parser.add_argument("--min-votes", type=int, help="layers that make a block golden. Default: 15 %% of them")
     parser.add_argument(
         "--chunk-size", type=int, default=4, help="tokens that keys are pooled over; divides the block size. Default: 4"
     )
@@ -55,7 +55,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--query-window", type=int, default=16, help="newest prompt tokens to keep the queries of. Default: 16"
     )
     parser.add_argument("--every", type=int, default=1, help="output tokens between two recorded. Default: 1")
-    parser.add_argument("--window", type=int, default=64, help="steps that a selection is to serve. Default: 64")
+    parser.add_argument("--window", type=int, default=16, help="steps that a selection is to serve. Default: 16")
     parser.add_argument("--delay", type=int, default=1, help="steps that a selection comes late. Default: 1")
     parser.add_argument("--layer-mass", action="store_true", help="keep each layer's mass; what the oracle reads")
     parser.add_argument("--max-gib", type=float, default=64.0, help="GiB that the folder may take. Default: 64")
@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_here(args: argparse.Namespace) -> int:
     """Record with an engine inside this process."""
+    from flashmemory_vllm.capture.anchors import choose_anchors
     from flashmemory_vllm.capture.recorder import Choices
-    from flashmemory_vllm.capture.run import record
-    from flashmemory_vllm.capture.writer import CaptureWriter
+    from flashmemory_vllm.capture.run import look, record
+    from flashmemory_vllm.capture.writer import CaptureWriter, begun_anchors
     from flashmemory_vllm.plugin.capture import CaptureEngine
 
     anchors = None if args.anchor_layers is None else tuple(args.anchor_layers)
@@ -94,12 +95,27 @@ def run_here(args: argparse.Namespace) -> int:
     arguments = engine_arguments(args, prompts)
     engine = CaptureEngine(args.model, arguments, anchors, longest, stop_token_ids, args.host_memory_gib)
     with closing(engine):
-        shape = engine.record(Choices(**{field.name: getattr(args, field.name) for field in fields(Choices)}))
+        choices = Choices(**{field.name: getattr(args, field.name) for field in fields(Choices)})
+        chosen = anchors or begun_anchors(args.out)
+        if chosen is None:
+            shape = engine.record(replace(choices, layer_mass=True))
+            chosen = choose_anchors(look(engine, first_look(prompts)), shape.block_size)
+        shape = engine.record(choices, chosen)
         meta = make_meta(args, shape, engine.model_type, prompts)
         writer = CaptureWriter(args.out, meta, int(args.max_gib * GIB))
         record(engine, prompts, writer, args.every, args.batch)
     print(f"{writer.num_documents} documents in {args.out}")
     return 0
+
+
+def first_look(prompts: "Sequence[Prompt]") -> "list[Prompt]":
+    """Some longer prompts, the first ones: of all kinds, where kinds take turns.
+
+    Args:
+        prompts: at least one.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    return [prompt for prompt in prompts if len(prompt.ids) > longest // 2][:FIRST_LOOK]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -113,7 +129,6 @@ def check(args: argparse.Namespace) -> None:
         "accuracy_questions",
         "tokens",
         "max_output_tokens",
-        "min_votes",
         "chunk_size",
         "query_window",
         "every",
@@ -133,10 +148,6 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.delay < 0:
         raise ConfigError(f"--delay is {args.delay}: allowed is 0 or more")
-    if not 0 < args.top_p <= 1:
-        raise ConfigError(f"--top-p is {args.top_p}: allowed is above 0 and at most 1")
-    if not 0 <= args.min_share <= 1:
-        raise ConfigError(f"--min-share is {args.min_share}: allowed is 0 to 1")
     if not args.max_gib > 0:
         raise ConfigError(f"--max-gib is {args.max_gib}: allowed is above 0")
 
@@ -183,19 +194,11 @@ def make_prompts(args: argparse.Namespace) -> "tuple[list[Prompt], tuple[int, ..
 def make_meta(
     args: argparse.Namespace, shape: "ModelShape", model_type: str, prompts: "Sequence[Prompt]"
 ) -> "CaptureMeta":
-    """What `meta.json` is to say.
-
-    Raises:
-        ConfigError: more votes are asked for than there are layers.
-    """
-    from flashmemory_vllm.capture.labels import default_min_votes
+    """What `meta.json` is to say."""
     from flashmemory_vllm.capture.prompts import digest_of_all
     from flashmemory_vllm.capture.writer import CaptureMeta
     from flashmemory_vllm.evaluation.provenance import Provenance
 
-    min_votes = default_min_votes(shape.num_layers) if args.min_votes is None else args.min_votes
-    if min_votes > shape.num_layers:
-        raise ConfigError(f"--min-votes is {min_votes}: allowed is at most {shape.num_layers}, the model's layers")
     recorded = {
         "prompts": digest_of_all(prompts),
         "seed": args.seed if args.prompts is None else None,
@@ -208,9 +211,6 @@ def make_meta(
         shape=shape,
         chunk_size=args.chunk_size,
         query_window=args.query_window,
-        top_p=args.top_p,
-        min_share=args.min_share,
-        min_votes=min_votes,
         window=args.window,
         delay=args.delay,
         provenance=asdict(Provenance.collect(["flashmemory", *sys.argv[1:]], args.commit)) | recorded,

@@ -23,7 +23,7 @@ _INTEGERS = (
     ("dim", 128, 1, "elements of a chunk's code; a chunk takes this many bytes and 4 for each anchor layer"),
     ("reach", 2, 0, "chunks at the end of a block that speak for the next one, too"),
     ("opening-steps", 2, 0, "decode steps that each end with a selection that is in force in the next one"),
-    ("tau", 64, 1, "decode steps for which a selection is in force, as tau_steps in serving"),
+    ("tau", 16, 1, "decode steps for which a selection is in force, as tau_steps in serving"),
     ("seed", 0, 0, "seed of weights, split, order and negatives"),
     ("validate-every", 0, 0, "steps between two validations; 0 is half an epoch"),
     ("patience", 6, 1, "validations without a better recall after which training ends"),
@@ -41,7 +41,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}. Default: {default}")
     parser.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate. Default: 0.00015")
     parser.add_argument("--query-window", type=int, help="prompt tokens of a first selection. Default: as recorded")
-    parser.add_argument("--loss", choices=("rank", "focal"), default="rank", help="what is minimised. Default: rank")
     parser.add_argument("--delay", type=int, help="steps until a selection is in force. Default: as recorded")
     parser.add_argument(
         "--aggregate", choices=get_args(Aggregate), default="max", help="how layers are combined. Default: max"

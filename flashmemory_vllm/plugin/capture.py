@@ -75,9 +75,14 @@ class CaptureEngine(_StepByStep):
         # By name the id that the worker sees, and what was asked
         self._asked: dict[str, tuple[str, Prompt]] = {}
 
-    def record(self, choices: Choices) -> ModelShape:
-        """Record all requests from now on."""
-        told = self._llm.collective_rpc("flashmemory_record", args=(choices,))
+    def record(self, choices: Choices, anchor_layers: tuple[int, ...] | None = None) -> ModelShape:
+        """Record all requests from now on.
+
+        Args:
+            choices: what to keep.
+            anchor_layers: layers to keep queries and keys of. Default: those of the engine.
+        """
+        told = self._llm.collective_rpc("flashmemory_record", args=(choices, anchor_layers))
         shape: ModelShape = told[0]
         return shape
 

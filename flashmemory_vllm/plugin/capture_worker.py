@@ -27,6 +27,11 @@ class WatchedRuntime:
     def __init__(self, runtime: "ResidencyRuntime") -> None:
         self._runtime = runtime
 
+    @property
+    def watched(self) -> "ResidencyRuntime":
+        """The runtime itself."""
+        return self._runtime
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
 
@@ -127,16 +132,22 @@ class TimedRuntime(WatchedRuntime):
 class CaptureExtension:
     """Methods that vLLM adds to our worker, for `collective_rpc`; named as `--worker-extension-cls`."""
 
-    def flashmemory_record(self: "WorkerBase", choices: Choices) -> ModelShape:
+    def flashmemory_record(
+        self: "WorkerBase", choices: Choices, anchor_layers: tuple[int, ...] | None = None
+    ) -> ModelShape:
         """Record all requests from now on.
 
         Args:
             choices: what to keep.
+            anchor_layers: layers to keep queries and keys of, ascending. Default: those of the runtime.
 
         Returns:
             Sizes of the model.
         """
         runtime = self.flashmemory_runtime
+        if isinstance(runtime, RecordedRuntime):
+            runtime = runtime.watched
+        anchors = anchor_layers or runtime.anchors
         layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
         shape = sizing.attention_shape(self.vllm_config, layers, self.device)
         page_format = sizing.page_format(self.vllm_config, layers, self.device)
@@ -151,7 +162,7 @@ class CaptureExtension:
             num_layers=shape.num_layers,
             num_query_heads=shape.num_query_heads,
             key_width=shape.num_kv_heads * shape.head_dim,
-            anchor_layers=runtime.anchors,
+            anchor_layers=anchors,
             block_size=shape.block_size,
             softmax_scale=shape.softmax_scale,
             choices=choices,
@@ -164,7 +175,7 @@ class CaptureExtension:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             block_size=shape.block_size,
-            anchor_layers=runtime.anchors,
+            anchor_layers=anchors,
             softmax_scale=shape.softmax_scale,
             dtype=str(shape.dtype).removeprefix("torch."),
         )

@@ -13,11 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.training.dataset import Document, IntArray, Schedule, TrainingData
+from flashmemory_vllm.training.dataset import Document, FloatArray, IntArray, Schedule, TrainingData
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
 MAX_POSITIVES = 512
-# Other blocks of a document, for each that any of its selections needs, and at least
+# Other blocks of a document, for each that any of its selections would best have, and at least
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 128
 _OPEN_DOCUMENTS = 64
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         queries: [N, Q, A, Hq, D].
         pooled: [N, M, R + C, A, Hkv, 3, D].
         distance: float32 [N, Q, M].
-        labels: float32 [N, S, M], 1 where the block is needed.
+        labels: float32 [N, S, M], largest share that any head pays to the block while the selection is in force.
         weights: float32 [N, S, M], 0 where there is no block to choose.
     """
 
@@ -123,9 +123,11 @@ class TrainingSteps(Dataset[Batch]):
             tokens[:num_opening] = np.resize(usable[:num_opening], num_opening)
             tokens[num_opening:] = generator.choice(usable, sampling.tokens)
         asked = [_wanted(document, token, sampling) for token in (0, *tokens.tolist())]
-        blocks = _draw_blocks([needed for needed, _ in asked], [free for _, free in asked], generator)
-        labels = np.stack([np.isin(blocks, needed) for needed, _ in asked])
-        weights = np.stack([(blocks >= free.start) & (blocks < free.stop) for _, free in asked])
+        frees = [free for _, _, free in asked]
+        blocks = _draw_blocks([best for _, best, _ in asked], frees, generator)
+        width = int(blocks.max()) + 1
+        labels = np.stack([np.pad(shares, (0, max(0, width - len(shares))))[blocks] for shares, _, _ in asked])
+        weights = np.stack([(blocks >= free.start) & (blocks < free.stop) for free in frees])
         kept = document.question_blocks(sampling.query_window)
         weights &= (blocks < kept.start) | (blocks >= kept.stop)
         if not len(usable):
@@ -148,19 +150,21 @@ def later_tokens(document: Document, schedule: Schedule) -> IntArray:
     return usable[usable > 0]
 
 
-def _wanted(document: Document, token: int, sampling: Sampling) -> tuple[IntArray, slice]:
-    """Blocks that the selection at a token needs, and those that it has the choice of."""
-    needed = document.needed(token, sampling.schedule)
-    frame, _ = frame_of(int(document.positions[token]) + 1, document.block_size, MAIN_RATIO)
+def _wanted(document: Document, token: int, sampling: Sampling) -> tuple[FloatArray, IntArray, slice]:
+    """What heads pay to the candidates, the best of those there is a choice of within the budget, and that choice."""
+    shares = document.largest_shares(token, sampling.schedule)
+    frame, budget = frame_of(int(document.positions[token]) + 1, document.block_size, MAIN_RATIO)
     stop = min(frame.recent_start, document.num_candidates(token))
-    return needed, slice(frame.sink_end, max(frame.sink_end, stop))
+    free = slice(frame.sink_end, max(frame.sink_end, stop))
+    room = max(0, budget - frame.sink_end - (frame.num_blocks - frame.recent_start))
+    best = free.start + np.argsort(-shares[free], kind="stable")[:room]
+    return shares, best[shares[best] > 0], free
 
 
-def _draw_blocks(needed: Sequence[IntArray], free: Sequence[slice], generator: np.random.Generator) -> IntArray:
-    """What any selection needs, and some of the rest; at least one block, so that there is something to stack."""
+def _draw_blocks(best: Sequence[IntArray], free: Sequence[slice], generator: np.random.Generator) -> IntArray:
+    """The best of each selection, and some of the rest; at least one block, so that there is something to stack."""
     first, stop = min(part.start for part in free), max(part.stop for part in free)
-    positives = np.unique(np.concatenate(needed))
-    positives = positives[(positives >= first) & (positives < stop)]
+    positives = np.unique(np.concatenate(best))
     if len(positives) > MAX_POSITIVES:
         positives = generator.choice(positives, MAX_POSITIVES, replace=False)
     others = np.setdiff1d(np.arange(first, stop), positives)

@@ -1,4 +1,4 @@
-"""Makes a probability of a logit: Platt scaling on validation documents."""
+"""Makes the share to expect of a logit: Platt scaling on validation documents."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _MAX_STEPS = 100
 
 @torch.enable_grad()
 def fit_platt(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Slope and offset for which `sigmoid(slope * logit + offset)` is the probability of a positive label.
+    """Slope and offset for which `sigmoid(slope * logit + offset)` is the mean of the label.
 
     Maximum likelihood with the smoothed targets of Platt (1999), so that separable labels have a finite answer.
     The slope is positive: calibration never changes which of two blocks is better.
 
     Args:
         logits: [n], those of all candidates, not of a sample with another share of positives.
-        labels: bool [n].
+        labels: [n] in [0, 1].
     """
-    x, is_positive = logits.double(), labels.bool()
-    num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
-    high, low = (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2)
-    targets = torch.where(is_positive, high, low).double()
+    x, positive = logits.double(), labels.double()
+    num_positive = float(positive.sum())
+    high, low = (num_positive + 1) / (num_positive + 2), 1 / (len(labels) - num_positive + 2)
+    targets = low + (high - low) * positive
     # Logits of unit spread, so that one step length fits any scale
     center, spread = x.mean(), x.std(correction=0).clamp(min=1e-9)
     x = (x - center) / spread

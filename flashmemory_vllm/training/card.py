@@ -31,8 +31,8 @@ class TrainingReport:
         steps: steps taken.
         minutes: wall-clock of training.
         history: a row for each validation.
-        scores: recall and mass by name of the selector, on the validation documents.
-        reached: share of the candidates that reach the threshold, and the share of those that are needed.
+        scores: recall, mass and loss by name of the selector, on the validation documents.
+        reached: share of the candidates that reach the threshold, and what they have of all that any are worth.
     """
 
     spec: IndexerSpec
@@ -148,8 +148,9 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
 
 
 def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    columns = [(what, ratio) for what in ("recall", "mass") for ratio in RATIOS]
-    lines = ["| selector | " + " | ".join(f"{what} at {ratio:.1%}" for what, ratio in columns) + " |"]
+    names = {"recall": "worth kept", "mass": "attention kept", "lost": "largest share lost"}
+    columns = [(what, ratio) for what in names for ratio in RATIOS]
+    lines = ["| selector | " + " | ".join(f"{names[what]} at {ratio:.1%}" for what, ratio in columns) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
     for name, values in scores.items():
         cells = (f"{values[f'{what}@{ratio}']:.3f}" for what, ratio in columns)
@@ -193,12 +194,13 @@ recording {data}. {held_back:,} other documents were kept back; {questions:,} of
 
 ## What it keeps
 
-Share of the blocks needed by the answer, or after its beginning during {tau} steps (recall), and of the attention \
-paid then (mass), that is in the resident set, over all candidates, with sink and recent blocks as in serving. \
-`oracle` knows the attention to come; the others need no training. All numbers are in `{curves}`.
+A block is worth the fourth power of the largest share that any head of any layer pays to it in the answer, or after \
+its beginning during {tau} steps. Of the attention paid then, mean over all heads, the rest is lost; the largest share \
+lost is what any head paid to a single block that was left out. Over all candidates, with sink and recent blocks as in \
+serving. `oracle` knows the shares to come; the others need no training. All numbers are in `{curves}`.
 
 {table}
 
-A probability of {threshold:.2g} is reached by {reached:.1%} of the blocks that are not forced; {precise:.1%} of those \
-are needed.
+A score of {threshold:.2g} is reached by {reached:.1%} of the blocks that are not forced; these have {precise:.1%} of \
+what all are worth.
 """

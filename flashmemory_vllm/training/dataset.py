@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from flashmemory_vllm.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 META_NAME = "meta.json"
 INDEX_NAME = "index.json"
 
@@ -80,20 +80,21 @@ class Ragged:
     Args:
         pointers: int64 [T + 1], where each token's entries begin, and the end of the last.
         ids: int64 [nnz], block ids.
-        values: [nnz], or None.
+        values: [nnz].
     """
 
-    def __init__(self, pointers: IntArray, ids: IntArray, values: FloatArray | None = None) -> None:
+    def __init__(self, pointers: IntArray, ids: IntArray, values: FloatArray) -> None:
         self.pointers, self.ids, self.values = pointers, ids, values
 
-    def union(self, first: int, end: int, below: int) -> IntArray:
-        """Ids under `below` of any of the tokens `[first, end)`, ascending."""
-        ids = np.unique(self.ids[self.pointers[first] : self.pointers[end]])
-        return ids[: np.searchsorted(ids, below)]
+    def maxima(self, first: int, end: int, num_blocks: int) -> FloatArray:
+        """Largest value of each of the first blocks over the tokens `[first, end)`, [num_blocks]."""
+        entries = slice(int(self.pointers[first]), int(self.pointers[end]))
+        maxima = np.zeros(max(num_blocks, int(self.ids[entries].max(initial=-1)) + 1), np.float32)
+        np.maximum.at(maxima, self.ids[entries], self.values[entries])
+        return maxima[:num_blocks]
 
     def sums(self, first: int, end: int, num_blocks: int) -> FloatArray:
         """Sum of the values of each block over the tokens `[first, end)`, [num_blocks] or more."""
-        assert self.values is not None
         entries = slice(int(self.pointers[first]), int(self.pointers[end]))
         sums: FloatArray = np.bincount(self.ids[entries], self.values[entries], num_blocks).astype(np.float32)
         return sums
@@ -106,7 +107,7 @@ class Document:
         block_size: tokens in a block.
         chunks_per_block: chunks in a block, C.
         positions: int64 [T], token index of each recorded token, ascending; the first is the prompt's last.
-        golden: blocks that each token needs.
+        share: largest share of any head's attention that each token pays to blocks.
         mass: attention mass of each token's blocks.
         keys: float16 [A, n_blocks * C, Hkv, 3, D].
         queries: float16 [T, A, Hq, D].
@@ -118,10 +119,7 @@ class Document:
         self.block_size, self.chunks_per_block = block_size, block_size // chunk_size
         self.keys, self.queries, self.prompt_queries = (tensors[n] for n in ("keys", "queries", "prompt_queries"))
         self.positions: IntArray = _integers(tensors["positions"])
-        self.golden = Ragged(_integers(tensors["golden_ptr"]), _integers(tensors["golden_ids"]))
-        self.mass = Ragged(
-            _integers(tensors["mass_ptr"]), _integers(tensors["mass_ids"]), tensors["mass"].numpy().astype(np.float32)
-        )
+        self.share, self.mass = (_ragged(tensors, name) for name in ("share", "mass"))
         self.answer = int(tensors["answer"][0])
 
     def __len__(self) -> int:
@@ -148,10 +146,10 @@ class Document:
         first[0], end[0] = max(1, self.answer), max(2, len(self))
         return first, end
 
-    def needed(self, token: int, schedule: Schedule) -> IntArray:
-        """Candidates, ascending, that any token needs which the selection at this one is for."""
+    def largest_shares(self, token: int, schedule: Schedule) -> FloatArray:
+        """Largest share [num_candidates] that any head pays each candidate in any token that the selection is for."""
         first, end = (int(bounds[token]) for bounds in self.windows(schedule))
-        return self.golden.union(first, min(end, len(self)), self.num_candidates(token))
+        return self.share.maxima(first, max(first, min(end, len(self))), self.num_candidates(token))
 
     def question(self, window: int) -> torch.Tensor:
         """Queries [window, A, Hq, D] of the prompt's newest tokens, the last one last; a short prompt repeats it."""
@@ -211,7 +209,7 @@ class TrainingData:
             ConfigError: a tensor is missing or does not have the shape that the meta says.
         """
         path, place = self._places[number]
-        ragged = ("golden_ptr", "golden_ids", "mass_ptr", "mass_ids", "mass")
+        ragged = ("share_ptr", "share_ids", "share", "mass_ptr", "mass_ids", "mass")
         names = ("keys", "queries", "prompt_queries", "positions", "answer", *ragged)
         try:
             with safe_open(path, framework="pt") as file:
@@ -231,7 +229,8 @@ class TrainingData:
             "queries": (num_tokens, *one),
             "prompt_queries": (len(tensors["prompt_queries"]), *one),
             "answer": (2,),
-            "golden_ptr": (num_tokens + 1,),
+            "share_ptr": (num_tokens + 1,),
+            "share": tuple(tensors["share_ids"].shape),
             "mass_ptr": (num_tokens + 1,),
             "mass": tuple(tensors["mass_ids"].shape),
         }
@@ -254,6 +253,11 @@ def split_documents(num_documents: int, validation_share: float, seed: int) -> t
     order = np.random.default_rng(seed).permutation(num_documents).tolist()
     num_validation = min(max(1, round(validation_share * num_documents)), num_documents - 1)
     return sorted(order[num_validation:]), sorted(order[:num_validation])
+
+
+def _ragged(tensors: dict[str, torch.Tensor], name: str) -> Ragged:
+    pointers, ids = (_integers(tensors[f"{name}_{part}"]) for part in ("ptr", "ids"))
+    return Ragged(pointers, ids, tensors[name].numpy().astype(np.float32))
 
 
 def _integers(tensor: torch.Tensor) -> IntArray:

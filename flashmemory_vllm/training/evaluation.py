@@ -1,4 +1,4 @@
-"""How much of what decode needs a selector keeps, over all candidates and with the blocks that serving forces."""
+"""How much of what decode attends to a selector keeps, over all candidates and with the blocks that serving forces."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
+from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.factory import create_selector
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
 from flashmemory_vllm.training.batches import later_tokens
-from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, IntArray, Schedule
+from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, Schedule
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
 RATIOS = (0.10, MAIN_RATIO, 0.15)
@@ -34,14 +35,14 @@ class Question:
         token: its number in the document.
         num_candidates: n, full blocks at that token.
         num_tokens: tokens of the request, this one included.
-        needed: int64, candidates that any token needs which the selection is for.
+        shares: float32 [n], largest share that any head pays to a candidate in any token that the selection is for.
         mass: float32 [n or more], attention mass of each block over those tokens.
     """
 
     token: int
     num_candidates: int
     num_tokens: int
-    needed: IntArray
+    shares: FloatArray
     mass: FloatArray
 
 
@@ -49,12 +50,14 @@ class Quality(NamedTuple):
     """What one set is worth.
 
     Attributes:
-        recall: share of the needed candidates that the set has.
-        mass: share of the attention mass that falls on the set and on blocks newer than it.
+        recall: share of what the candidates are worth that the set has, see `evaluation/worth.py`.
+        mass: share of the attention mass, mean over all heads, that falls on the set and on blocks newer than it.
+        lost: largest share that any head pays to a single block that is left out.
     """
 
     recall: float
     mass: float
+    lost: float
 
 
 def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
@@ -74,22 +77,25 @@ def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
     questions = []
     for token in [0, *later[is_due].tolist()][:limit]:
         num_candidates = document.num_candidates(token)
-        needed = document.needed(token, schedule)
+        shares = document.largest_shares(token, schedule)
         mass = document.mass.sums(int(first[token]), int(end[token]), num_candidates)
-        questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, needed, mass))
+        questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, shares, mass))
     return questions
 
 
 def judge(document: Document, question: Question, scores: torch.Tensor, ratio: float) -> Quality:
-    """What a selection by these scores keeps; recall is NaN if nothing is needed."""
+    """What a selection by these scores keeps; recall is NaN if no candidate is worth anything."""
     frame, budget = frame_of(question.num_tokens, document.block_size, ratio)
     kept = np.zeros(frame.num_blocks, np.bool_)
     kept[frame.with_best(frame.candidates(), scores.cpu().numpy(), budget)] = True
-    recall = float(kept[question.needed].mean()) if len(question.needed) else float("nan")
+    of_candidates = kept[: question.num_candidates]
+    worths = worth(question.shares)
+    recall = float(worths[of_candidates].sum() / worths.sum()) if worths.any() else float("nan")
+    lost = float(question.shares[~of_candidates].max(initial=0.0))
     old, total = question.mass[: question.num_candidates], float(question.mass.sum())
     newer = total - float(old.sum())
-    mass = (float(old[kept[: question.num_candidates]].sum()) + newer) / total if total else float("nan")
-    return Quality(recall, mass)
+    mass = (float(old[of_candidates].sum()) + newer) / total if total else float("nan")
+    return Quality(recall, mass, lost)
 
 
 class IndexerScorer:
@@ -131,10 +137,10 @@ class IndexerScorer:
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:
-    """A selector that needs no training, or the oracle that ranks by the attention to come."""
+    """A selector that needs no training, or the oracle that ranks by what heads will pay."""
     if name == "oracle":
-        masses = {question.token: torch.from_numpy(question.mass) for question in questions}
-        return lambda token: masses[token][: document.num_candidates(token)]
+        shares = {question.token: torch.from_numpy(question.shares) for question in questions}
+        return lambda token: shares[token]
     selector = create_selector(name, _geometry(document, meta))
     if isinstance(selector, IndexedSelector):
         keys = document.keys.float()

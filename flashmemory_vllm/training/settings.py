@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from flashmemory_kernels.ensemble_scores import Aggregate
 
 from flashmemory_vllm.indexer.neural_model import IndexerSpec
 from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.validation import THRESHOLD
-
-Loss = Literal["rank", "focal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,6 @@ class TrainSettings:
         reach: chunks at the end of a block that speak for the next one, too.
         query_window: newest prompt tokens that a first selection is made with.
         opening_steps: decode steps that each end with a selection that is in force in the next one.
-        loss: what is minimised, "rank" or "focal".
         aggregate: how the layers' logits become one.
         tau: decode steps for which a selection is in force.
         delay: steps from a query to the step before its selection is in force.
@@ -51,9 +47,8 @@ class TrainSettings:
     reach: int = 2
     query_window: int = 16
     opening_steps: int = 2
-    loss: Loss = "rank"
     aggregate: Aggregate = "max"
-    tau: int = 64
+    tau: int = 16
     delay: int = 1
     seed: int = 0
     validation_share: float = 0.1

@@ -22,7 +22,7 @@ from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
 from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps
 from flashmemory_vllm.training.dataset import TrainingData, split_documents
 from flashmemory_vllm.training.frame import MAIN_RATIO
-from flashmemory_vllm.training.losses import focal_loss, rank_loss
+from flashmemory_vllm.training.losses import attention_loss
 from flashmemory_vllm.training.processes import Processes
 from flashmemory_vllm.training.settings import TrainSettings, make_spec
 from flashmemory_vllm.training.start import by_selection, calibrate_layers, start_from_data
@@ -38,9 +38,6 @@ OFFSET_SPEED = 50
 _OFFSETS = ("bias", "distance", "reach_offset")
 # What the first logits are calibrated on
 _FIRST_BATCHES = 8
-
-
-_LOSSES = {"rank": rank_loss, "focal": focal_loss}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +210,9 @@ class Trainer:
 
     def _loss(self, *parts: torch.Tensor) -> torch.Tensor:
         """Loss of logits, labels and weights, [N, S, M] each: first selections, their opening, and later ones."""
-        lose, later = _LOSSES[self.settings.loss], 1 + self.settings.opening_steps
+        later = 1 + self.settings.opening_steps
         spans = (slice(0, 1), 1.0), (slice(1, later), 1.0), (slice(later, None), LATER_SHARE)
-        losses = [share * lose(*(part[:, span] for part in parts)) for span, share in spans]
+        losses = [share * attention_loss(*(part[:, span] for part in parts)) for span, share in spans]
         return torch.stack(losses).sum()
 
     def _validate(self) -> None:

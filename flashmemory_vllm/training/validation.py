@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.calibration import fit_platt
 from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
@@ -16,6 +17,7 @@ from flashmemory_vllm.training.evaluation import (
     RATIOS,
     Baseline,
     IndexerScorer,
+    Quality,
     Question,
     Scorer,
     ask,
@@ -25,7 +27,6 @@ from flashmemory_vllm.training.evaluation import (
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
 Columns = dict[str, list[float]]
-# As likely needed as not
 THRESHOLD = 0.5
 KEPT_SHARE = 0.995
 
@@ -46,8 +47,10 @@ class Validation:
     def __init__(self, data: TrainingData, documents: Sequence[int], schedule: Schedule, limit: int) -> None:
         self._data = data
         self._questions = {number: ask(data.load(number), schedule, limit) for number in documents}
-        if not any(len(one.needed) for questions in self._questions.values() for one in questions):
-            raise ConfigError(f"--data: no recorded token of the validation documents {list(documents)} needs a block")
+        if not any(one.shares.any() for questions in self._questions.values() for one in questions):
+            raise ConfigError(
+                f"--data: no recorded token of the validation documents {list(documents)} attends to a block"
+            )
 
     @property
     def num_documents(self) -> int:
@@ -58,7 +61,7 @@ class Validation:
         return sum(map(len, self._questions.values()))
 
     def run(self, model: NeuralIndexer, rank: int = 0, world_size: int = 1) -> Columns:
-        """Recall and mass at every ratio, a number for each question.
+        """Recall, mass and what is lost at every ratio, a number for each question.
 
         Args:
             model: in evaluation mode.
@@ -79,28 +82,31 @@ class Validation:
     def calibrate(self, model: NeuralIndexer) -> None:
         """Fit the model's probability on all candidates that serving could leave out; mutates the model.
 
-        A slot is cheap and a block that is missing is not: so the threshold is not where a block is as likely needed as
-        not, but where `KEPT_SHARE` of the needed ones are above it, if that is less.
+        A score is the share that a head is expected to pay. A slot is cheap and a block that is missing is not: so the
+        threshold is where blocks above it have `KEPT_SHARE` of what all are worth, if that is less than one half.
 
         Raises:
             ConfigError: the documents are so short that serving leaves out nothing.
         """
-        logits, labels = self._candidates(model)
-        if not len(labels):
+        logits, shares = self._candidates(model)
+        if not len(shares):
             raise ConfigError("--data: validation documents have no block beside those that are always resident")
-        model.calibrate(*fit_platt(logits, labels))
-        if labels.any():
-            lowest = model.probability(logits[labels].to(model.bias.device)).float().quantile(1 - KEPT_SHARE)
+        model.calibrate(*fit_platt(logits, shares))
+        if shares.any():
+            ordered, order = model.probability(logits.to(model.bias.device)).cpu().sort(descending=True)
+            kept = worth(shares[order]).cumsum(0)
+            lowest = ordered[int((kept < KEPT_SHARE * kept[-1]).sum())]
             model.spec = replace(model.spec, threshold=min(THRESHOLD, float(lowest)))
 
     def threshold_share(self, model: NeuralIndexer) -> tuple[float, float]:
-        """Share of the candidates that reach the model's threshold, and the share of those that are needed."""
-        logits, labels = self._candidates(model)
+        """Share of the candidates that reach the model's threshold, and what they have of all that any are worth."""
+        logits, shares = self._candidates(model)
         reaches = model.probability(logits.to(model.bias.device)).cpu() >= model.spec.threshold
-        return float(reaches.float().mean()), float(labels[reaches].float().mean())
+        worths = worth(shares)
+        return float(reaches.float().mean()), float(worths[reaches].sum() / worths.sum())
 
     def _candidates(self, model: NeuralIndexer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of every candidate that is kept for its score alone, over all questions."""
+        """Logits and shares of every candidate that is kept for its score alone, over all questions."""
         logits, labels = [], []
         for number, questions in self._questions.items():
             document = self._data.load(number)
@@ -108,22 +114,21 @@ class Validation:
             for question in questions:
                 frame, _ = frame_of(question.num_tokens, document.block_size, MAIN_RATIO)
                 free = slice(frame.sink_end, min(frame.recent_start, question.num_candidates))
-                needed = torch.zeros(question.num_candidates, dtype=torch.bool)
-                needed[torch.from_numpy(question.needed)] = True
+                shares = torch.from_numpy(question.shares)[free]
                 scores = scorer(question.token).cpu()[free]
                 logits.append(scores[scores.isfinite()])
-                labels.append(needed[free][scores.isfinite()])
+                labels.append(shares[scores.isfinite()])
         return torch.cat(logits), torch.cat(labels)
 
     def _columns(
         self, make_scorer: Callable[[Document, Sequence[Question]], Scorer], rank: int, world_size: int
     ) -> Columns:
-        columns: Columns = {f"{what}@{ratio}": [] for what in ("recall", "mass") for ratio in RATIOS}
+        columns: Columns = {f"{what}@{ratio}": [] for what in Quality._fields for ratio in RATIOS}
         for number in list(self._questions)[rank::world_size]:
             document, questions = self._data.load(number), self._questions[number]
             if not questions:
                 continue
             for ratio, quality in evaluate(document, questions, make_scorer(document, questions)):
-                columns[f"recall@{ratio}"].append(quality.recall)
-                columns[f"mass@{ratio}"].append(quality.mass)
+                for what, value in quality._asdict().items():
+                    columns[f"{what}@{ratio}"].append(value)
         return columns

@@ -6,14 +6,12 @@ from flashmemory_vllm.capture.document import Document, Recording, Token
 from flashmemory_vllm.capture.prompts import Prompt
 from flashmemory_vllm.capture.writer import CaptureMeta, ModelShape
 
-BLOCK_SIZE, CHUNK_SIZE, NUM_LAYERS, MIN_VOTES = 4, 2, 3, 2
+BLOCK_SIZE, CHUNK_SIZE, NUM_LAYERS = 4, 2, 3
 SHAPE = ModelShape(NUM_LAYERS, 4, 2, 8, BLOCK_SIZE, (0, 2), 0.5, "float32")
 
 
 def make_meta(**provenance: object) -> CaptureMeta:
-    return CaptureMeta(
-        "m", "llama", SHAPE, CHUNK_SIZE, 3, 0.6, 0.0, MIN_VOTES, 64, 1, {"prompts": "p", "every": 1, **provenance}
-    )
+    return CaptureMeta("m", "llama", SHAPE, CHUNK_SIZE, 3, 16, 1, {"prompts": "p", "every": 1, **provenance})
 
 
 def make_document(
@@ -42,7 +40,7 @@ def _token(rng: np.random.Generator, position: int) -> Token:
     return Token(
         position=position,
         queries=rng.normal(size=(2, 4, 8)).astype(np.float16),
-        votes=rng.integers(0, NUM_LAYERS + 1, num_blocks).astype(np.uint8),
+        largest=(rng.random(num_blocks) ** 9).astype(np.float16),
         mass=rng.dirichlet(np.full(num_blocks, 0.1)).astype(np.float32),
         layer_mass=rng.random((2, NUM_LAYERS, num_blocks)).astype(np.float16),
     )

@@ -5,21 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flashmemory_vllm.capture.document import LEAST_MASS, Document
+from flashmemory_vllm.capture.document import LEAST_MASS, LEAST_SHARE, Document
 from flashmemory_vllm.errors import IntegrityError
-from tests.unit.capture.documents import BLOCK_SIZE, MIN_VOTES, make_document
+from tests.unit.capture.documents import BLOCK_SIZE, make_document
 
 
 def test_rows_come_back_out_of_the_joined_arrays() -> None:
     document = make_document(1, prompt_len=30, num_outputs=7)
-    tensors = document.tensors(BLOCK_SIZE, MIN_VOTES)
+    tensors = document.tensors(BLOCK_SIZE)
     for index, token in enumerate(document.recording.tokens):
         assert tensors["positions"][index] == token.position
-        golden = slice(tensors["golden_ptr"][index], tensors["golden_ptr"][index + 1])
+        share = slice(tensors["share_ptr"][index], tensors["share_ptr"][index + 1])
         # The block that the token itself lies in is no candidate
-        expected = [block for block in range(token.position // BLOCK_SIZE) if token.votes[block] >= MIN_VOTES]
-        assert tensors["golden_ids"][golden].tolist() == expected
-        assert tensors["golden_votes"][golden].tolist() == token.votes[expected].tolist()
+        expected = [block for block in range(token.position // BLOCK_SIZE) if token.largest[block] >= LEAST_SHARE]
+        assert tensors["share_ids"][share].tolist() == expected
+        assert tensors["share"][share].tolist() == token.largest[expected].tolist()
         mass = slice(tensors["mass_ptr"][index], tensors["mass_ptr"][index + 1])
         dense = np.zeros(len(token.mass))
         dense[tensors["mass_ids"][mass]] = tensors["mass"][mass]
@@ -34,9 +34,9 @@ def test_rows_come_back_out_of_the_joined_arrays() -> None:
         "prompt_queries": "float16",
         "queries": "float16",
         "positions": "int32",
-        "golden_ptr": "int32",
-        "golden_ids": "int32",
-        "golden_votes": "uint8",
+        "share_ptr": "int32",
+        "share_ids": "int32",
+        "share": "float16",
         "mass_ptr": "int32",
         "mass_ids": "int32",
         "mass": "float16",
@@ -49,7 +49,7 @@ def test_rows_come_back_out_of_the_joined_arrays() -> None:
 
 
 def test_what_was_computed_beyond_the_stop_token_is_left_out() -> None:
-    tensors = make_document(2, num_outputs=5, num_recorded=6).tensors(BLOCK_SIZE, MIN_VOTES)
+    tensors = make_document(2, num_outputs=5, num_recorded=6).tensors(BLOCK_SIZE)
     assert tensors["positions"].tolist() == [9, 10, 11, 12, 13]
 
 
@@ -66,7 +66,7 @@ def test_what_was_computed_beyond_the_stop_token_is_left_out() -> None:
 )
 def test_answer_in_recorded_tokens(every: int, given: tuple[int, int] | None, recorded: tuple[int, int]) -> None:
     document = make_document(3, num_outputs=10, every=every, answer=given)
-    assert tuple(document.tensors(BLOCK_SIZE, MIN_VOTES)["answer"].tolist()) == recorded
+    assert tuple(document.tensors(BLOCK_SIZE)["answer"].tolist()) == recorded
 
 
 def test_numbers_beyond_float16_are_refused() -> None:
@@ -75,4 +75,4 @@ def test_numbers_beyond_float16_are_refused() -> None:
     keys[0, 0, 0, 0, 0] = np.inf
     broken = replace(document, recording=replace(document.recording, keys=keys))
     with pytest.raises(IntegrityError, match="keys of the model"):
-        broken.tensors(BLOCK_SIZE, MIN_VOTES)
+        broken.tensors(BLOCK_SIZE)

@@ -1,11 +1,10 @@
-"""Masses and golden blocks, against their definitions written out."""
+"""Shares of blocks, against their definition written out."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmemory_vllm.capture.labels import block_mass, default_min_votes, golden_blocks
+from flashmemory_vllm.capture.labels import block_mass
 
 
 @given(
@@ -38,44 +37,3 @@ def test_mass_is_softmax_over_all_tokens_summed_by_block(
         for token in range(written, num_blocks * block_size):
             of_row[:, token // block_size, token % block_size] = torch.nan
     torch.testing.assert_close(block_mass(queries, keys, positions, 0.3).double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def brute_force(mass: list[float], top_p: float) -> list[bool]:
-    golden, held = [False] * len(mass), 0.0
-    for block in sorted(range(len(mass)), key=lambda block: -mass[block]):
-        if held >= top_p:
-            break
-        golden[block] = True
-        held += mass[block]
-    return golden
-
-
-@given(
-    # Multiples of 2^-10 add up exactly, so that ties and crossings are the same for both
-    st.lists(st.lists(st.integers(0, 40), min_size=7, max_size=7), min_size=1, max_size=6),
-    st.integers(1, 200),
-)
-def test_golden_are_the_shortest_prefixes(rows: list[list[int]], top: int) -> None:
-    mass = torch.tensor(rows, dtype=torch.float32) / 1024
-    found = golden_blocks(mass, torch.ones_like(mass), top / 1024)
-    assert found.tolist() == [brute_force(row, top / 1024) for row in mass.tolist()]
-
-
-def test_the_block_that_crosses_the_line_is_golden() -> None:
-    mass = torch.tensor([0.25, 0.5, 0.125, 0.125])
-    assert golden_blocks(mass, mass, 0.6).tolist() == [True, True, False, False]
-    assert golden_blocks(mass, mass, 0.5).tolist() == [False, True, False, False]
-
-
-def test_a_block_that_no_head_looks_at_is_not_golden() -> None:
-    # One head looks at block 0 alone, the other everywhere
-    shares = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    both = shares.mean(0), shares.amax(0)
-    assert golden_blocks(*both, 1.0).tolist() == [True] * 4
-    assert golden_blocks(*both, 1.0, min_share=0.25).tolist() == [True] * 4
-    assert golden_blocks(*both, 1.0, min_share=0.5).tolist() == [True, False, False, False]
-
-
-@pytest.mark.parametrize(("layers", "votes"), [(1, 1), (5, 1), (6, 2), (20, 3), (36, 5)])
-def test_default_votes(layers: int, votes: int) -> None:
-    assert default_min_votes(layers) == votes

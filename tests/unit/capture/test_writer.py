@@ -11,14 +11,14 @@ from flashmemory_vllm.capture.document import Array
 from flashmemory_vllm.capture.writer import CaptureWriter, is_complete
 from flashmemory_vllm.errors import ConfigError, StorageError
 from tests.helpers.disk import full_disk
-from tests.unit.capture.documents import BLOCK_SIZE, MIN_VOTES, make_document, make_meta
+from tests.unit.capture.documents import BLOCK_SIZE, make_document, make_meta
 
 SHARD = 16_384
 PLENTY = 1 << 30
 
 
 def tensors_of(number: int) -> dict[str, Array]:
-    return make_document(number, prompt_len=20).tensors(BLOCK_SIZE, MIN_VOTES)
+    return make_document(number, prompt_len=20).tensors(BLOCK_SIZE)
 
 
 def read_all(folder: Path) -> list[dict[str, Array]]:
@@ -56,7 +56,7 @@ def test_documents_come_back_from_several_shards(tmp_path: Path) -> None:
 def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
     CaptureWriter(tmp_path, make_meta(seed=3), PLENTY).finish()
     assert json.loads((tmp_path / "meta.json").read_text()) == {
-        "format": 2,
+        "format": 3,
         "model": "m",
         "model_type": "llama",
         "num_layers": 3,
@@ -69,10 +69,7 @@ def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
         "anchor_layers": [0, 2],
         "softmax_scale": 0.5,
         "dtype": "float32",
-        "top_p": 0.6,
-        "min_share": 0.0,
-        "min_votes": MIN_VOTES,
-        "window": 64,
+        "window": 16,
         "delay": 1,
         "documents": 0,
         "provenance": {"prompts": "p", "every": 1, "seed": 3},

@@ -8,7 +8,7 @@ import pytest
 from flashmemory_vllm.capture.prompts import Prompt
 from flashmemory_vllm.capture.writer import ModelShape
 from flashmemory_vllm.cli import app
-from flashmemory_vllm.cli.capture import check, engine_arguments, make_meta
+from flashmemory_vllm.cli.capture import FIRST_LOOK, check, engine_arguments, first_look, make_meta
 from flashmemory_vllm.errors import ConfigError
 
 SHAPE = ModelShape(6, 4, 2, 64, 16, (2, 3, 4), 0.125, "bfloat16")
@@ -24,13 +24,10 @@ def parse(*arguments: str) -> argparse.Namespace:
     [
         (("--documents", "0"), "--documents is 0"),
         (("--max-output-tokens", "0"), "--max-output-tokens is 0"),
-        (("--min-votes", "0"), "--min-votes is 0"),
         (("--every", "-1"), "--every is -1"),
         (("--delay", "-1"), "--delay is -1"),
         (("--chunk-size", "5"), "--chunk-size is 5: allowed is what divides"),
         (("--query-window", "0"), "--query-window is 0"),
-        (("--top-p", "0"), "--top-p is 0.0"),
-        (("--top-p", "1.5"), "--top-p is 1.5"),
         (("--max-gib", "nan"), "--max-gib is nan"),
         (("--prompts", "p.jsonl", "--accuracy-questions", "3"), "--accuracy-questions: given with --prompts"),
         (("--prompts", "p.jsonl", "--texts", "t.txt"), "--texts: given with --prompts"),
@@ -55,11 +52,16 @@ def test_room_for_the_longest_prompt_with_its_answer() -> None:
 
 def test_meta_of_a_capture() -> None:
     meta = make_meta(parse("--every", "2", "--commit", "c", "--model", "org/name"), SHAPE, "qwen3", PROMPTS)
-    assert (meta.model, meta.min_votes, meta.window, meta.delay) == ("org/name", 2, 64, 1)
+    assert (meta.model, meta.window, meta.delay) == ("org/name", 16, 1)
     assert (meta.provenance["every"], meta.provenance["layer_mass"], meta.provenance["commit"]) == (2, False, "c")
-    assert make_meta(parse("--min-votes", "6"), SHAPE, "qwen3", PROMPTS).min_votes == 6
-    with pytest.raises(ConfigError, match="--min-votes is 7: allowed is at most 6"):
-        make_meta(parse("--min-votes", "7"), SHAPE, "qwen3", PROMPTS)
+
+
+def test_anchors_are_chosen_from_the_longer_prompts() -> None:
+    prompts = [Prompt((1,) * (length * (1 + turn % 2)), 5, 0) for turn in range(12) for length in (100, 210)]
+    looked_at = first_look(prompts)
+    assert len(looked_at) == 6 < FIRST_LOOK
+    assert {len(prompt.ids) for prompt in looked_at} == {420}
+    assert first_look(prompts * 2) == looked_at + looked_at[:2]
 
 
 def test_a_complete_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

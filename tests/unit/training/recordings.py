@@ -35,6 +35,7 @@ class Toy:
 
 LOOKING_HEAD = 1
 FOUND_MASS = 0.7
+FOUND_SHARE = 0.75
 SMALLEST_MASS = 1e-4
 
 
@@ -43,7 +44,7 @@ def write_recordings(folder: Path, toy: Toy) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(toy.seed)
     meta = {
-        "format": 2,
+        "format": 3,
         "model": "toy",
         "model_type": "toy",
         "num_layers": 6,
@@ -56,8 +57,6 @@ def write_recordings(folder: Path, toy: Toy) -> None:
         "anchor_layers": [2, 4, 5, 1][: toy.anchors],
         "softmax_scale": toy.head_dim**-0.5,
         "dtype": "float32",
-        "top_p": 0.6,
-        "min_votes": 1,
         "window": 64,
         "delay": 1,
         "documents": toy.documents,
@@ -111,17 +110,18 @@ def make_document(toy: Toy, bias: torch.Tensor, generator: torch.Generator) -> d
     )
     queries = rotate(queries.movedim(0, 2), positions).movedim(2, 0)
 
-    golden = (targets // toy.block_size).tolist()
-    mass_ids = [[0, *([block] if block else []), num_prompt // toy.block_size - 1] for block in golden]
+    found = (targets // toy.block_size).tolist()
+    mass_ids = [[0, *([block] if block else []), num_prompt // toy.block_size - 1] for block in found]
+    # every fourth token looks nothing up, every token pays to the first block
+    share_ids = [[0] if token % 4 == 3 else [0, block] if block else [0] for token, block in enumerate(found)]
     mass = [[0.2, *([FOUND_MASS] if len(ids) > 2 else []), 0.1] for ids in mass_ids]
     return {
         "keys": pooled.transpose(1, 2).half(),
         "queries": queries[earlier:].half(),
         "prompt_queries": queries[:earlier].half(),
         "positions": positions[earlier:].int(),
-        # every fourth token needs nothing, every token the first block
-        **_ragged("golden", [[0] if token % 4 == 3 else [0, block] for token, block in enumerate(golden)]),
-        "golden_votes": torch.ones(sum(1 if token % 4 == 3 else 2 for token in range(toy.tokens)), dtype=torch.uint8),
+        **_ragged("share", share_ids),
+        "share": torch.full((sum(map(len, share_ids)),), FOUND_SHARE, dtype=torch.float16),
         **_ragged("mass", mass_ids),
         "mass": torch.tensor([value for values in mass for value in values], dtype=torch.float16),
         "group": torch.zeros(1, dtype=torch.int32),

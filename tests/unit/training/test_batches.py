@@ -1,4 +1,4 @@
-"""Batches: labels follow the window, negatives are needed by nobody, all follows from seed and step."""
+"""Batches: labels follow the window, of the rest a sample is drawn, all follows from seed and step."""
 
 from collections import Counter
 from dataclasses import replace
@@ -37,7 +37,7 @@ def _document_of(batch: Batch, place: int, data: TrainingData) -> Document:
     return found
 
 
-def test_labels_are_what_each_selection_needs(data: TrainingData) -> None:
+def test_labels_are_what_heads_pay_while_each_selection_is_in_force(data: TrainingData) -> None:
     batch = TrainingSteps(data, range(6), SAMPLING)[1]
     assert batch.queries.shape == (2, WINDOW + OPENING + TOKENS, 2, 4, 16)
     for place in range(2):
@@ -62,8 +62,9 @@ def test_labels_are_what_each_selection_needs(data: TrainingData) -> None:
             free = range(frame.sink_end, min(frame.recent_start, document.num_candidates(token)))
             asked = batch.weights[place, selection] > 0
             assert set(blocks[asked].tolist()) <= set(free)
-            labelled = set(blocks[asked & (batch.labels[place, selection] > 0)].tolist())
-            assert labelled == set(document.needed(token, SCHEDULE).tolist()) & set(free)
+            shares = torch.from_numpy(document.largest_shares(token, SCHEDULE))
+            assert torch.equal(batch.labels[place, selection][asked], shares[blocks[asked]])
+            assert set(shares.nonzero().flatten().tolist()) & set(free) <= set(blocks[asked].tolist())
 
 
 def test_a_sample_of_the_rest_is_drawn(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:

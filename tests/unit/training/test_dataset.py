@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.training.dataset import Document, Ragged, Schedule, TrainingData, split_documents
+from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData, split_documents
 from tests.unit.training.recordings import Toy, write_recordings
 
 SMALL = Toy(documents=3, prompt_blocks=8, tokens=10, per_shard=2)
@@ -22,18 +22,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _document(positions: list[int], golden: list[list[int]], answer: tuple[int, int] = (-1, -1)) -> Document:
+def _document(positions: list[int], paid: list[list[int]], answer: tuple[int, int] = (-1, -1)) -> Document:
     block_size, num_blocks = 2, 40
-    pointers = torch.tensor([0, *np.cumsum([len(ids) for ids in golden])], dtype=torch.int32)
-    ids = torch.tensor([block for blocks in golden for block in blocks], dtype=torch.int32)
+    pointers = torch.tensor([0, *np.cumsum([len(ids) for ids in paid])], dtype=torch.int32)
+    ids = torch.tensor([block for blocks in paid for block in blocks], dtype=torch.int32)
     tensors = {
         "keys": torch.arange(num_blocks * 2.0).view(1, -1, 1, 1, 1).expand(1, -1, 1, 3, 2),
         "prompt_queries": torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2),
         "answer": torch.tensor(answer, dtype=torch.int32),
         "queries": torch.full((len(positions), 1, 1, 2), 9.0),
         "positions": torch.tensor(positions, dtype=torch.int32),
-        "golden_ptr": pointers,
-        "golden_ids": ids,
+        "share_ptr": pointers,
+        "share_ids": ids,
+        "share": (ids + 1).half() / 128,
         "mass_ptr": pointers,
         "mass_ids": ids,
         "mass": torch.full((len(ids),), 0.25, dtype=torch.float16),
@@ -43,16 +44,16 @@ def _document(positions: list[int], golden: list[list[int]], answer: tuple[int, 
 
 @given(
     steps=st.lists(st.integers(1, 3), min_size=1, max_size=20),
-    golden=st.lists(st.sets(st.integers(0, 30)), min_size=20, max_size=20),
+    paid=st.lists(st.sets(st.integers(0, 30)), min_size=20, max_size=20),
     tau=st.integers(1, 8),
     delay=st.integers(0, 3),
     opening_steps=st.integers(0, 5),
 )
 def test_union_and_mass_of_a_window_are_those_of_its_tokens(
-    steps: list[int], golden: list[set[int]], tau: int, delay: int, opening_steps: int
+    steps: list[int], paid: list[set[int]], tau: int, delay: int, opening_steps: int
 ) -> None:
     positions = (10 + np.cumsum(steps)).tolist()
-    document = _document(positions, [sorted(ids) for ids in golden[: len(positions)]])
+    document = _document(positions, [sorted(ids) for ids in paid[: len(positions)]])
     schedule = Schedule(tau, delay, opening_steps)
     first, end = document.windows(schedule)
     for token, position in list(enumerate(positions))[1:]:
@@ -60,18 +61,23 @@ def test_union_and_mass_of_a_window_are_those_of_its_tokens(
         in_force = [other for other, later in enumerate(positions) if start <= later < start + tau]
         window = int(first[token]), int(end[token])
         assert list(range(*window)) == in_force
-        needed = sorted({block for other in in_force for block in golden[other] if block < position // 2})
-        assert document.needed(token, schedule).tolist() == needed
+        found = {block for other in in_force for block in paid[other]}
+        shares = [(block + 1) / 128 if block in found else 0 for block in range(position // 2)]
+        assert document.largest_shares(token, schedule).tolist() == shares
         mass = document.mass.sums(*window, 31)
-        assert mass.tolist() == [0.25 * sum(block in golden[other] for other in in_force) for block in range(31)]
+        assert mass.tolist() == [0.25 * sum(block in paid[other] for other in in_force) for block in range(31)]
 
 
 def test_a_first_selection_is_for_the_whole_answer() -> None:
-    golden = [[1], [2], [3], [4], [90]]
-    assert _document([20, 21, 22, 23, 24], golden).needed(0, Schedule(tau=1, delay=1)).tolist() == [2, 3, 4]
-    assert _document([20, 21, 22, 23, 24], golden, answer=(2, 4)).needed(0, Schedule(tau=1, delay=1)).tolist() == [3, 4]
-    assert _document([20], [[1]]).needed(0, Schedule(tau=64, delay=1)).tolist() == []
-    assert len(Ragged(np.zeros(1, np.int64), np.zeros(0, np.int64)).union(0, 0, 5)) == 0
+    paid = [[1], [2], [3], [4], [90]]
+
+    def looked_at(document: Document, tau: int = 1) -> list[int]:
+        blocks: list[int] = np.flatnonzero(document.largest_shares(0, Schedule(tau=tau, delay=1))).tolist()
+        return blocks
+
+    assert looked_at(_document([20, 21, 22, 23, 24], paid)) == [2, 3, 4]
+    assert looked_at(_document([20, 21, 22, 23, 24], paid, answer=(2, 4))) == [3, 4]
+    assert looked_at(_document([20], [[1]]), tau=64) == []
 
 
 def test_a_question_is_the_newest_queries_and_a_short_one_repeats_its_last() -> None:
@@ -132,7 +138,7 @@ def test_a_wrong_shard_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "has format 1: allowed is 2"),
+        ({"format": 1}, "has format 1: allowed is 3"),
         ({"documents": 4}, "has 3 documents, its meta says 4"),
     ],
 )

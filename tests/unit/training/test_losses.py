@@ -1,9 +1,9 @@
-"""Losses: their definitions, and what they do not look at."""
+"""The loss: its definition, what it does not look at, and where it is least."""
 
 import pytest
 import torch
 
-from flashmemory_vllm.training.losses import focal_loss, rank_loss
+from flashmemory_vllm.training.losses import attention_loss
 
 SHAPE = (2, 3, 7)
 
@@ -12,32 +12,36 @@ SHAPE = (2, 3, 7)
 def parts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(SHAPE, generator=generator)
-    labels = (torch.rand(SHAPE, generator=generator) < 0.3).float()
-    return logits, labels, (torch.rand(SHAPE, generator=generator) < 0.8).float()
+    shares = torch.rand(SHAPE, generator=generator) ** 3
+    return logits, shares, (torch.rand(SHAPE, generator=generator) < 0.8).float()
 
 
-def test_focal_loss_is_its_definition(parts: tuple[torch.Tensor, ...]) -> None:
-    logits, labels, weights = parts
-    right = torch.where(labels == 1, logits.sigmoid(), 1 - logits.sigmoid())
-    expected = (-((1 - right) ** 2) * right.log() * weights).sum() / weights.sum()
-    torch.testing.assert_close(focal_loss(logits, labels, weights), expected)
+def test_it_is_its_definition(parts: tuple[torch.Tensor, ...]) -> None:
+    logits, shares, weights = parts
+    behind = worth = torch.zeros(())
+    for of_row, paid, is_block in zip(*(part.flatten(0, 1) for part in parts), strict=True):
+        total = of_row[is_block > 0].exp().sum()
+        for own, share, counts in zip(of_row, paid, is_block, strict=True):
+            behind = behind - counts * share**4 * (own.exp() / total).log()
+            worth = worth + counts * share**4
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, shares, weights, reduction="sum")
+    torch.testing.assert_close(attention_loss(logits, shares, weights), behind / worth + 0.01 * entropy / weights.sum())
 
 
-def test_rank_loss_is_its_definition(parts: tuple[torch.Tensor, ...]) -> None:
-    logits, labels, weights = parts
-    behind = []
-    for row in zip(*(part.flatten(0, 1) for part in parts), strict=True):
-        of_row, is_needed, is_block = row[0], row[1] > 0, row[2] > 0
-        rivals = of_row[is_block & ~is_needed].exp().sum()
-        behind += [-(own.exp() / (own.exp() + rivals)).log() for own in of_row[is_block & is_needed]]
-    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
-    expected = torch.stack(behind).mean() + 0.01 * entropy / weights.sum()
-    torch.testing.assert_close(rank_loss(logits, labels, weights), expected)
-
-
-@pytest.mark.parametrize("loss", [rank_loss, focal_loss])
-def test_what_has_no_weight_has_no_say(loss: type[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> None:
-    logits, labels, weights = parts
+def test_what_has_no_weight_has_no_say(parts: tuple[torch.Tensor, ...]) -> None:
+    logits, shares, weights = parts
     other = torch.where(weights > 0, logits, torch.full_like(logits, 50.0))
-    torch.testing.assert_close(loss(logits, labels, weights), loss(other, labels, weights))
-    assert float(loss(logits, labels, torch.zeros_like(weights))) == 0
+    torch.testing.assert_close(attention_loss(logits, shares, weights), attention_loss(other, shares, weights))
+    assert float(attention_loss(logits, shares, torch.zeros_like(weights))) == 0
+
+
+def test_it_is_least_where_blocks_are_in_the_order_of_their_shares(parts: tuple[torch.Tensor, ...]) -> None:
+    _, shares, weights = parts
+    best = attention_loss((4 * shares.log()), shares, weights)
+    assert best < attention_loss((4 * shares.log()).flip(-1), shares, weights)
+    # A mistake about a block that heads pay little to costs little
+    order = shares.argsort(-1)
+    less = torch.full((*SHAPE[:2], 1), -3.0)
+    lowered = [(4 * shares.log()).scatter_add(-1, order[..., at, None], less) for at in (0, 6)]
+    everywhere = torch.ones_like(weights)
+    assert attention_loss(lowered[0], shares, everywhere) < attention_loss(lowered[1], shares, everywhere)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashmemory_vllm.errors import ConfigError, StorageError
+from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.dataset import TrainingData
 from flashmemory_vllm.training.processes import Processes
@@ -170,13 +171,14 @@ def test_calibration_makes_a_probability(small: TrainingData, tmp_path: Path) ->
     model = trainer.run().model.eval()
     validation: Validation = trainer.validation
     validation.calibrate(model)
-    logits, labels = validation._candidates(model)
+    logits, shares = validation._candidates(model)
     probabilities = model.probability(logits)
-    # The maximum-likelihood offset makes the mean probability the share of needed blocks.
-    assert float(probabilities.mean()) == pytest.approx(float(labels.float().mean()), abs=1e-3)
-    # The threshold is where nearly all needed blocks are above it, or one half if that is lower
+    # The maximum-likelihood offset makes the mean probability the mean share.
+    assert float(probabilities.mean()) == pytest.approx(float(shares.mean()), abs=1e-3)
+    # The threshold is where blocks above it have nearly all of what any are worth, or one half if that is lower
     assert 0 < model.spec.threshold <= 0.5
-    kept = float((probabilities[labels] >= model.spec.threshold).float().mean())
+    worths = worth(shares)
+    kept = float(worths[probabilities >= model.spec.threshold].sum() / worths.sum())
     assert kept >= 0.99
     assert validation.threshold_share(model)[0] == float((probabilities >= model.spec.threshold).float().mean())
 
