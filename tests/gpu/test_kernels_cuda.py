@@ -177,6 +177,17 @@ def test_summarise_keys(case: summary_cases.SummaryCase, kind: Kind, dtype: torc
     torch.testing.assert_close(gathered, index, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", summary_cases.CASES)
+def test_summarise_keys_in_fp8(case: summary_cases.SummaryCase, dtype: torch.dtype) -> None:
+    keys, slots, index, block_ids, scales = summary_cases.make_fp8_inputs(case, dtype, "cuda")
+    expected = index.clone(), scales.clone()
+    summarise_keys(keys, slots, index, block_ids, "exact_fp8", scales)
+    summarise_keys_naive(keys, slots, expected[0], block_ids, "exact_fp8", expected[1])
+    assert torch.equal(index.view(torch.uint8), expected[0].view(torch.uint8))
+    torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("case", translate_cases.CASES)
 def test_translate_slots(case: translate_cases.TranslateCase) -> None:
     logical, lut, out = translate_cases.make_inputs(case, "cuda")

@@ -64,7 +64,7 @@ from flashmemory_kernels.score_rows.cases import CASES as SCORE_ROWS_CASES
 from flashmemory_kernels.score_rows.cases import make_inputs as score_rows_inputs
 from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys.cases import CASES as SUMMARY_CASES
-from flashmemory_kernels.summarise_keys.cases import KINDS
+from flashmemory_kernels.summarise_keys.cases import KINDS, make_fp8_inputs
 from flashmemory_kernels.summarise_keys.cases import make_inputs as summary_inputs
 from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
 from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
@@ -195,7 +195,28 @@ def check_summarise_keys() -> int:
             summarise_keys_triton(keys, slots, index, block_ids, kind)
         tolerance = TOL_BF16 if dtype == torch.bfloat16 and kind == "mean" else TOL_FP32
         torch.testing.assert_close(index, expected, **tolerance, equal_nan=True)
-    return len(SUMMARY_CASES) * 12
+    for case in SUMMARY_CASES:
+        keys, slots, index, block_ids, scales = make_fp8_inputs(case)
+        expected = index.clone(), scales.clone()
+        summarise_keys_naive(keys, slots, expected[0], block_ids, "exact_fp8", expected[1])
+        summarise_keys_triton(keys, slots, index, block_ids, "exact_fp8", scales)
+        assert torch.equal(index.view(torch.uint8), expected[0].view(torch.uint8)), case
+        torch.testing.assert_close(scales, expected[1], **TOL_FP32, equal_nan=True)
+    check_every_code()
+    return len(SUMMARY_CASES) * 13
+
+
+def check_every_code() -> None:
+    """All codes, what lies between two of them, and its neighbours; the largest one makes a scale of 1."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = codes[codes.isfinite()].sort().values
+    ties = (codes[1:] + codes[:-1]) / 2
+    values = torch.cat((codes, ties, ties.nextafter(torch.tensor(-500.0)), ties.nextafter(torch.tensor(500.0))))
+    keys = torch.nn.functional.pad(values, (0, 1024 - len(values))).view(1, 1, 16, 64)
+    index, scales = torch.zeros(keys.shape, dtype=torch.float8_e4m3fn), torch.zeros(1, 1)
+    summarise_keys_triton(keys, None, index, torch.zeros(1, dtype=torch.int64), "exact_fp8", scales)
+    assert torch.equal(index.view(torch.uint8), keys.to(torch.float8_e4m3fn).view(torch.uint8))
+    assert scales.tolist() == [[1.0]]
 
 
 def check_translate_slots() -> int:

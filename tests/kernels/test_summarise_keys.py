@@ -3,7 +3,7 @@
 import pytest
 import torch
 from flashmemory_kernels.summarise_keys import Kind, summarise_keys
-from flashmemory_kernels.summarise_keys.cases import CASES, KINDS, SummaryCase, make_inputs
+from flashmemory_kernels.summarise_keys.cases import CASES, KINDS, SummaryCase, make_fp8_inputs, make_inputs
 
 # The mean is formed in float32 (absolute error of a few eps of its largest term, about 4) and rounded once to
 # the key dtype: relative 2^-9 in bf16.
@@ -67,7 +67,9 @@ def test_wrong_arguments_are_named() -> None:
     keys, slots, index, block_ids = make_inputs(CASES[1], "mean")
     with pytest.raises(ValueError, match="keys: expected at least one token"):
         summarise_keys(keys[:, :, :0], slots, index, block_ids, "mean")
-    with pytest.raises(ValueError, match=r"kind: expected one of \['bounds', 'mean', 'exact'\], got 'sum'"):
+    with pytest.raises(
+        ValueError, match=r"kind: expected one of \['bounds', 'mean', 'exact', 'exact_fp8'\], got 'sum'"
+    ):
         summarise_keys(keys, slots, index, block_ids, "sum")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"index: expected shape \[\*, 2, 1, 40\], got \[5, 2, 1, 20\]"):
         summarise_keys(keys, slots, index, block_ids, "bounds")
@@ -78,3 +80,37 @@ def test_wrong_arguments_are_named() -> None:
     keys, slots, index, block_ids = make_inputs(CASES[1], "exact")
     with pytest.raises(ValueError, match=r"index: expected contiguous rows"):
         summarise_keys(keys, slots, index.mT, block_ids, "exact")
+
+
+@pytest.mark.parametrize("dtype", list(RTOL))
+@pytest.mark.parametrize("case", CASES)
+def test_codes_and_scales_stand_for_the_keys(case: SummaryCase, dtype: torch.dtype) -> None:
+    keys, slots, index, block_ids, scales = make_fp8_inputs(case, dtype)
+    summarise_keys(keys, slots, index, block_ids, "exact_fp8", scales)
+    expected, of_blocks = keys[slots].float(), scales[block_ids][..., None, None]
+    got = index.view(torch.uint8)[block_ids].view(torch.float8_e4m3fn).float() * of_blocks
+    # Half of the distance between codes: 2^-4 of a value, or of the smallest normal one, 2^-6 scales.
+    error = (got - expected).abs()
+    assert bool((error <= torch.maximum(expected.abs() * 2**-4, of_blocks * 2**-10) * 1.0001).all())
+    peaks = expected.abs().amax((2, 3), keepdim=True)
+    torch.testing.assert_close(got.abs().amax((2, 3), keepdim=True), peaks, rtol=1e-5, atol=0)
+    others = torch.ones(case.num_slots, dtype=torch.bool)
+    others[block_ids] = False
+    assert bool(scales[others].isnan().all())
+
+
+def test_a_key_that_is_no_number_leaves_its_block_without_a_scale() -> None:
+    keys, slots, index, block_ids, scales = make_fp8_inputs(CASES[1], torch.float32)
+    keys[slots[2], 1, 3, 5] = torch.nan
+    summarise_keys(keys, slots, index, block_ids, "exact_fp8", scales)
+    assert scales[block_ids].isnan().nonzero().tolist() == [[2, 1]]
+
+
+def test_scales_belong_to_fp8() -> None:
+    keys, slots, index, block_ids, scales = make_fp8_inputs(CASES[1])
+    with pytest.raises(ValueError, match="scales: expected with the kind 'exact_fp8' and with no other"):
+        summarise_keys(keys, slots, index, block_ids, "exact_fp8")
+    with pytest.raises(ValueError, match="scales: expected with the kind 'exact_fp8' and with no other"):
+        summarise_keys(keys, slots, index.to(keys.dtype), block_ids, "exact", scales)
+    with pytest.raises(ValueError, match=r"index: expected dtype torch.float8_e4m3fn, got torch.bfloat16"):
+        summarise_keys(keys, slots, index.to(keys.dtype), block_ids, "exact_fp8", scales)

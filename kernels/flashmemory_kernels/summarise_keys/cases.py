@@ -50,3 +50,14 @@ def make_inputs(
     rows = row_shape(kind, case.block_size, case.head_dim)
     index = torch.full((case.num_slots, case.num_kv_heads, *rows), torch.nan, dtype=dtype, device=device)
     return keys, slots, index, block_ids
+
+
+def make_fp8_inputs(
+    case: SummaryCase, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `make_inputs` for "exact_fp8", and the scales; block i's keys are of size 2^(3 i), the first one's are 0."""
+    keys, slots, index, block_ids = make_inputs(case, "exact", dtype, device)
+    for number, slot in enumerate(slots.tolist()):
+        keys[slot] *= 2.0 ** (3 * number) if number else 0.0
+    codes = torch.full_like(index, torch.nan).to(torch.float8_e4m3fn)
+    return keys, slots, codes, block_ids, torch.full(index.shape[:2], torch.nan, device=device)
