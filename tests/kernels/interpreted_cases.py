@@ -197,11 +197,11 @@ def check_summarise_keys() -> int:
         torch.testing.assert_close(index, expected, **tolerance, equal_nan=True)
     for case in SUMMARY_CASES:
         keys, slots, index, block_ids, scales = make_fp8_inputs(case)
-        expected = index.clone(), scales.clone()
-        summarise_keys_naive(keys, slots, expected[0], block_ids, "exact_fp8", expected[1])
+        codes, of_blocks = index.clone(), scales.clone()
+        summarise_keys_naive(keys, slots, codes, block_ids, "exact_fp8", of_blocks)
         summarise_keys_triton(keys, slots, index, block_ids, "exact_fp8", scales)
-        assert torch.equal(index.view(torch.uint8), expected[0].view(torch.uint8)), case
-        torch.testing.assert_close(scales, expected[1], **TOL_FP32, equal_nan=True)
+        assert torch.equal(index.view(torch.uint8), codes.view(torch.uint8)), case
+        torch.testing.assert_close(scales, of_blocks, **TOL_FP32, equal_nan=True)
     check_every_code()
     return len(SUMMARY_CASES) * 13
 
