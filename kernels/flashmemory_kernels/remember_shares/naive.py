@@ -28,10 +28,11 @@ def remember_shares_naive(
     column = torch.arange(width, device=mass.device)
     is_known, is_scored = column < due[:, Due.NUM_KNOWN, None], column < due[:, Due.NUM_BLOCKS, None]
     place, span = due[:, Due.PLACE].long(), min(width, memory.shape[3])
+    modes = channels.modes.tolist()
     for group in range(memory.shape[1]):
         members = shares[:, groups == group].flatten(1, 2)
-        by_heads = members.amax(1), members.mean(1), members.square().mean(1).sqrt()
-        for channel, (decay, mode) in enumerate(zip(channels.decays, channels.modes.tolist(), strict=True)):
+        by_heads = {heads: _combined(members, heads) for heads in {mode % 3 for mode in modes}}
+        for channel, (decay, mode) in enumerate(zip(channels.decays, modes, strict=True)):
             weight = (decay.pow(age) * is_query).unsqueeze(2)
             fade = decay.pow(due[:, Due.ELAPSED, None])
             stored = memory[channel, group][place, :span]
@@ -44,3 +45,10 @@ def remember_shares_naive(
             else:
                 new = (old.square() * fade + (1 - decay) * (value.square() * weight).sum(1)).sqrt()
             memory[channel, group, place, :span] = torch.where(is_scored[:, :span], new[:, :span], stored)
+
+
+def _combined(shares: torch.Tensor, heads: int) -> torch.Tensor:
+    """Shares [m, H, Q, W'] of a group's heads as one, by the place of the way in `Heads`."""
+    if heads == 0:
+        return shares.amax(1)
+    return shares.mean(1) if heads == 1 else shares.square().mean(1).sqrt()
