@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 
 Shares = TypeVar("Shares", npt.NDArray[np.float32], torch.Tensor)
-# Heads that look at nothing in particular pay half of their attention to some block now and then: their squares drowned the
-# lookups of the reference model. From here to the sixteenth power its indexers were equal, on few questions.
+# Heads that look at nothing in particular pay half of their attention to some block now and then: their squares drowned
+# the lookups of the reference model. From here to the sixteenth power its indexers were equal, on few questions.
 POWER = 4
 
 
