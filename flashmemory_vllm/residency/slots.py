@@ -162,6 +162,17 @@ class SlotTable:
         self.require_host_copy(missing)
         return self._hold(group, blocks, missing)
 
+    def claim(self, group: int, blocks: IntArray) -> tuple[IntArray, Copies]:
+        """As `hold` for blocks that may be given several times, each time with a pin of its own.
+
+        Returns:
+            int32 `[n]` slots of the blocks, and those that had none.
+        """
+        distinct, counts = np.unique(blocks, return_counts=True)
+        copies = self.hold(group, distinct)
+        self.pins[group, self.lut[group, distinct]] += (counts - 1).astype(np.int32)
+        return self.lut[group, blocks], copies
+
     def mark_written_back(self, blocks: IntArray) -> None:
         """DIRTY blocks have a host copy now and are CLEAN."""
         self.num_on_host += blocks.size

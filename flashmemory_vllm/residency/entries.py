@@ -1,0 +1,165 @@
+"""The block tables of all decoding requests in one layer group, as arrays by place.
+
+A table is the sink, far blocks in any order, recent blocks in order, the tail last. Order matters to attention in the
+tail only: keys carry their positions, and only full blocks are left out. So a block that comes takes the entry of one
+that goes, and the oldest recent block becomes a far one without a move.
+
+Arguments are int32 `[n]` arrays, one element a change: a place, a position in its request, a slot.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.types import BoolArray, IntArray
+
+NO_ENTRY = -1
+
+
+class Entries:
+    """Tables of one layer group.
+
+    Args:
+        num_places: P.
+        width: W, most blocks of a request.
+
+    Attributes:
+        entry: int32 `[P, W]` where a position stands in its table, -1 if nowhere.
+        position: int32 `[P, W + 1]` positions by entry.
+        slot: int32 `[P, W + 1]` slots by entry.
+        count: int32 `[P]` entries of each table; 0 if the place is free.
+        sink: int32 `[P]` first entries, which never go.
+        recent: int32 `[P]` entries at the end of the table that keep their order.
+    """
+
+    def __init__(self, num_places: int, width: int) -> None:
+        # One more than W: a row has a block too many for two steps after it has begun one
+        size = (num_places, width + 1)
+        self.entry: IntArray = np.full((num_places, width), NO_ENTRY, np.int32)
+        self.position: IntArray = np.zeros(size, np.int32)
+        self.slot: IntArray = np.zeros(size, np.int32)
+        self.count: IntArray = np.zeros(num_places, np.int32)
+        self.sink: IntArray = np.zeros(num_places, np.int32)
+        self.recent: IntArray = np.zeros(num_places, np.int32)
+        self._edited: list[tuple[IntArray, IntArray]] = []
+
+    def positions_of(self, place: int) -> IntArray:
+        """int32 `[count]` positions in the order of the table, a view."""
+        return self.position[place, : self.count[place]]
+
+    def slots_of(self, place: int) -> IntArray:
+        """int32 `[count]` slots of the same blocks, a view."""
+        return self.slot[place, : self.count[place]]
+
+    def may_go(self, place: IntArray, go: IntArray) -> BoolArray:
+        """Which positions stand among the far blocks; bool `[n]`."""
+        at = self.entry[place, go]
+        is_far: BoolArray = (at >= self.sink[place]) & (at < self.count[place] - self.recent[place])
+        return is_far
+
+    def may_come(self, place: IntArray, come: IntArray) -> BoolArray:
+        """Which positions are in no entry, and those of full blocks between sink and recent blocks; bool `[n]`."""
+        first_recent = self.position[place, self.count[place] - self.recent[place]]
+        is_free: BoolArray = (
+            (self.entry[place, come] == NO_ENTRY)
+            & (come >= self.sink[place])
+            & (come < first_recent)
+            & (self.count[place] > 0)
+        )
+        return is_free
+
+    def fill(self, place: int, positions: IntArray, slots: IntArray, sink: int, recent: int) -> None:
+        """A whole table for a free place; positions ascend."""
+        count = positions.size
+        self.position[place, :count], self.slot[place, :count] = positions, slots
+        self.entry[place, positions] = np.arange(count)
+        self.count[place], self.sink[place], self.recent[place] = count, sink, recent
+        self._note(np.full(count, place, np.int32), np.arange(count, dtype=np.int32))
+
+    def clear(self, place: int) -> None:
+        """A place becomes free."""
+        self.entry[place, self.positions_of(place)] = NO_ENTRY
+        self.count[place] = 0
+
+    def append(self, place: IntArray, position: IntArray, slots: IntArray, recent: IntArray) -> None:
+        """Each of the places, all of them different, begins a block; so many of its newest are recent from now on.
+
+        Raises:
+            IntegrityError: a place would have recent blocks without their order.
+        """
+        if (recent > self.recent[place] + 1).any():
+            raise IntegrityError(f"places {place}: {recent} recent blocks, there were {self.recent[place]}")
+        at = self.count[place]
+        self.position[place, at], self.slot[place, at], self.entry[place, position] = position, slots, at
+        self.count[place] += 1
+        self.recent[place] = recent
+        self._note(place, at)
+
+    def replace(self, place: IntArray, come: IntArray, go: IntArray, slots: IntArray) -> None:
+        """Each block that comes takes the entry of one that goes; places may repeat."""
+        at = self.entry[place, go]
+        self.position[place, at], self.slot[place, at] = come, slots
+        self.entry[place, go] = NO_ENTRY
+        self.entry[place, come] = at
+        self._note(place, at)
+
+    def insert(self, place: IntArray, come: IntArray, slots: IntArray) -> None:
+        """One more far block for each of the places, all of them different, in front of the recent ones."""
+        at, mask = self._recent(place)
+        self._move(place, at, mask, 1)
+        first = at[:, 0]
+        self.position[place, first], self.slot[place, first], self.entry[place, come] = come, slots, first
+        self.count[place] += 1
+        self._note(place, first)
+
+    def remove(self, place: IntArray, go: IntArray) -> None:
+        """One far block less for each of the places, all of them different: the last far one takes its entry."""
+        at, mask = self._recent(place)
+        last, gap = at[:, 0] - 1, self.entry[place, go]
+        self.position[place, gap], self.slot[place, gap] = self.position[place, last], self.slot[place, last]
+        self.entry[place, self.position[place, last]] = gap
+        self.entry[place, go] = NO_ENTRY
+        self._move(place, at, mask, -1)
+        self.count[place] -= 1
+        self._note(place, gap)
+
+    def take_edits(self) -> IntArray:
+        """The entries that changed since the last call, int32 `[n, 3]` of place, entry and slot; some may repeat."""
+        if not self._edited:
+            return np.empty((0, 3), np.int32)
+        place, at = (np.concatenate(parts) for parts in zip(*self._edited, strict=True))
+        self._edited = []
+        in_table = at < self.count[place]
+        place, at = place[in_table], at[in_table]
+        return np.stack((place, at, self.slot[place, at]), axis=1)
+
+    def check_integrity(self, place: int) -> None:
+        """Check a table against its inverse, and the order of its recent blocks.
+
+        Raises:
+            IntegrityError: with the place.
+        """
+        count, recent, positions = int(self.count[place]), int(self.recent[place]), self.positions_of(place)
+        if np.unique(positions).size != count or (self.entry[place, positions] != np.arange(count)).any():
+            raise IntegrityError(f"place {place}: positions {positions} are not where their entries say")
+        if np.count_nonzero(self.entry[place] != NO_ENTRY) != count:
+            raise IntegrityError(f"place {place}: an entry is known of a position that the table does not have")
+        if count and ((np.diff(positions[count - recent :]) != 1).any() or positions[-1] != positions.max()):
+            raise IntegrityError(f"place {place}: of {positions} the last {recent} are not the newest in order")
+
+    def _recent(self, place: IntArray) -> tuple[IntArray, BoolArray]:
+        """Entries `[n, w]` of the recent blocks of places, and which of them there are."""
+        column = np.arange(self.recent[place].max(), dtype=np.int32)
+        return (self.count[place] - self.recent[place])[:, None] + column, column < self.recent[place][:, None]
+
+    def _move(self, place: IntArray, at: IntArray, mask: BoolArray, by: int) -> None:
+        """Move entries `[n, w]` of tables; positions stay with their slots."""
+        row, source = np.broadcast_to(place[:, None], at.shape)[mask], at[mask]
+        position, slot = self.position[row, source], self.slot[row, source]
+        self.position[row, source + by], self.slot[row, source + by] = position, slot
+        self.entry[row, position] = source + by
+        self._note(row, source + by)
+
+    def _note(self, place: IntArray, at: IntArray) -> None:
+        self._edited.append((place, at))
