@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("untimed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# Under nohup it is ignored, here and in every process that a test starts and ends by it
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Ignored under nohup and in the background of a script: here, and in every process that a test starts and ends by one
+for _sign, _usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_sign) is signal.SIG_IGN:
+        signal.signal(_sign, _usual)
 
 
 def _why_no_gpu() -> str | None:
