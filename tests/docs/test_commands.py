@@ -21,7 +21,7 @@ from tests.unit.deploy.serve import parse_arguments
 CAPACITY = DOCS / "capacity.md"
 COMMANDS = {command for page in (CAPACITY, QUICK_START, README) for command in commands(page)}
 SHELL = ("/bin/bash", "-o", "pipefail", "-c")
-STARTUP_SECONDS = 300
+STARTUP_SECONDS = 1200
 PAGE_ADDRESS = "localhost:8000"
 
 SERVE = 'vllm serve "$(flashmemory reference path)" --config configs/reference.yaml --served-model-name reference'

@@ -13,7 +13,7 @@ from tests.helpers.entry_points import entry_point_folder
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "reference.yaml"
-STARTUP_SECONDS = 300
+STARTUP_SECONDS = 1200
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from flashmemory_vllm.benchmark.rows import BenchRow, load_rows
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "bench" / "smoke.yaml"
-TIMEOUT_SECONDS = 500
+TIMEOUT_SECONDS = 1800
 
 
 @pytest.fixture(scope="module")

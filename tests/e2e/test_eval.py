@@ -63,7 +63,6 @@ def parity(folder: Path) -> dict[str, Comparison]:
     return {row.side: Comparison(**row.details) for row in read(folder).rows if row.suite == "parity"}
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("in_checkout")
 def test_the_gate_tells_a_good_selector_from_a_broken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

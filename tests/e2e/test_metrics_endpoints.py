@@ -12,7 +12,7 @@ from flashmemory_vllm.observability.metrics import PREFIX, SERIES, MetricSpec
 from tests.e2e.questions import make_questions
 
 LABELS = {"model_name": MODEL_NAME, "engine": "0"}
-PUBLISH_SECONDS = 15
+PUBLISH_SECONDS = 120
 
 
 def scrape(server: Server) -> dict[str, float]:

@@ -20,7 +20,7 @@ from tests.e2e.questions import make_questions
 from tests.unit.deploy.queries import ALERTS, DEPLOY, Query, alert_rules, dashboard_queries, variable_queries
 
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
-WAIT_SECONDS = 60
+WAIT_SECONDS = 300
 NUM_REQUESTS = 4
 
 

@@ -79,7 +79,7 @@ class EngineResult:
     checked: dict[Kind, Checked]
 
 
-def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
+def run_engine(run: EngineRun, timeout_s: float = 1800) -> EngineResult:
     """Start the engine, generate, stop it.
 
     Raises:
@@ -90,7 +90,7 @@ def run_engine(run: EngineRun, timeout_s: float = 900) -> EngineResult:
     return EngineResult(**last)
 
 
-def run_main(module: str, run: EngineRun, timeout_s: float = 900) -> dict[str, Any]:
+def run_main(module: str, run: EngineRun, timeout_s: float = 1800) -> dict[str, Any]:
     """Run a module that reads a run as JSON and prints one marked line of JSON, in a process of its own.
 
     Raises:

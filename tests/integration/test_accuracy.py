@@ -36,7 +36,7 @@ def run_command(*arguments: str) -> str:
     """Run a command of ours; its output."""
     env = engine_environment(EngineRun(reference_model_path(), [], 1))
     command = [sys.executable, "-m", "flashmemory_vllm.cli.app", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, cwd=ROOT, env=env)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 

@@ -55,7 +55,7 @@ def test_a_smaller_ratio_and_back_and_a_damaged_indexer_between(tmp_path: Path) 
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=False,
         env=engine_environment(EngineRun(tmp_path, [], 1)),
     )

@@ -44,7 +44,7 @@ def test_a_session_answers_as_its_whole_prompts(tmp_path: Path) -> None:
         input=json.dumps(engine),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
         cwd=ROOT,
         env=engine_environment(EngineRun(ROOT, [], 1, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})),

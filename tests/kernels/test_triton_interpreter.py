@@ -72,6 +72,6 @@ def run_interpreted(script: str, op: str) -> str:
     """What one of the scripts beside this file prints for an op."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, str(FOLDER / script), op]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     assert result.returncode == 0, f"{result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout

@@ -13,13 +13,13 @@ import pytest
 
 from flashmemory_vllm.processes.guarded import GuardedProcess, ask_all_to_stop
 
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 1200
 # Waits for ever, beside one that ignores SIGTERM in a session of its own, as an engine's core may that hangs
 COMMAND = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
-deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(6000)"
 child = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
 child.stdout.readline()
 (folder / "pids").write_text(f"{os.getpid()} {child.pid} {os.getppid()}")
@@ -30,11 +30,11 @@ OWNER = """
 import sys, time
 from flashmemory_vllm.processes.guarded import GuardedProcess
 with GuardedProcess(sys.argv[1:], stop_seconds=0.5):
-    time.sleep(600)
+    time.sleep(6000)
 """
 
 
-def command(folder: Path, seconds: float = 600) -> list[str]:
+def command(folder: Path, seconds: float = 6000) -> list[str]:
     return [sys.executable, "-c", COMMAND, str(folder), str(seconds)]
 
 

@@ -25,7 +25,7 @@ if depth == 0:
 if depth:
     subprocess.Popen([sys.executable, *sys.orig_argv[1:3], str(depth - 1), str(folder)])
 while True:
-    time.sleep(600)
+    time.sleep(6000)
 """
 
 
