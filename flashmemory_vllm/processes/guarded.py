@@ -98,7 +98,6 @@ class GuardedProcess:
         return self._guard
 
 
-def ask_all_to_stop() -> None:
-    """Begin the end of every guarded process that this one has started; for a signal handler."""
-    for process in list(_running):
-        process.ask_to_stop()
+def running() -> frozenset[GuardedProcess]:
+    """Every guarded process whose block this process is in."""
+    return frozenset(_running)

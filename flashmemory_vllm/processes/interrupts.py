@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from flashmemory_vllm.processes.guarded import ask_all_to_stop
+from flashmemory_vllm.processes.guarded import running
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, these signals raise `Interrupted` and begin the end of every guarded process.
+    """Inside, these signals raise `Interrupted` and begin the end of every guarded process started inside.
 
     A signal that this process was started to ignore, as `nohup` has it, stays ignored. Outside of the main thread,
     which alone gets signals, this does nothing.
@@ -39,15 +39,17 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    others = running()
+
+    def interrupt(sign: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - a signal handler's signature
+        for process in running() - others:
+            process.ask_to_stop()
+        raise Interrupted(sign)
+
     heeded = [sign for sign in SIGNALS if signal.getsignal(sign) is not signal.SIG_IGN]
-    before = {sign: signal.signal(sign, _interrupt) for sign in heeded}
+    before = {sign: signal.signal(sign, interrupt) for sign in heeded}
     try:
         yield
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
-
-
-def _interrupt(sign: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - a signal handler's signature
-    ask_all_to_stop()
-    raise Interrupted(sign)

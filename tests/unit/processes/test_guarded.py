@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flashmemory_vllm.processes.guarded import GuardedProcess, ask_all_to_stop
+from flashmemory_vllm.processes.guarded import GuardedProcess
 
 PATIENCE_SECONDS = 1200
 # Waits for ever, beside one that ignores SIGTERM in a session of its own, as an engine's core may that hangs
@@ -112,11 +112,3 @@ def test_the_death_of_the_guard_ends_the_command(tmp_path: Path) -> None:
         assert_gone([process])
     # Nobody is left who knows of it
     os.kill(deaf, signal.SIGKILL)
-
-
-def test_a_signal_handler_ends_all_that_run(tmp_path: Path) -> None:
-    with GuardedProcess(command(tmp_path), stop_seconds=0.5) as running:
-        pids = started(tmp_path)
-        ask_all_to_stop()
-        assert running.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
-        assert not any(map(is_running, pids))
