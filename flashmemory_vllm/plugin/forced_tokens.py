@@ -3,9 +3,11 @@
     vllm serve MODEL --logits-processors flashmemory_vllm.plugin.forced_tokens:ForcedTokens
 
 and in the request `"vllm_xargs": {"forced_token_ids": [...]}`. vLLM reads raw log-probabilities before any processor
-runs, so those of the forced tokens are the model's own.
+runs, so those of the forced tokens are the model's own. A processor cannot refuse a request for what only the model
+tells: from a token on that the model does not have, the request samples freely, as it does behind its last one.
 """
 
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,11 +29,14 @@ class ForcedTokens(V1LogitsProcessor, V2LogitsProcessor):
     One class for both model runners of vLLM: the server's option names a class before a runner is chosen.
 
     Args:
-        vllm_config: the engine's.
+        vllm_config: the engine's; of its model the vocabulary and the longest request.
         runner: of V1 the device and whether memory is pinned, of V2 its `LogitsProcRequestState`.
     """
 
-    def __init__(self, vllm_config: "VllmConfig", *runner: Any) -> None:  # noqa: ARG002 - vLLM's signature
+    def __init__(self, vllm_config: "VllmConfig", *runner: Any) -> None:
+        model = vllm_config.model_config
+        # A token that there is none of would be written behind the logits: the end of the engine for everybody
+        self._vocabulary, self._longest = model.get_vocab_size(), model.max_model_len
         # V1: batch row -> forced ids and the ids generated so far, a list that vLLM goes on with
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
         # V2: by request slot, on the device
@@ -62,7 +67,7 @@ class ForcedTokens(V1LogitsProcessor, V2LogitsProcessor):
         for row in batch_update.removed:
             self._rows.pop(row, None)
         for row, params, _, generated in batch_update.added:
-            forced = _forced(params)
+            forced = self._forced(params)
             self._rows.pop(row, None)
             if forced:
                 self._rows[row] = (forced, generated)
@@ -75,7 +80,7 @@ class ForcedTokens(V1LogitsProcessor, V2LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
         """V2: take over a slot."""
-        forced = _forced(sampling_params)
+        forced = self._forced(sampling_params)
         self._lengths[req_idx] = len(forced)
         if len(forced) > self._tokens.shape[1]:
             wider = self._tokens.new_zeros(len(self._tokens), len(forced))
@@ -111,9 +116,10 @@ class ForcedTokens(V1LogitsProcessor, V2LogitsProcessor):
         kept = torch.where(is_forced.unsqueeze(1), 0.0, logits.gather(1, tokens))
         return logits.masked_fill_(is_forced.unsqueeze(1), -torch.inf).scatter_(1, tokens, kept)
 
-
-def _forced(params: "SamplingParams") -> list[int]:
-    return list((params.extra_args or {}).get(ARGUMENT) or ())
+    def _forced(self, params: "SamplingParams") -> list[int]:
+        """The tokens that can be forced: those before the first unknown one, and no more than a request can have."""
+        given = (params.extra_args or {}).get(ARGUMENT) or ()
+        return list(islice(takewhile(lambda token: token < self._vocabulary, given), self._longest))
 
 
 def _is_token_list(given: object) -> bool:

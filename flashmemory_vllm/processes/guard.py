@@ -1,6 +1,6 @@
 """Runs a command until it ends or its owner does, and leaves nothing of it behind.
 
-`python -I guard.py SECONDS COMMAND...`, its standard input a pipe that the owner holds the other end of. When that is
+`python -P guard.py SECONDS COMMAND...`, its standard input a pipe that the owner holds the other end of. When that is
 closed, because the owner wants an end or has come to its own, by SIGKILL too, every process that came out of the
 command gets SIGTERM, and SIGKILL after so many seconds. The same happens to what a command that has ended by itself has
 left.

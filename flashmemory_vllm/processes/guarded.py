@@ -35,7 +35,8 @@ class GuardedProcess:
         environment: Mapping[str, str] | None = None,
         stop_seconds: float = STOP_SECONDS,
     ) -> None:
-        self._command = [sys.executable, "-I", str(Path(guard.__file__)), str(stop_seconds), *command]
+        # Not isolated ("-I"): what it imports may lie where only this user's Python looks, or in PYTHONPATH
+        self._command = [sys.executable, "-P", str(Path(guard.__file__)), str(stop_seconds), *command]
         self._output = output
         self._environment = None if environment is None else dict(environment)
         self._guard: subprocess.Popen[bytes] | None = None

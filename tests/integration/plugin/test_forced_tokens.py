@@ -13,7 +13,10 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from flashmemory_vllm.evaluation import target
 from flashmemory_vllm.plugin.forced_tokens import ARGUMENT, ForcedTokens
 
-VOCABULARY = 11
+VOCABULARY, LONGEST = 11, 6
+CONFIG: Any = SimpleNamespace(
+    model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY, max_model_len=LONGEST),
+)
 
 
 def params(*forced: int) -> SamplingParams:
@@ -30,7 +33,7 @@ def logits_of(num_rows: int) -> torch.Tensor:
 
 
 def v1(*added: tuple[int, SamplingParams, list[int]]) -> ForcedTokens:
-    processor = ForcedTokens(None, torch.device("cpu"), False)
+    processor = ForcedTokens(CONFIG, torch.device("cpu"), False)
     processor.update_state(update(added=[(row, given, None, done) for row, given, done in added]))
     return processor
 
@@ -67,7 +70,7 @@ def test_v1_rows_may_move_swap_and_be_taken_over() -> None:
 def test_v2_rows_follow_their_positions() -> None:
     prompt_lens = torch.tensor([4, 2, 7])
     states = SimpleNamespace(max_num_reqs=3, device="cpu", prompt_len=SimpleNamespace(gpu=prompt_lens))
-    processor = ForcedTokens(None, states)
+    processor = ForcedTokens(CONFIG, states)
     untouched = logits_of(1)
     assert processor.apply(untouched, SimpleNamespace()) is untouched
     assert processor.add_request(2, params(6, 7, 8))
@@ -84,6 +87,26 @@ def test_v2_rows_follow_their_positions() -> None:
     ctx = SimpleNamespace(expanded_idx_mapping=torch.tensor([2]), pos=torch.tensor([6]))
     logits = processor.apply(logits_of(1), ctx)
     assert torch.equal(logits, logits_of(1))
+
+
+@pytest.mark.parametrize("unknown", [VOCABULARY, 1 << 40])
+def test_a_token_that_the_model_does_not_have_ends_the_text_and_not_the_engine(unknown: int) -> None:
+    generated: list[int] = []
+    first = v1((0, params(3, unknown, 4), generated))
+    states = SimpleNamespace(max_num_reqs=1, device="cpu", prompt_len=SimpleNamespace(gpu=torch.tensor([2])))
+    second = ForcedTokens(CONFIG, states)
+    second.add_request(0, params(3, unknown, 4))
+    for position, expected in ((1, 3), (2, 10), (3, 10)):
+        ctx = SimpleNamespace(expanded_idx_mapping=torch.tensor([0]), pos=torch.tensor([position]))
+        assert written(first.apply(logits_of(1))) == written(second.apply(logits_of(1), ctx)) == [expected]
+        generated.append(expected)
+
+
+def test_a_text_takes_no_more_device_memory_than_a_request_can_have_tokens() -> None:
+    states = SimpleNamespace(max_num_reqs=3, device="cpu", prompt_len=SimpleNamespace(gpu=torch.zeros(3)))
+    processor = ForcedTokens(CONFIG, states)
+    processor.add_request(0, params(*[1] * 1000))
+    assert processor._tokens.shape == (3, LONGEST)
 
 
 @pytest.mark.parametrize("given", ["12", [1.5], [-1], {"a": 1}])

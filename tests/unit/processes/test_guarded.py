@@ -95,6 +95,13 @@ def test_output_and_environment_are_the_commands(tmp_path: Path) -> None:
     assert set((tmp_path / "log").read_text().split()) == {"seen", "beside"}
 
 
+def test_the_guard_finds_what_it_imports_where_its_owner_does(tmp_path: Path) -> None:
+    """As after `pip install --user` or `--target`, which an isolated interpreter does not look at."""
+    (tmp_path / "psutil.py").write_text("raise SystemExit(77)")
+    with GuardedProcess([sys.executable, "-c", ""], environment={"PYTHONPATH": str(tmp_path)}) as running:
+        assert running.wait(PATIENCE_SECONDS) == 77
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_the_death_of_the_owner_ends_all_of_it(tmp_path: Path, sign: signal.Signals) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, *command(tmp_path)], stderr=subprocess.DEVNULL)
