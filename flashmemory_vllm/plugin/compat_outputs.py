@@ -99,7 +99,8 @@ def raise_failed_requests() -> None:
     async def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         async with aclosing(original(self, *args, **kwargs)) as outputs:
             async for output in outputs:
-                if output.finished and any(part.stop_reason == BROKEN_KV for part in output.outputs):
+                # At once: where several answers are streamed, the output that says so is seldom the last
+                if any(part.stop_reason == BROKEN_KV for part in output.outputs):
                     raise RetryableRequestError(BROKEN_KV)
                 yield output
 

@@ -218,9 +218,12 @@ def _generated(monkeypatch: pytest.MonkeyPatch, *stop_reasons: str | None) -> li
         assert closed
 
 
-def test_the_client_reads_why_and_that_it_may_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("others", [(), (None,)], ids=["its only answer", "one of several answers"])
+def test_the_client_reads_why_and_that_it_may_ask_again(
+    monkeypatch: pytest.MonkeyPatch, others: tuple[None, ...]
+) -> None:
     with pytest.raises(RetryableRequestError) as raised:
-        _generated(monkeypatch, None, BROKEN_KV)
+        _generated(monkeypatch, None, BROKEN_KV, *others)
     response = create_error_response(raised.value)
     assert response.error.code == HTTPStatus.SERVICE_UNAVAILABLE
     assert response.error.message == BROKEN_KV
