@@ -1,13 +1,17 @@
 """Files that are there whole or not at all, whatever the disk does and whenever a process ends."""
 
+import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from flashmemory_vllm.errors import StorageError
+
+# Where room is of no help: not there, not a folder or not a file, or not to be written to
+_CLOSED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 @contextmanager
@@ -30,7 +34,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _cannot_be_written(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its place takes and gives nothing
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,7 +77,6 @@ def write_json(path: Path, content: object, indent: int | None = 1) -> None:
 
 
 def _cannot_be_written(path: Path, error: Exception) -> StorageError:
-    return StorageError(
-        f"{path}: cannot be written ({error}); files written before it are whole. Make room, then run the same "
-        "command again"
-    )
+    lacks_room = getattr(error, "errno", None) not in _CLOSED
+    remedy = "Make room, then run the same command again" if lacks_room else "Name another place, or open this one"
+    return StorageError(f"{path}: cannot be written ({error}); files written before it are whole. {remedy}")

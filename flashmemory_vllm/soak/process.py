@@ -6,19 +6,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flashmemory_vllm.files import append_text, write_json
 from flashmemory_vllm.processes.engine_log import find_error
 from flashmemory_vllm.processes.guarded import GuardedProcess
 from flashmemory_vllm.soak.drive import Text
 from flashmemory_vllm.soak.settings import Device, SoakSettings
+from flashmemory_vllm.soak.trace import Trace
 
 WORKER_MODULE = "flashmemory_vllm.cli.soak_worker"
 # What Python's faulthandler begins its report with when a process has waited for too long
 HANG_MARK = "Timeout ("
 CACHED_PRODUCTS = 8
 Task = Literal["serve", "judge"]
+Document = Literal["job", "outcome", "verdict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +56,27 @@ class SoakFolder:
         self.log = path / "log.txt"
         self._texts = path / "texts.jsonl"
 
-    def write(self, name: str, fields: Mapping[str, Any]) -> None:
+    def begin(self, trace: Trace) -> None:
+        """Keep what is to be played, and nothing of a soak that was kept here before: it would be judged again.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        for path in (*map(self._document, get_args(Document)), self.log, self._texts):
+            path.unlink(missing_ok=True)
+        trace.save(self.trace)
+
+    def write(self, name: Document, fields: Mapping[str, Any]) -> None:
         """Write a document.
 
         Raises:
             StorageError: the disk is full.
         """
-        write_json(self.path / f"{name}.json", dict(fields), indent=None)
+        write_json(self._document(name), dict(fields), indent=None)
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def read(self, name: Document) -> dict[str, Any] | None:
         """A document, or None if the process that was to write it has not come so far."""
-        path = self.path / f"{name}.json"
+        path = self._document(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def keep(self, text: Text) -> None:
@@ -78,6 +90,9 @@ class SoakFolder:
     def texts(self) -> list[Text]:
         """All finished texts."""
         return list(self._read_texts())
+
+    def _document(self, name: Document) -> Path:
+        return self.path / f"{name}.json"
 
     def _read_texts(self) -> Iterator[Text]:
         if not self._texts.exists():

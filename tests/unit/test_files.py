@@ -88,3 +88,12 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     assert precious.read_text() == "mine"
     assert (tmp_path / "rows.json").read_text() == "rows"
     assert not (tmp_path / "rows.json").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["gone/rows.json", "file/rows.json", "folder"])
+def test_room_is_asked_for_only_where_it_helps(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for write in (write_text, append_text):
+        with pytest.raises(StorageError, match=r"cannot be written \(.*\); .* Name another place, or open this one$"):
+            write(tmp_path / place, "rows")

@@ -3,14 +3,20 @@
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from flashmemory_vllm.cli import soak
 from flashmemory_vllm.cli.app import build_parser, main
 from flashmemory_vllm.cli.soak import read_settings
 from flashmemory_vllm.soak.adapter import RANK, write_adapter
-from flashmemory_vllm.soak.process import worker_environment
+from flashmemory_vllm.soak.drive import Text
+from flashmemory_vllm.soak.process import HANG_MARK, SoakFolder, worker_environment
+from flashmemory_vllm.soak.rows import load_rows
+from flashmemory_vllm.soak.trace import Trace
+from tests.unit.soak.traces import trace
 
 SHIM = ("--triton-cpu", "shim")
 
@@ -64,6 +70,53 @@ def test_what_is_not_allowed_is_told(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["soak", "--out", str(tmp_path / "rows.json"), *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [(("--runners", "v2", *SHIM), "--runners"), (("--seed", "0"), "--seed"), (("--eager",), "--eager")],
+)
+def test_a_trace_that_is_played_again_decides_what_it_was_drawn_by(
+    words: tuple[str, ...], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace(num_requests=2).save(tmp_path / "trace.json")
+    given = ["--out", str(tmp_path / "rows.json"), "--replay", str(tmp_path / "trace.json")]
+    assert main(["soak", *given, *words]) == 2
+    assert f"{option}: given with --replay, whose trace decides that" in capsys.readouterr().err
+
+
+def test_a_trace_of_the_second_runner_needs_on_a_cpu_what_that_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    trace(num_requests=2, runner="v2").save(tmp_path / "trace.json")
+    assert main(["soak", "--out", str(tmp_path / "rows.json"), "--replay", str(tmp_path / "trace.json")]) == 2
+    assert "trace.json has v2 and there is no CUDA: allowed with --triton-cpu FOLDER" in capsys.readouterr().err
+
+
+def test_what_was_kept_of_an_earlier_soak_is_not_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command twice, as `--keep` invites; the second time the engine does not start."""
+    failures = iter([None, None, "serve: no engine"])
+
+    def run_worker(folder: SoakFolder, task: str, env: Mapping[str, str]) -> str | None:
+        del env
+        failure = next(failures)
+        assert not folder.log.exists() or task == "judge", "a hang of before would be this one's"
+        folder.log.write_text(HANG_MARK)
+        if task == "serve" and failure is None:
+            folder.keep(Text("soak-0", 0, (1, 2)))
+            folder.write("outcome", {"added": 2})
+        return failure
+
+    monkeypatch.setattr(soak, "run_worker", run_worker)
+    trace(num_requests=2).save(tmp_path / "trace.json")
+    out, kept = tmp_path / "rows.json", tmp_path / "kept"
+    for _ in range(2):
+        main(["soak", "--out", str(out), "--keep", str(kept), "--replay", str(tmp_path / "trace.json")])
+    first, second = load_rows(out)
+    assert (first.requests, first.texts, first.error) == (2, 1, None)
+    assert (second.requests, second.texts, second.error, second.hangs) == (0, 0, "serve: no engine", 0)
+    assert Trace.load(kept / "0-dense-v1-sync" / "trace.json") == Trace.load(tmp_path / "trace.json")
 
 
 def test_only_the_engine_under_test_has_our_plugin_and_on_a_cpu_only_its_second_runner_is_interpreted(
