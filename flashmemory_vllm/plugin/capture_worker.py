@@ -74,18 +74,18 @@ class RecordedRuntime(WatchedRuntime):
         """Take the tokens of a request that is to begin from `prompt_len` on for text that follows its prompt."""
         self._texts[req_id] = prompt_len
 
-    def set_rows(self, req_ids: Sequence[str]) -> None:
+    def set_batch(self, req_ids: Sequence[str], seq_lens: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """As the runtime's."""
-        self._runtime.set_rows(req_ids)
+        self._runtime.set_batch(req_ids, seq_lens, slot_mapping)
         self._req_ids = req_ids
 
-    def compacted_tables(self, num_rows: int, seq_lens: torch.Tensor) -> "list[CompactedTable]":
+    def compacted_tables(self, num_rows: int) -> "list[CompactedTable]":
         """As the runtime's.
 
         Raises:
             IntegrityError: a row does not have all its blocks on the device.
         """
-        tables = self._runtime.compacted_tables(num_rows, seq_lens)
+        tables = self._runtime.compacted_tables(num_rows)
         rows = [
             BatchRow(req_id, self._prompt_lens[req_id], self._computed[req_id], self._scheduled[req_id], slots)
             for req_id, slots in zip(self._req_ids, tables[0].block_table, strict=False)

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_VLLM = "0.32."
 
-Translate = Callable[[torch.Tensor], None]
+SetBatch = Callable[[list[str], torch.Tensor, torch.Tensor], None]
 ConfigHook = Callable[["VllmConfig"], None]
 
 
@@ -155,24 +155,25 @@ def override_cpu_backend() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
 
 
-def install_slot_translation(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:
-    """Translate slot mappings from logical blocks to slots, exactly once per step.
+def install_slot_translation(runner: Any, set_batch: SetBatch) -> None:
+    """Replace slot mappings of logical blocks by those of slots, exactly once per step.
 
     Symptom: key/value writes take their target from the forward context's slot mapping, which vLLM computes
     from its block tables, that is from logical block ids; using them unchanged writes out of bounds.
     Cure: wrap the one method of the model runner that returns slot mappings for a real step, on this
-    instance only, and translate in place. Both runners share the tensor with every consumer.
+    instance only, and overwrite them. Both runners share the tensor with every consumer.
     Remove when an attention backend can own the slot mapping.
 
     Args:
         runner: vLLM's GPUModelRunner (V1) or the V2 runner.
-        translate: rewrites an int64 slot mapping `[T]` (or `[1, T]`) in place; padding stays negative.
-        rows: told the request ids of the batch rows, in row order, before metadata is built.
+        set_batch: told, before metadata is built, the request ids of the batch rows in their order, their lengths
+            int32 `[R]` on the device, padding included, and an int64 slot mapping `[T]` (or `[1, T]`), which it
+            overwrites. V1 calls it for dummy batches as well.
     """
     if hasattr(runner, "prepare_attn"):
-        _wrap_v2(runner, translate, rows)
+        _wrap_v2(runner, set_batch)
     else:
-        _wrap_v1(runner, translate, rows)
+        _wrap_v1(runner, set_batch)
 
 
 def keep_steps_out_of_full_graphs(runner: Any, needs_python: Callable[[], bool]) -> None:
@@ -245,28 +246,26 @@ def let_sessions_give_up_their_blocks(scheduler_cls: Any, is_ours: Callable[[Any
     scheduler_cls._update_request_as_session = _update_request_as_session
 
 
-def _wrap_v2(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:
+def _wrap_v2(runner: Any, set_batch: SetBatch) -> None:
     original = runner.prepare_attn
 
     @functools.wraps(original)
     def prepare_attn(input_batch: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         block_tables, slot_mappings = original(input_batch)
-        rows(list(input_batch.req_ids))
-        translate(slot_mappings)
+        set_batch(list(input_batch.req_ids), input_batch.seq_lens, slot_mappings)
         return block_tables, slot_mappings
 
     runner.prepare_attn = prepare_attn
 
 
-def _wrap_v1(runner: Any, translate: Translate, rows: Callable[[list[str]], None]) -> None:
+def _wrap_v1(runner: Any, set_batch: SetBatch) -> None:
     original = runner._get_slot_mappings
 
     @functools.wraps(original)
-    def _get_slot_mappings(*args: Any, **kwargs: Any) -> Any:
-        by_group, by_layer = original(*args, **kwargs)
+    def _get_slot_mappings(num_tokens_padded: int, num_reqs_padded: int, *args: Any, **kwargs: Any) -> Any:
+        by_group, by_layer = original(num_tokens_padded, num_reqs_padded, *args, **kwargs)
         if by_group:
-            rows(list(runner.input_batch.req_ids))
-            translate(by_group[0])
+            set_batch(list(runner.input_batch.req_ids), runner.seq_lens[:num_reqs_padded], by_group[0])
         return by_group, by_layer
 
     runner._get_slot_mappings = _get_slot_mappings

@@ -19,7 +19,11 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": ("self",),
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": ("self",),
     "vllm.v1.worker.gpu_worker:Worker.sleep": ("self", "level"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_slot_mappings": ("self", "num_tokens_padded"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_slot_mappings": (
+        "self",
+        "num_tokens_padded",
+        "num_reqs_padded",
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._is_uniform_decode": ("max_num_scheduled_tokens",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("self", "input_batch"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": ("self", "scheduler_output"),

@@ -209,8 +209,9 @@ def _buffers(
 ) -> StepBuffers:
     table_sizes = TableSizes(
         num_groups=config.layer_groups,
-        num_logical_blocks=sizes.num_logical_blocks,
         block_size=shape.block_size,
+        num_places=sizes.max_num_seqs,
+        num_kept=1,
         max_rows=sizes.max_num_seqs,
         max_tokens=sizes.max_num_tokens,
         width=-(-budget.max_model_len // shape.block_size) + 1,

@@ -22,6 +22,7 @@ from flashmemory_vllm.residency.types import (
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.index_keys import index_full_blocks
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
+from flashmemory_vllm.runtime.places import Places
 from flashmemory_vllm.runtime.poison import poison_free_slots, poisoned
 from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import StripsAsked, runtime_status
@@ -36,14 +37,14 @@ class ResidencyRuntime:
     """Drives planner, transfers, tables and selector through the steps of one worker.
 
     begin   scores that are due -> plan -> recalls and prefetches, beside the step before where their slots have rested
-    forward slot mappings translated, metadata compacted, queries captured, absent history streamed
+    forward tables changed and rows written, metadata compacted, queries captured, absent history streamed
     end     full blocks written back and indexed, selectors started for requests that are due
     """
 
     def __init__(self, parts: RuntimeParts) -> None:
         self._parts = parts
         self._tables, self._queries = parts.buffers.tables, parts.buffers.queries
-        self._tables.reset()
+        self._places = Places(self._tables.sizes.num_places)
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
         self._report = Reporter(parts.counters, parts.planner, parts.engine, parts.selections)
@@ -128,36 +129,38 @@ class ResidencyRuntime:
         finally:
             self._plan = None
 
-    def set_rows(self, req_ids: Sequence[str]) -> None:
-        """Learn the order of the batch's rows, before metadata is built."""
+    def set_batch(self, req_ids: Sequence[str], seq_lens: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Learn the order of the batch's rows, before metadata is built, and where its tokens are written.
+
+        Args:
+            req_ids: the step's requests in the order of the rows.
+            seq_lens: int32 [R] logical lengths on the device; rows of padding come last and have 0.
+            slot_mapping: int64 [T] or [1, T], padding included; becomes that of layer group 0.
+        """
         if self._plan is None:
+            self._tables.write_nothing()
             return
         self._rows = [self._plan.rows[req_id] for req_id in req_ids]
+        places = [self._places.of(req_id) for req_id in req_ids]
+        flat = slot_mapping.view(-1)
+        self._tables.write(self._rows, places, seq_lens, len(flat))
+        # vLLM shares this tensor with all who write by it
+        flat.copy_(self._tables.slot_mapping(0, len(flat)))
         self._queries.set_rows([row.num_tokens for row in self._rows])
         self._parts.questions.set_rows(self._rows, self._prompt_len)
         self._parts.prefill.set_rows(self._rows)
-
-    def translate_slots(self, slot_mapping: torch.Tensor) -> None:
-        """Turn logical slot indices into physical ones, in place.
-
-        Args:
-            slot_mapping: int64 [T] or [1, T], `block * block_size + offset`; negative entries are padding and stay.
-        """
-        if self._plan is not None:
-            self._tables.translate(slot_mapping)
 
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         """This step's slot mapping [T] of a layer group, always in the same memory."""
         return self._tables.slot_mapping(group, num_tokens)
 
-    def compacted_tables(self, num_rows: int, seq_lens: torch.Tensor) -> list[CompactedTable]:
+    def compacted_tables(self, num_rows: int) -> list[CompactedTable]:
         """This step's tables, one for each layer group, always in the same memory.
 
         Args:
-            num_rows: rows of the batch, padding included.
-            seq_lens: int32 [num_rows], logical lengths on the device.
+            num_rows: rows that attention computes, padding included.
         """
-        return self._tables.fill(self._rows, num_rows, seq_lens)
+        return self._tables.compacted(num_rows)
 
     def physical_tables(
         self, block_table: torch.Tensor, seq_lens: torch.Tensor, slot_mapping: torch.Tensor, max_seq_len: int
@@ -236,6 +239,8 @@ class ResidencyRuntime:
         self._parts.planner.reset()
         self._parts.selections.reset()
         self._parts.questions.reset()
+        self._places.clear()
+        self._tables.reset()
 
     def release(self) -> None:
         """Give the host pool back, whatever became of the last copies; the runtime must not be used afterwards."""
@@ -249,6 +254,7 @@ class ResidencyRuntime:
         parts.selections.forget(step_input.finished)
         parts.questions.forget(step_input.finished)
         parts.selections.preempt(step_input.preempted)
+        self._places.leave((*step_input.finished, *step_input.preempted))
         for selection in parts.selections.deliver(step_input.step):
             parts.planner.offer(selection)
         parts.planner.hasten(parts.selections.drifted(step_input.step))
@@ -258,7 +264,6 @@ class ResidencyRuntime:
             parts.engine.recall(copies.group, copies.blocks, copies.slots, self._last_use(copies))
         parts.engine.fence((*plan.fresh, *poisoned(parts)))
         self._history.note(plan)
-        self._tables.learn(plan.fresh)
         if parts.check_integrity:
             parts.planner.check_integrity()
         if parts.poison:

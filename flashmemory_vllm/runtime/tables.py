@@ -1,7 +1,8 @@
 """What attention and cache writes use instead of vLLM's logical ids: block tables, lengths and slot mappings.
 
 All of it lies in device tensors that stay where they are: a CUDA graph that was captured with them reads what a
-later step has put there.
+later step has put there. Each request has its tables at a place of its own, whatever its row in the batch is; a step
+uploads what has changed there, and one operation makes the rows of it.
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flashmemory_kernels.compact_tables import compact_tables
-from flashmemory_kernels.translate_slots import translate_slots
+from flashmemory_kernels.apply_step import ROW_FIELDS, PlaceTables, apply_step
 
-from flashmemory_vllm.residency.types import Copies, IntArray, Row
-from flashmemory_vllm.runtime.uploads import upload
+from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.types import Row
+from flashmemory_vllm.runtime.changes import NO_PLACE, TableChanges
+from flashmemory_vllm.runtime.uploads import UploadRing
 
-# Per row and group: where its slots begin in the upload, how many they are, tokens that its table leaves out.
-HEADER_WIDTH = 3
+# Values of changed tables in an upload that needs no memory of its own, 256 KiB.
+RING_VALUES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,16 +44,18 @@ class TableSizes:
 
     Attributes:
         num_groups: G.
-        num_logical_blocks: N.
         block_size: tokens in a block.
+        num_places: P, most requests that have blocks at once.
+        num_kept: Q, newest queries that are kept of each place.
         max_rows: most rows of a batch, padding included.
         max_tokens: most tokens of a batch, padding included.
         width: most blocks of a request.
     """
 
     num_groups: int
-    num_logical_blocks: int
     block_size: int
+    num_places: int
+    num_kept: int
     max_rows: int
     max_tokens: int
     width: int
@@ -71,70 +75,83 @@ class StepTables:
     """
 
     def __init__(self, sizes: TableSizes, device: torch.device, *, skip_streamed: bool = False) -> None:
-        groups, rows = sizes.num_groups, sizes.max_rows
+        groups, places, rows = sizes.num_groups, sizes.num_places, sizes.max_rows
         self.sizes = sizes
-        self._device = device
         self._skip_streamed = skip_streamed
-        self._block_tables = torch.zeros((groups, rows, sizes.width), dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros((groups, rows), dtype=torch.int32, device=device)
-        self._slot_mappings = torch.full((groups, sizes.max_tokens), -1, dtype=torch.int64, device=device)
-        # Slots of the blocks that are being written. Other entries may be out of date: nothing writes there.
-        self._written_slots = torch.zeros((groups, sizes.num_logical_blocks), dtype=torch.int32, device=device)
-        # The slots that each row of the block tables was last filled with. Equal objects hold equal slots.
-        self._filled: list[list[IntArray | None]] = []
-        self.reset()
 
-    def learn(self, fresh: Sequence[Copies]) -> None:
-        """Learn the slots of blocks that this step writes first; they keep them until they are full."""
-        for copies in fresh:
-            both = upload(np.stack((copies.blocks, copies.slots)).astype(np.int64), self._device)
-            self._written_slots[copies.group].index_copy_(0, both[0], both[1].int())
+        def filled(*size: int, value: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.full(size, value, dtype=dtype, device=device)
 
-    def translate(self, slot_mapping: torch.Tensor) -> None:
-        """Turn logical slot indices into physical ones: group 0's in place, the others' in `slot_mapping`.
+        self._tables = PlaceTables(
+            # Logical blocks are known to the host alone as long as the device chooses nothing
+            block_ids=filled(places, 0),
+            entries=filled(groups, places, sizes.width),
+            block_table=filled(groups, rows, sizes.width),
+            seq_lens=filled(groups, rows),
+            slot_mapping=filled(groups, sizes.max_tokens, value=-1, dtype=torch.int64),
+            query_row=filled(sizes.max_tokens, value=-1),
+            block_size=sizes.block_size,
+            num_kept=sizes.num_kept,
+        )
+        self._changes = TableChanges(groups * places)
+        self._ring = UploadRing(rows * (ROW_FIELDS + groups) + RING_VALUES, device)
+        self._bounds = torch.zeros((groups, 0), dtype=torch.int32)
 
-        Args:
-            slot_mapping: int64 [T] or [1, T], `block * block_size + offset`; negative entries are padding and stay.
-        """
-        translate_slots(slot_mapping.view(-1), self._written_slots, self.sizes.block_size, self._slot_mappings)
+    @property
+    def query_row(self) -> torch.Tensor:
+        """int32 [max_tokens] where each token's queries go; -1: nowhere. See `capture_queries`."""
+        return self._tables.query_row
 
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         """Slot mapping int64 [T] of a layer group, a view of the persistent tensor."""
-        return self._slot_mappings[group, :num_tokens]
+        return self._tables.slot_mapping[group, :num_tokens]
 
-    def fill(self, rows: Sequence[Row], num_rows: int, seq_lens: torch.Tensor) -> list[CompactedTable]:
-        """Write the batch's rows.
+    def write(self, rows: Sequence[Row], places: Sequence[int], seq_lens: torch.Tensor, num_tokens: int) -> None:
+        """Write a step's batch.
 
         Args:
             rows: the planned rows in batch order.
-            num_rows: rows of the batch, padding included.
-            seq_lens: int32 [num_rows] logical lengths on the device, 0 in padding rows.
+            places: of the same requests, all different.
+            seq_lens: int32 [R] logical lengths on the device, 0 in padding rows, which come last.
+            num_tokens: tokens of the batch, padding included.
 
-        Returns:
-            One table for each layer group; views of the persistent tensors.
+        Raises:
+            IntegrityError: there are more rows than lengths, or than these tables have.
         """
-        num_groups = self.sizes.num_groups
-        header = np.zeros((num_groups, num_rows, HEADER_WIDTH), dtype=np.int32)
-        bounds = torch.zeros((num_groups, num_rows), dtype=torch.int32)
-        changed: list[IntArray] = []
-        end = header.size
-        for group in range(num_groups):
-            filled, bound = self._filled[group], bounds[group].numpy()
-            for index, row in enumerate(rows):
-                logical = row.num_computed_tokens + row.num_tokens
-                is_skipped = self._skip_streamed and len(row.streamed[group]) > 0
-                evicted = logical if is_skipped else row.evicted_tokens[group]
-                slots = row.slots[group]
-                count = 0 if is_skipped or filled[index] is slots else len(slots)
-                if count:
-                    filled[index] = slots
-                    changed.append(slots)
-                header[group, index] = end, count, evicted
-                bound[index] = logical - evicted
-                end += count
-        packed = upload(np.concatenate((header.reshape(-1), *changed)), self._device)
-        compact_tables(packed, seq_lens, self._block_tables, self._seq_lens)
-        return self._views(num_rows, bounds, [max(1, int(bound.max())) for bound in bounds])
+        num_rows = min(len(seq_lens), self.sizes.max_rows)
+        if len(rows) > num_rows:
+            raise IntegrityError(f"a step has {len(rows)} rows, allowed are {num_rows} (--max-num-seqs)")
+        header = np.zeros((num_rows, ROW_FIELDS + self.sizes.num_groups), np.int32)
+        bounds = np.zeros((self.sizes.num_groups, num_rows), np.int32)
+        first = 0
+        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+            header[index] = place, first, row.num_tokens, *row.evicted_tokens
+            first += row.num_tokens
+            for group, slots in enumerate(row.slots):
+                self._changes.set(group * self.sizes.num_places + place, slots)
+                if self._skip_streamed and len(row.streamed[group]):
+                    header[index, ROW_FIELDS + group] = -1 - row.evicted_tokens[group]
+                else:
+                    length = row.num_computed_tokens + row.num_tokens - row.evicted_tokens[group]
+                    bounds[group, index] = length
+        header[len(rows) :, :2] = NO_PLACE, first
+        packed, counts = self._changes.pack(header, num_tokens)
+        apply_step(self._ring.upload(packed), counts, seq_lens, self._tables)
+        self._bounds = torch.from_numpy(bounds)
+
+    def compacted(self, num_rows: int) -> list[CompactedTable]:
+        """The batch that was written, one table for each layer group; views of the persistent tensors.
+
+        Args:
+            num_rows: rows to see, padding included.
+
+        Raises:
+            IntegrityError: fewer rows were written.
+        """
+        bounds = self._bounds[:, :num_rows]
+        if bounds.shape[1] < num_rows:
+            raise IntegrityError(f"attention over {num_rows} rows, but the step has {bounds.shape[1]}")
+        return self._views(bounds, [max(1, int(bound.max())) for bound in bounds])
 
     def pass_through(
         self, block_table: torch.Tensor, seq_lens: torch.Tensor, slot_mapping: torch.Tensor, max_seq_len: int
@@ -147,28 +164,35 @@ class StepTables:
             slot_mapping: int64 [T].
             max_seq_len: upper bound that the batch is to be computed with.
         """
-        num_rows, width = len(seq_lens), min(block_table.shape[1], self.sizes.width)
-        self._block_tables[:, :num_rows, :width] = block_table[:num_rows, :width]
-        self._seq_lens[:, :num_rows] = seq_lens
-        self._slot_mappings[:, : len(slot_mapping)] = slot_mapping
-        self.reset()
+        tables, num_rows = self._tables, len(seq_lens)
+        width = min(block_table.shape[1], self.sizes.width)
+        tables.block_table[:, :num_rows, :width] = block_table[:num_rows, :width]
+        tables.seq_lens[:, :num_rows] = seq_lens
+        tables.slot_mapping[:, : len(slot_mapping)] = slot_mapping
+        tables.query_row.fill_(-1)
         bounds = torch.full((self.sizes.num_groups, num_rows), max_seq_len, dtype=torch.int32)
-        return self._views(num_rows, bounds, [max_seq_len] * self.sizes.num_groups)
+        return self._views(bounds, [max_seq_len] * self.sizes.num_groups)
+
+    def write_nothing(self) -> None:
+        """Have a batch that is nobody's leave pages and queries alone, whether or not attention hears of it."""
+        self._tables.slot_mapping.fill_(-1)
+        self._tables.query_row.fill_(-1)
 
     def warm_up(self) -> None:
-        """Compile the kernels, on a batch of padding."""
-        self.translate(torch.full((1,), -1, device=self._device))
-        self.fill([], 1, torch.zeros(1, dtype=torch.int32, device=self._device))
+        """Compile the kernels, on a batch of padding and a table of one null slot."""
+        self._changes.set(0, np.zeros(1, np.int32))
+        self.write([], [], torch.zeros(1, dtype=torch.int32, device=self._tables.entries.device), 1)
 
     def reset(self) -> None:
-        """Take nothing for granted that a row was filled with before."""
-        self._filled = [[None] * self.sizes.max_rows for _ in range(self.sizes.num_groups)]
+        """Take nothing for granted that is on the device."""
+        self._changes.forget()
 
-    def _views(self, num_rows: int, bounds: torch.Tensor, max_seq_lens: Sequence[int]) -> list[CompactedTable]:
+    def _views(self, bounds: torch.Tensor, max_seq_lens: Sequence[int]) -> list[CompactedTable]:
+        num_rows = bounds.shape[1]
         return [
             CompactedTable(
-                self._block_tables[group, :num_rows],
-                self._seq_lens[group, :num_rows],
+                self._tables.block_table[group, :num_rows],
+                self._tables.seq_lens[group, :num_rows],
                 bounds[group],
                 max_seq_lens[group],
             )

@@ -26,8 +26,6 @@ from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.choose_sets import cases as choice_cases
 from flashmemory_kernels.choose_sets import choose_sets
 from flashmemory_kernels.common import TileConfig
-from flashmemory_kernels.compact_tables import cases as table_cases
-from flashmemory_kernels.compact_tables import compact_tables
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.ensemble_scores import ensemble_scores
 from flashmemory_kernels.merge_attention import merge_attention
@@ -46,8 +44,6 @@ from flashmemory_kernels.score_rows import cases as score_rows_cases
 from flashmemory_kernels.score_rows import score_rows
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.summarise_keys import summarise_keys
-from flashmemory_kernels.translate_slots import cases as translate_cases
-from flashmemory_kernels.translate_slots import translate_slots
 
 # One decode token, and chunks of prefill, of an 8B model.
 MERGE_CASES = tuple(MergeCase(num_tokens, num_heads=32, head_dim=128) for num_tokens in (1, 2048, 8192))
@@ -129,15 +125,6 @@ def remember_jobs(cases: Iterable[remember_cases.RememberCase], device: str) -> 
         inputs = remember_cases.make_inputs(case, device)
         num_bytes = inputs.mass.nbytes + inputs.lse.nbytes + 8 * len(case.channels) * sum(case.num_blocks)
         yield Job("remember_shares", _label(case), num_bytes, "device", partial(remember_shares, *inputs))
-
-
-def table_jobs(cases: Iterable[table_cases.TableCase], device: str) -> Iterator[Job]:
-    """Jobs of `compact_tables`."""
-    for case in cases:
-        inputs = table_cases.make_inputs(case, device)
-        header = 3 * case.num_groups * case.num_rows
-        num_elems = header + 2 * (len(inputs.packed) - header) + case.num_rows * (1 + case.num_groups)
-        yield Job("compact_tables", _label(case), 4 * num_elems, "device", partial(compact_tables, *inputs))
 
 
 def ensemble_jobs(cases: Iterable[ensemble_cases.EnsembleCase], device: str) -> Iterator[Job]:
@@ -229,17 +216,6 @@ def checksum_jobs(cases: Iterable[checksum_cases.ChecksumCase], device: str) -> 
         yield Job("checksum_pages", f"verify {_label(case)}", num_bytes, "device", compare)
 
 
-def translate_jobs(cases: Iterable[translate_cases.TranslateCase], device: str) -> Iterator[Job]:
-    """Jobs of `translate_slots`."""
-    for case in cases:
-        mapping, lut, out = translate_cases.make_inputs(case, device)
-        # Each run translates what the run before it left.
-        lut.remainder_(case.num_blocks)
-        num_bytes = case.num_tokens * (8 + 8 + case.num_groups * (4 + 8))
-        call = partial(translate_slots, mapping, lut, case.block_size, out)
-        yield Job("translate_slots", _label(case), num_bytes, "device", call)
-
-
 def copy_jobs() -> Iterator[Job]:
     """Gathers of pages by `copy_pages` in both directions, under different numbers of programs."""
     from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
@@ -265,7 +241,6 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "capture_queries": lambda: capture_jobs(capture_cases.BENCH_CASES, "cuda"),
     "checksum_pages": lambda: checksum_jobs(checksum_cases.BENCH_CASES, "cuda"),
     "choose_sets": lambda: choice_jobs(choice_cases.BENCH_CASES, "cuda"),
-    "compact_tables": lambda: table_jobs(table_cases.BENCH_CASES, "cuda"),
     "copy_pages": copy_jobs,
     "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),
     "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
@@ -276,7 +251,6 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "score_chunks": lambda: chunk_jobs(chunk_cases.BENCH_CASES, "cuda"),
     "score_rows": lambda: score_rows_jobs(score_rows_cases.BENCH_CASES, "cuda"),
     "summarise_keys": lambda: summary_jobs(summary_cases.BENCH_CASES, "cuda"),
-    "translate_slots": lambda: translate_jobs(translate_cases.BENCH_CASES, "cuda"),
 }
 
 

@@ -25,9 +25,6 @@ from flashmemory_kernels.choose_sets import choose_sets
 from flashmemory_kernels.choose_sets.naive import choose_sets_naive
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.common.due_rows import padded_mass, scored_rows
-from flashmemory_kernels.compact_tables import cases as table_cases
-from flashmemory_kernels.compact_tables import compact_tables
-from flashmemory_kernels.compact_tables.naive import compact_tables_naive
 from flashmemory_kernels.copy_pages import copy_pages
 from flashmemory_kernels.copy_pages.cases import CASES as COPY_CASES
 from flashmemory_kernels.copy_pages.cases import CopyCase
@@ -60,9 +57,6 @@ from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys import Kind, summarise_keys
 from flashmemory_kernels.summarise_keys import cases as summary_cases
 from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
-from flashmemory_kernels.translate_slots import cases as translate_cases
-from flashmemory_kernels.translate_slots import translate_slots
-from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
 from tests.helpers.poisoned import poisoned_memory
 from tests.kernels import far_cases
@@ -186,24 +180,6 @@ def test_summarise_keys_in_fp8(case: summary_cases.SummaryCase, dtype: torch.dty
     summarise_keys_naive(keys, slots, expected[0], block_ids, "exact_fp8", expected[1])
     assert torch.equal(index.view(torch.uint8), expected[0].view(torch.uint8))
     torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("case", translate_cases.CASES)
-def test_translate_slots(case: translate_cases.TranslateCase) -> None:
-    logical, lut, out = translate_cases.make_inputs(case, "cuda")
-    expected_logical, expected = logical.clone(), out.clone()
-    translate_slots(logical, lut, case.block_size, out)
-    translate_slots_naive(expected_logical, lut, case.block_size, expected)
-    assert torch.equal(out, expected)
-    assert torch.equal(logical, expected_logical)
-
-
-@pytest.mark.parametrize("case", table_cases.CASES)
-def test_compact_tables(case: table_cases.TableCase) -> None:
-    got, expected = table_cases.make_inputs(case, "cuda"), table_cases.make_inputs(case, "cuda")
-    compact_tables(*got)
-    compact_tables_naive(*expected)
-    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("case", [*step_cases.CASES, *step_cases.BENCH_CASES])

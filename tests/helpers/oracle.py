@@ -20,7 +20,6 @@ import torch
 
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
-from flashmemory_vllm.runtime.tables import StepTables
 
 Kind: TypeAlias = Literal["dense_decode", "sparse_decode", "prefill", "streamed_prefill", "same_step_prefill"]
 # The arguments of one call of a method, by name
@@ -87,9 +86,8 @@ class AttentionOracle:
         """Look over the shoulder of our runtime, metadata builder and attention implementation."""
         from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
 
-        _watch(ResidencyRuntime, "translate_slots", before=self.see_slots)
+        _watch(ResidencyRuntime, "set_batch", before=self.see_slots, after=self.see_rows)
         _watch(CompactedBuilder, "build", before=self.see_batch)
-        _watch(StepTables, "fill", before=self.see_rows)
         _watch(ResidentImpl, "do_kv_cache_update", before=self.see_keys)
         _watch(ResidentImpl, "forward", after=self.check)
 
@@ -112,7 +110,7 @@ class AttentionOracle:
 
     def see_rows(self, call: Call) -> None:
         """Learn the resident sets."""
-        self._rows = call.rows
+        self._rows = call.self._rows
 
     def see_keys(self, call: Call) -> None:
         """Keep the keys and values [T, Hkv, D] of a layer."""

@@ -20,7 +20,6 @@ from flashmemory_kernels.checksum_pages.naive import page_sums
 from flashmemory_kernels.choose_sets import ChoicePolicy
 from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
 from flashmemory_kernels.common.due_rows import Due, make_rows
-from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
 from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
@@ -35,7 +34,6 @@ from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from flashmemory_kernels.score_rows.kernel import score_rows_triton
 from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
-from flashmemory_kernels.translate_slots.kernel import translate_slots_triton
 
 FAR = 1 << 31
 # Rows so far apart that an int32 holds the distance, but not its product with the number of a row.
@@ -133,31 +131,6 @@ def check_score_chunks(reserve: Reserve) -> None:
     torch.testing.assert_close(got, score_chunks_naive(query, gates, *near, bias, slope), rtol=1e-4, atol=1e-3)
 
 
-def check_translate_slots(reserve: Reserve) -> None:
-    apart = FAR // 2 + 8
-    lut = reserve(2 * apart + 5, torch.int32).as_strided((3, 5), (apart, 1))
-    out = reserve(2 * apart + 5, torch.int64).as_strided((3, 5), (apart, 1))
-    values = torch.randint(2**31 - 1, (3, 5), dtype=torch.int32, device=lut.device)
-    lut.copy_(values)
-    logical = torch.tensor([0, 37, -1, 70], device=lut.device)
-    translate_slots_triton(logical.clone(), lut, 16, out)
-    expected = values[:, [0, 2, 0, 4]].long() * 16 + torch.tensor([0, 5, 0, 6], device=lut.device)
-    expected[:, 2] = -1
-    assert torch.equal(out[:, :4], expected)
-
-
-def check_compact_tables(reserve: Reserve) -> None:
-    apart = FAR // 2 + 8
-    tables = reserve(2 * FAR + 2 * STRIDE + 4, torch.int32).as_strided((3, 2, 4), (FAR, STRIDE, 1))
-    lens = reserve(2 * apart + 2, torch.int32).as_strided((3, 2), (apart, 1))
-    header = [entry for row in range(6) for entry in (18 + 2 * row, 2, 16 * row)]
-    packed = torch.tensor([*header, *range(100, 112)], dtype=torch.int32, device=tables.device)
-    seq_lens = torch.tensor([1000, 2000], dtype=torch.int32, device=tables.device)
-    compact_tables_triton(packed, seq_lens, tables, lens)
-    assert tables[:, :, :2].flatten().tolist() == list(range(100, 112))
-    assert lens.flatten().tolist() == [1000, 1984, 968, 1952, 936, 1920]
-
-
 def check_merge_attention(reserve: Reserve) -> None:
     apart = FAR // 2 + 64
     outs = [reserve(2 * apart + 64, torch.float32).as_strided((3, 2, 16), (apart, 16, 1)) for _ in range(2)]
@@ -189,7 +162,7 @@ def check_apply_step(reserve: Reserve) -> None:
     slots = torch.zeros(1, 2, dtype=torch.int64, device=device)
     lens, query_row = slots.new_zeros(1, ROW + 1, dtype=torch.int32), slots.new_zeros(2, dtype=torch.int32)
     tables = PlaceTables(ids, entries, block_table, lens, slots, query_row, block_size=16, num_kept=4)
-    rows = [(-1, 0, 0, 0, 0)] * (ROW - 1) + [(ROW, 0, 1, 0, 0), (1, 1, 1, 0, 0)]
+    rows = [(-1, 0, 0, 0)] * (ROW - 1) + [(ROW, 0, 1, 0), (1, 1, 1, 0)]
     runs = [(ROW, 0, (7, 8)), (ROW + 1 + ROW, 5, (9,))]
     packed, counts = pack(rows, runs, [(1, 0, 6), (ROW + 1 + 1, 3, 4)], num_tokens=2)
     logical = torch.zeros(ROW + 1, dtype=torch.int32)
@@ -285,7 +258,6 @@ CHECKS: dict[str, Callable[[Reserve], None]] = {
     "capture_queries": check_capture_queries,
     "checksum_pages": check_checksum_pages,
     "choose_sets": check_choose_sets,
-    "compact_tables": check_compact_tables,
     "copy_pages": check_copy_pages,
     "merge_attention": check_merge_attention,
     "remember_shares": check_remember_shares,
@@ -294,7 +266,6 @@ CHECKS: dict[str, Callable[[Reserve], None]] = {
     "score_chunks": check_score_chunks,
     "score_rows": check_score_rows,
     "summarise_keys": check_summarise_keys,
-    "translate_slots": check_translate_slots,
 }
 
 if __name__ == "__main__":

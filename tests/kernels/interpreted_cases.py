@@ -25,10 +25,6 @@ from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
 from flashmemory_kernels.choose_sets.naive import choose_sets_naive
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.common.due_rows import padded_mass, scored_rows
-from flashmemory_kernels.compact_tables.cases import CASES as TABLE_CASES
-from flashmemory_kernels.compact_tables.cases import make_inputs as table_inputs
-from flashmemory_kernels.compact_tables.kernel import compact_tables_triton
-from flashmemory_kernels.compact_tables.naive import compact_tables_naive
 from flashmemory_kernels.copy_pages.cases import CASES as COPY_CASES
 from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
 from flashmemory_kernels.copy_pages.naive import copy_pages_naive
@@ -68,10 +64,6 @@ from flashmemory_kernels.summarise_keys.cases import KINDS, make_fp8_inputs
 from flashmemory_kernels.summarise_keys.cases import make_inputs as summary_inputs
 from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
 from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
-from flashmemory_kernels.translate_slots.cases import CASES as TRANSLATE_CASES
-from flashmemory_kernels.translate_slots.cases import make_inputs as translate_inputs
-from flashmemory_kernels.translate_slots.kernel import translate_slots_triton
-from flashmemory_kernels.translate_slots.naive import translate_slots_naive
 
 from tests.helpers.poisoned import poisoned_memory
 
@@ -219,25 +211,6 @@ def check_every_code() -> None:
     assert scales.tolist() == [[1.0]]
 
 
-def check_translate_slots() -> int:
-    for case in TRANSLATE_CASES:
-        (logical, lut, out), (expected_logical, _, expected) = translate_inputs(case), translate_inputs(case)
-        translate_slots_triton(logical, lut, case.block_size, out)
-        translate_slots_naive(expected_logical, lut, case.block_size, expected)
-        assert torch.equal(out, expected), case
-        assert torch.equal(logical, expected_logical), case
-    return len(TRANSLATE_CASES)
-
-
-def check_compact_tables() -> int:
-    for case in TABLE_CASES:
-        got, expected = table_inputs(case), table_inputs(case)
-        compact_tables_triton(*got)
-        compact_tables_naive(*expected)
-        assert all(map(torch.equal, got, expected)), case
-    return len(TABLE_CASES)
-
-
 def check_apply_step() -> int:
     for case in STEP_CASES:
         (packed, counts, lens, got), (*_, expected) = step_inputs(case), step_inputs(case)
@@ -304,7 +277,6 @@ if __name__ == "__main__":
         "capture_queries": check_capture_queries,
         "checksum_pages": check_checksum_pages,
         "choose_sets": check_choose_sets,
-        "compact_tables": check_compact_tables,
         "copy_pages": check_copy_pages,
         "ensemble_scores": check_ensemble_scores,
         "merge_attention": check_merge_attention,
@@ -315,7 +287,6 @@ if __name__ == "__main__":
         "score_chunks": check_score_chunks,
         "score_rows": check_score_rows,
         "summarise_keys": check_summarise_keys,
-        "translate_slots": check_translate_slots,
     }
     with poisoned_memory():
         sys.stdout.write(f"{checks[sys.argv[1]]()} cases agree\n")

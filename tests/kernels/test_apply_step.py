@@ -10,7 +10,7 @@ def changed(packed: list[int], counts: StepCounts, tables: PlaceTables) -> list[
     """All tables after runs and edits, one cell at a time: entries by group and place, then block ids."""
     num_groups = len(tables.entries)
     rows = [*tables.entries.flatten(0, 1).tolist(), *tables.block_ids.tolist()]
-    start = counts.num_rows * (4 + num_groups)
+    start = counts.num_rows * (3 + num_groups)
     for index in range(counts.num_runs):
         table, column, offset, count = packed[start + 4 * index : start + 4 * index + 4]
         rows[table][column : column + count] = packed[offset : offset + count]
@@ -35,13 +35,14 @@ def test_changes_hit_the_tables_of_their_places(case: StepCase) -> None:
 def test_rows_of_the_batch_one_at_a_time(case: StepCase) -> None:
     packed, counts, lens, tables = make_inputs(case)
     apply_step(packed, counts, lens, tables)
-    header = packed[: case.num_rows * (4 + case.num_groups)].view(case.num_rows, 4 + case.num_groups).tolist()
+    header = packed[: case.num_rows * (3 + case.num_groups)].view(case.num_rows, 3 + case.num_groups).tolist()
     slots: dict[tuple[int, int], int] = {}
     query_rows: dict[int, int] = {}
-    for row, (place, first, count, skipped, *evicted) in enumerate(header):
+    for row, (place, first, count, *given) in enumerate(header):
+        evicted = [-1 - tokens if tokens < 0 else tokens for tokens in given]
         length, size, kept = int(lens[row]), case.block_size, case.num_kept
         for group in range(case.num_groups):
-            left = 0 if place < 0 or skipped >> group & 1 else length - evicted[group]
+            left = 0 if place < 0 or given[group] < 0 else length - evicted[group]
             num_entries = -(-left // size)
             assert tables.seq_lens[group, row] == left
             entries = tables.entries[group, place].tolist()[:num_entries]
@@ -65,7 +66,7 @@ def test_a_block_that_comes_takes_the_entry_of_one_that_goes_and_growth_goes_beh
     """Blocks of 4; place 1 holds positions 0, 2, 5 of 6 blocks and begins block 6, while 2 makes room for 3."""
     tables = make_inputs(StepCase(1, 2, 1, 0, (1,), 8, 4, 3, 0, 0)).tables
     tables.entries[0, 1, :3] = torch.tensor([10, 20, 50])
-    packed, counts = pack([(1, 0, 1, 0, 12)], [], [(1, 1, 30), (1, 3, 60), (3, 6, 1006)], num_tokens=1)
+    packed, counts = pack([(1, 0, 1, 12)], [], [(1, 1, 30), (1, 3, 60), (3, 6, 1006)], num_tokens=1)
     apply_step(packed, counts, torch.tensor([25], dtype=torch.int32), tables)
     assert tables.block_table[0, 0, :4].tolist() == [10, 30, 50, 60]
     assert tables.seq_lens[0, 0] == 13
@@ -78,8 +79,8 @@ def test_wrong_arguments_are_named() -> None:
     packed, counts, lens, tables = make_inputs(CASES[1])
     with pytest.raises(ValueError, match=r"counts: expected at most 4 rows, got 5"):
         apply_step(packed, counts._replace(num_rows=5), lens, tables)
-    with pytest.raises(ValueError, match=r"counts: expected at most 155 elements in packed, got 156"):
-        apply_step(packed[:155], counts, lens, tables)
+    with pytest.raises(ValueError, match=r"counts: expected at most 151 elements in packed, got 152"):
+        apply_step(packed[:151], counts, lens, tables)
     with pytest.raises(ValueError, match=r"counts: expected at most 6 tokens, got 7"):
         apply_step(packed, counts._replace(num_tokens=7), lens, tables)
     with pytest.raises(ValueError, match=r"logical_lens: expected dtype torch.int32, got torch.int64"):

@@ -12,7 +12,6 @@ from flashmemory_kernels.apply_step import cases as step_cases
 from flashmemory_kernels.capture_queries import cases as capture_cases
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.choose_sets import cases as choice_cases
-from flashmemory_kernels.compact_tables import cases as table_cases
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.project_queries import cases as project_cases
@@ -22,7 +21,6 @@ from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.score_rows import cases as score_rows_cases
 from flashmemory_kernels.summarise_keys import cases as summary_cases
-from flashmemory_kernels.translate_slots import cases as translate_cases
 
 CEILINGS: dict[benchmark.Route, float] = {"device": 2000.0, "host_to_device": 50.0, "device_to_host": 40.0}
 SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
@@ -30,7 +28,6 @@ SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
     "capture_queries": lambda: benchmark.capture_jobs([case for case in capture_cases.CASES if case.num_rows], "cpu"),
     "checksum_pages": lambda: benchmark.checksum_jobs(checksum_cases.CASES, "cpu"),
     "choose_sets": lambda: benchmark.choice_jobs(choice_cases.CASES, "cpu"),
-    "compact_tables": lambda: benchmark.table_jobs(table_cases.CASES, "cpu"),
     "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),
     "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),
     "project_queries": lambda: benchmark.project_jobs(project_cases.CASES, "cpu"),
@@ -40,7 +37,6 @@ SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
     "score_chunks": lambda: benchmark.chunk_jobs([case for case in chunk_cases.CASES if case.num_blocks], "cpu"),
     "score_rows": lambda: benchmark.score_rows_jobs(score_rows_cases.CASES, "cpu"),
     "summarise_keys": lambda: benchmark.summary_jobs(summary_cases.CASES, "cpu"),
-    "translate_slots": lambda: benchmark.translate_jobs(translate_cases.CASES, "cpu"),
 }
 
 

@@ -86,7 +86,7 @@ def _is_too_large(runtime: "ResidencyRuntime", num_rows: int) -> bool:
 
 def _tables(runtime: "ResidencyRuntime", common: "CommonAttentionMetadata") -> "list[CompactedTable]":
     if runtime.in_step:
-        return runtime.compacted_tables(common.num_reqs, common.seq_lens)
+        return runtime.compacted_tables(common.num_reqs)
     return runtime.physical_tables(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
 
 

@@ -107,11 +107,7 @@ class ResidencyWorker:
         self._counters = self._open_counters(Capacity(num_slots, num_logical_blocks))
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         self._attach_runtime(self._build_runtime(layer_names, num_logical_blocks, self.flashmemory_config))
-        compat.install_slot_translation(
-            self.model_runner,
-            translate=self._translate_slots,
-            rows=self._set_rows,
-        )
+        compat.install_slot_translation(self.model_runner, self._set_batch)
         compat.keep_steps_out_of_full_graphs(self.model_runner, self._needs_python)
 
     def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
@@ -210,13 +206,9 @@ class ResidencyWorker:
             if runtime is not None:
                 steps.callback(runtime.release)
 
-    def _translate_slots(self, slot_mapping: torch.Tensor) -> None:
+    def _set_batch(self, req_ids: list[str], seq_lens: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         if self.flashmemory_runtime is not None:
-            self.flashmemory_runtime.translate_slots(slot_mapping)
-
-    def _set_rows(self, req_ids: list[str]) -> None:
-        if self.flashmemory_runtime is not None:
-            self.flashmemory_runtime.set_rows(req_ids)
+            self.flashmemory_runtime.set_batch(req_ids, seq_lens, slot_mapping)
 
     def _needs_python(self) -> bool:
         return self.flashmemory_runtime is not None and self.flashmemory_runtime.needs_python

@@ -87,11 +87,12 @@ def make_inputs(case: StepCase, device: str = "cpu") -> StepInputs:
         count = case.num_tokens[index % len(case.num_tokens)]
         evicted = [case.block_size * rng.randint(0, min(3, (case.width - 1) // 2)) for _ in range(case.num_groups)]
         length = max(evicted) + rng.randint(count, case.width * case.block_size - max(evicted))
-        skipped = 1 << (case.num_groups - 1) if index == 0 and case.num_groups > 1 else 0
-        rows.append((places[index], first, count, skipped, *evicted))
+        if index == 0 and case.num_groups > 1:
+            evicted[-1] = -1 - evicted[-1]
+        rows.append((places[index], first, count, *evicted))
         lens.append(length)
         first += count
-    rows += [(-1, first, 0, 0, *[0] * case.num_groups)] * case.num_padding
+    rows += [(-1, first, 0, *[0] * case.num_groups)] * case.num_padding
     # Runs change tables of their own
     tables = rng.sample(range((case.num_groups + 1) * case.num_places), (case.num_groups + 1) * case.num_places)
     cells = [(table, column) for table in tables[case.num_runs :] for column in range(case.width)]

@@ -78,9 +78,9 @@ def write_rows_kernel(
                 tl.store(p_query_row + i_token, tl.full((TILE,), -1, tl.int32), m_token)
     else:
         place, first, count = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
-        skipped = (tl.load(p_row + 3) >> i_group.to(tl.int32)) & 1
         evicted, length = tl.load(p_row + ROW_FIELDS + i_group), tl.load(p_lens + i_row)
-        kept = tl.where((place >= 0) & (skipped == 0), length - evicted, 0)
+        kept = tl.where((place >= 0) & (evicted >= 0), length - evicted, 0)
+        evicted = tl.where(evicted < 0, -1 - evicted, evicted)
         tl.store(p_seq_lens + i_group * max_rows + i_row, kept)
         p_from = p_entries + (i_group * num_places + tl.maximum(place, 0)) * width
         p_into = p_block_table + (i_group * max_rows + i_row) * width

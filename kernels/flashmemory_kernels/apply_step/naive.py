@@ -32,10 +32,8 @@ def _change_tables(packed: torch.Tensor, runs: torch.Tensor, edits: torch.Tensor
 
 def _write_rows(header: torch.Tensor, lens: torch.Tensor, tables: PlaceTables) -> None:
     """Lengths, and the entries that they reach."""
-    place, skipped, evicted = header[:, 0], header[:, 3], header[:, ROW_FIELDS:].T
-    group = torch.arange(len(evicted), device=header.device).unsqueeze(1)
-    is_read = (place >= 0) & (skipped >> group & 1 == 0)
-    kept = torch.where(is_read, lens - evicted, 0)  # [G, R]
+    place, evicted = header[:, 0], header[:, ROW_FIELDS:].T
+    kept = torch.where((place >= 0) & (evicted >= 0), lens - evicted, 0)  # [G, R]
     tables.seq_lens[:, : len(header)] = kept
     num_entries = -(-kept // tables.block_size)
     width = int(num_entries.max()) if num_entries.numel() else 0
@@ -50,7 +48,8 @@ def _write_tokens(header: torch.Tensor, lens: torch.Tensor, num_tokens: int, tab
     row = torch.repeat_interleave(count)
     position = torch.arange(len(row), device=header.device) - (first + count - lens)[row]
     size, kept = tables.block_size, tables.num_kept
-    entry = (position - header[row, ROW_FIELDS:].T) // size  # [G, T]
+    evicted = header[row, ROW_FIELDS:].T
+    entry = (position - torch.where(evicted < 0, -1 - evicted, evicted)) // size  # [G, T]
     group = torch.arange(len(entry), device=header.device).unsqueeze(1)
     tables.slot_mapping[:, :num_tokens] = -1
     tables.slot_mapping[:, : len(row)] = tables.entries[group, place[row], entry].long() * size + position % size

@@ -10,13 +10,13 @@ from flashmemory_kernels.common import expect_device, expect_dtype, expect_shape
 def apply_step(packed: torch.Tensor, counts: StepCounts, logical_lens: torch.Tensor, tables: PlaceTables) -> None:
     """Apply a step's changes to the tables of its places, then write the rows of its batch, from one upload.
 
-    `packed` is, one behind the other, `rows [num_rows, 4 + G]`, `runs [num_runs, 4]`, `edits [num_edits, 3]` and
+    `packed` is, one behind the other, `rows [num_rows, 3 + G]`, `runs [num_runs, 4]`, `edits [num_edits, 3]` and
     whatever the runs point to:
 
-    - a row: its place, -1 in padding; index of its first token in the batch; its tokens in the batch; layer groups
-      whose length is to be 0, one bit each, as attention over them is computed elsewhere; then per group the tokens
-      that the table leaves out, a multiple of the block size. Rows come in the order of their tokens, padding last and
-      without tokens.
+    - a row: its place, -1 in padding; index of its first token in the batch; its tokens in the batch; then per layer
+      group the tokens that the table leaves out, a multiple of the block size. Of a group whose length is to be 0, as
+      attention over it is computed elsewhere, -1 less that number. Rows come in the order of their tokens, padding last
+      and without tokens.
     - an edit: table, column, value. Table `g * P + p` is `entries[g, p]`, table `G * P + p` is `block_ids[p]`.
     - a run: table, column, where in `packed` its values begin, how many they are.
 

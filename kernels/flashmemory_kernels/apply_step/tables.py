@@ -8,7 +8,7 @@ import torch
 from flashmemory_kernels.common import expect_device, expect_dtype, expect_shape
 
 # Elements of a row beside one for each layer group, of a run and of an edit.
-ROW_FIELDS = 4
+ROW_FIELDS = 3
 RUN_FIELDS = 4
 EDIT_FIELDS = 3
 

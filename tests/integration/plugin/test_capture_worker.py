@@ -14,6 +14,7 @@ from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInp
 from flashmemory_vllm.runtime.tables import CompactedTable
 
 TABLE = torch.arange(12, dtype=torch.int32).view(3, 4)
+ROWS = "rows old new, 3 lengths, 31 tokens"
 
 
 class Runtime:
@@ -34,12 +35,12 @@ class Runtime:
         self.in_step = False
         self.calls.append("end")
 
-    def set_rows(self, req_ids: Sequence[str]) -> None:
-        self.calls.append(f"rows {' '.join(req_ids)}")
+    def set_batch(self, req_ids: Sequence[str], seq_lens: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        self.calls.append(f"rows {' '.join(req_ids)}, {len(seq_lens)} lengths, {len(slot_mapping)} tokens")
 
-    def compacted_tables(self, num_rows: int, seq_lens: torch.Tensor) -> list[CompactedTable]:
+    def compacted_tables(self, num_rows: int) -> list[CompactedTable]:
         self.calls.append(f"tables {num_rows}")
-        return [CompactedTable(TABLE, seq_lens, torch.tensor([*self._seq_lens, 0]), max(self._seq_lens))]
+        return [CompactedTable(TABLE, torch.empty(0), torch.tensor([*self._seq_lens, 0]), max(self._seq_lens))]
 
     def attended(self, layer: int, *_: object, one_token_rows: bool) -> None:
         self.calls.append(f"attended {layer} {one_token_rows}")
@@ -77,8 +78,8 @@ def make_step(**changes: Any) -> StepInput:
 def run_step(watched: Any, step_input: StepInput) -> None:
     some = torch.zeros(31, 1, 1)
     with watched.step(step_input):
-        watched.set_rows(["old", "new"])
-        watched.compacted_tables(3, torch.tensor([51, 30, 0]))
+        watched.set_batch(["old", "new"], torch.tensor([51, 30, 0]), torch.zeros(31))
+        watched.compacted_tables(3)
         for layer in range(2):
             watched.attended(layer, some, some, some, some, one_token_rows=False)
 
@@ -103,7 +104,7 @@ def test_a_pass_is_shown_as_it_is() -> None:
         (1, 31),
         "end",
     ]
-    assert runtime.calls == ["begin 7", "rows old new", "tables 3", "attended 0 False", "attended 1 False", "end"]
+    assert runtime.calls == ["begin 7", ROWS, "tables 3", "attended 0 False", "attended 1 False", "end"]
     assert watched.layer_names == runtime.layer_names
 
 

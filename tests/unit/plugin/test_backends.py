@@ -71,8 +71,8 @@ class Runtime:
         self.in_step = in_step
         self.layers: list[int] = []
 
-    def compacted_tables(self, num_rows: int, seq_lens: str) -> list[Any]:
-        return [self._table(f"slots {group} of {num_rows}", f"short {seq_lens}") for group in range(2)]
+    def compacted_tables(self, num_rows: int) -> list[Any]:
+        return [self._table(f"slots {group} of {num_rows}", "short lens") for group in range(2)]
 
     def physical_tables(self, block_table: str, seq_lens: str, slot_mapping: str, max_seq_len: int) -> list[Any]:
         del slot_mapping, max_seq_len
@@ -120,5 +120,5 @@ def test_a_layer_attends_and_writes_with_its_own_group(group: int) -> None:
     impl.do_kv_cache_update(layer, tokens, tokens, tokens, torch.full((3,), 9 if group else 0))
     assert impl.attended == [["first", "second"][group]]
     assert runtime.layers == [5]
-    # Group 0's mapping is translated in place, where vLLM has it
+    # Group 0's mapping is overwritten where vLLM has it
     assert impl.written[0].tolist() == [group] * 3

@@ -157,14 +157,13 @@ class DrivenRuntime:
         runtime, positions = self.runtime, {}
         for name, count in tokens.items():
             positions[name] = range(self._computed[name], self._computed[name] + count)
-        runtime.set_rows(list(tokens))
         mapping = torch.tensor(
             [self._blocks[name][at // BLOCK] * BLOCK + at % BLOCK for name in tokens for at in positions[name]],
             dtype=torch.int64,
         )
-        runtime.translate_slots(mapping)
         lengths = torch.tensor([positions[name].stop for name in tokens], dtype=torch.int32)
-        (table,) = runtime.compacted_tables(len(tokens), lengths)
+        runtime.set_batch(list(tokens), lengths, mapping)
+        (table,) = runtime.compacted_tables(len(tokens))
         outputs: list[torch.Tensor] = []
         for layer in range(LAYERS):
             parts = [_values(name, layer, at) for name in tokens for at in positions[name]]

@@ -149,7 +149,6 @@ class ModelTwin:
         req_ids = list(step.num_scheduled_tokens)
         self.random.shuffle(req_ids)
         runtime = self.runtime
-        runtime.set_rows(req_ids)
         assert runtime._plan is not None
         rows = [runtime._plan.rows[req_id] for req_id in req_ids]
         tags, logical, seq_lens = [], [], []
@@ -163,9 +162,9 @@ class ModelTwin:
             seq_lens.append(end)
         bounds = np.cumsum([0, *map(len, tags)], dtype=np.int32)
         mapping = torch.from_numpy(np.concatenate((*logical, np.full(PADDING, -1, np.int64))))
-        runtime.translate_slots(mapping)
         lens = torch.tensor([*seq_lens, *[0] * PADDING], dtype=torch.int32)
-        tables = runtime.compacted_tables(len(lens), lens)
+        runtime.set_batch(req_ids, lens, mapping)
+        tables = runtime.compacted_tables(len(lens))
         content = self._of(np.concatenate(tags))
         for layer in range(NUM_LAYERS):
             query, key, value = torch.split(content[:, layer], HEADS, dim=1)

@@ -74,13 +74,21 @@ class TinyModel:
         """Run one step. Returns whether it needed Python."""
         with self.runtime.step(step_input):
             needs_python = self.runtime.needs_python
-            self.runtime.set_rows(list(step_input.num_scheduled_tokens))
             counts = step_input.num_scheduled_tokens.values()
+            self._set_batch(step_input)
             query, output = (self._noise(sum(counts), QUERY_HEADS, HEAD_DIM) for _ in range(2))
             key, value = (self._noise(sum(counts), KV_HEADS, HEAD_DIM) for _ in range(2))
             for layer in range(len(LAYERS)):
                 self.runtime.attended(layer, query, key, value, output, one_token_rows=max(counts, default=1) == 1)
         return needs_python
+
+    def _set_batch(self, step_input: StepInput) -> None:
+        computed = {new.req_id: new.num_computed_tokens for new in step_input.new}
+        computed |= {running.req_id: running.num_computed_tokens for running in step_input.running}
+        lens = [computed[req_id] + count for req_id, count in step_input.num_scheduled_tokens.items()]
+        slots = torch.full((sum(step_input.num_scheduled_tokens.values()),), -1)
+        req_ids = list(step_input.num_scheduled_tokens)
+        self.runtime.set_batch(req_ids, torch.tensor(lens, dtype=torch.int32), slots)
 
     def _noise(self, *size: int) -> torch.Tensor:
         return torch.randn(size, generator=self._generator)

@@ -116,10 +116,10 @@ class Traffic:
     def _forward(self, num_tokens: Mapping[str, int]) -> None:
         """As a model would, but for the attention over resident blocks."""
         runtime, total = self.runtime, sum(num_tokens.values())
-        runtime.set_rows(list(num_tokens))
-        runtime.translate_slots(torch.full((total,), -1))
-        lens = [request.num_computed for request in self.scheduler.running if request.req_id in num_tokens]
-        runtime.compacted_tables(len(lens), torch.tensor(lens, dtype=torch.int32))
+        computed = {request.req_id: request.num_computed for request in self.scheduler.running}
+        lens = torch.tensor([computed[req_id] for req_id in num_tokens], dtype=torch.int32)
+        runtime.set_batch(list(num_tokens), lens, torch.full((total,), -1))
+        runtime.compacted_tables(len(lens))
         query = torch.randn(total, HEADS, HEAD_DIM)
         for layer in range(LAYERS):
             runtime.attended(layer, query, query, query, query.clone(), one_token_rows=total == len(num_tokens))

@@ -1,0 +1,66 @@
+"""What differs between tables on the device and tables that are wanted there, packed with a step's rows."""
+
+import numpy as np
+from flashmemory_kernels.apply_step import EDIT_FIELDS, ROW_FIELDS, RUN_FIELDS, StepCounts
+
+from flashmemory_vllm.residency.types import NOTHING, IntArray
+
+# In rows of padding.
+NO_PLACE = -1
+
+
+class TableChanges:
+    """Knows what each table on the device holds, and says what a step changes there.
+
+    Args:
+        num_tables: tables, numbered as in `apply_step`.
+    """
+
+    def __init__(self, num_tables: int) -> None:
+        self._known: list[IntArray] = [NOTHING] * num_tables
+        self._runs: list[tuple[int, int, IntArray]] = []
+        self._edits: list[IntArray] = []
+
+    def set(self, table: int, wanted: IntArray) -> None:
+        """Have a table begin with these values from the next `pack` on.
+
+        Args:
+            table: its number; once in a step.
+            wanted: int32 `[n]`, not changed later. An array that was given before holds what it held.
+        """
+        known = self._known[table]
+        if known is wanted:
+            return
+        self._known[table] = wanted
+        common = min(known.size, wanted.size)
+        changed = np.flatnonzero(known[:common] != wanted[:common]).astype(np.int32)
+        first = int(changed[0]) if changed.size else common
+        if EDIT_FIELDS * (changed.size + wanted.size - common) > RUN_FIELDS + wanted.size - first:
+            self._runs.append((table, first, wanted[first:]))
+        elif changed.size or common < wanted.size:
+            columns = np.concatenate((changed, np.arange(common, wanted.size, dtype=np.int32)))
+            edits = np.empty((columns.size, EDIT_FIELDS), np.int32)
+            edits[:, 0], edits[:, 1], edits[:, 2] = table, columns, wanted[columns]
+            self._edits.append(edits)
+
+    def pack(self, rows: IntArray, num_tokens: int) -> tuple[IntArray, StepCounts]:
+        """The upload of a step; its changes count as made.
+
+        Args:
+            rows: int32 `[num_rows, ROW_FIELDS + G]`.
+            num_tokens: tokens of the batch, padding included.
+        """
+        runs, edits = self._runs, self._edits
+        self._runs, self._edits = [], []
+        counts = StepCounts(len(rows), len(runs), sum(map(len, edits)), num_tokens)
+        offset = counts.num_elems(rows.shape[1] - ROW_FIELDS)
+        headers = np.empty((len(runs), RUN_FIELDS), np.int32)
+        for header, (table, first, values) in zip(headers, runs, strict=True):
+            header[:] = table, first, offset, values.size
+            offset += values.size
+        parts = [rows.reshape(-1), headers.reshape(-1), *(edit.reshape(-1) for edit in edits)]
+        return np.concatenate((*parts, *(values for _, _, values in runs))), counts
+
+    def forget(self) -> None:
+        """Take nothing for granted that is on the device."""
+        self._known = [NOTHING] * len(self._known)
