@@ -99,17 +99,10 @@ class RecordedRuntime(WatchedRuntime):
         return tables
 
     def attended(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        *,
-        one_token_rows: bool,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> None:
         """As the runtime's."""
-        self._runtime.attended(layer, query, key, value, output, one_token_rows=one_token_rows)
+        self._runtime.attended(layer, query, key, value, output)
         if self._runtime.in_step:
             self._recorder.layer(layer, query)
 

@@ -20,7 +20,7 @@ from flashmemory_vllm.residency.worth import Worth
 from flashmemory_vllm.runtime.drift import QueryDrift
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
-from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.selection import SelectionQueue
@@ -34,6 +34,9 @@ from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 from flashmemory_vllm.transfer.streaming import PartialAttention
+
+# Newest queries of each request that the device keeps. A selection reads one; its question is kept by itself.
+NUM_KEPT = 1
 
 
 def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int, ...]:
@@ -196,7 +199,7 @@ def _planner(
     )
 
 
-def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryBuffer) -> SelectionQueue:
+def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryRing) -> SelectionQueue:
     side_stream, delay_steps = SideStream(selector.geometry.device), config.selection_delay_steps
     drift = None
     if config.drift_threshold is not None:
@@ -211,13 +214,13 @@ def _buffers(
         num_groups=config.layer_groups,
         block_size=shape.block_size,
         num_places=sizes.max_num_seqs,
-        num_kept=1,
+        num_kept=NUM_KEPT,
         max_rows=sizes.max_num_seqs,
         max_tokens=sizes.max_num_tokens,
         width=-(-budget.max_model_len // shape.block_size) + 1,
     )
     tables = StepTables(table_sizes, shape.device, skip_streamed=shape.device.type == "cuda")
-    return StepBuffers(tables, QueryBuffer(num_anchors, sizes.max_num_seqs, shape))
+    return StepBuffers(tables, QueryRing(num_anchors, sizes.max_num_seqs, NUM_KEPT, shape))
 
 
 def _prefill(

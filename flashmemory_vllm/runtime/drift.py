@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.side_stream import Arrival, SideStream
 from flashmemory_vllm.runtime.uploads import upload
 
@@ -38,7 +38,7 @@ class QueryDrift:
         side_stream: where the comparison runs.
     """
 
-    def __init__(self, threshold: float, delay_steps: int, queries: QueryBuffer, side_stream: SideStream) -> None:
+    def __init__(self, threshold: float, delay_steps: int, queries: QueryRing, side_stream: SideStream) -> None:
         self._threshold = threshold
         self._delay_steps = delay_steps
         self._queries = queries
@@ -54,8 +54,8 @@ class QueryDrift:
 
         Args:
             step: the step whose forward pass has just been enqueued.
-            due: batch row of each request that is scored with this step's queries.
-            decoding: batch row of each decode row. Those that are due, or never were, are left out.
+            due: row of the queries of each request that is scored with those of this step.
+            decoding: that of each decode row. Those that are due, or never were, are left out.
         """
         for req_id in due:
             known = self._references.get(req_id)

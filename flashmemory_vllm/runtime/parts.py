@@ -6,7 +6,7 @@ from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
-from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
@@ -21,11 +21,11 @@ class StepBuffers:
 
     Attributes:
         tables: compacted tables and slot mappings.
-        queries: captured queries.
+        queries: captured queries, by the places of the same tables.
     """
 
     tables: StepTables
-    queries: QueryBuffer
+    queries: QueryRing
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -146,7 +146,6 @@ class ResidencyRuntime:
         self._tables.write(self._rows, places, seq_lens, len(flat))
         # vLLM shares this tensor with all who write by it
         flat.copy_(self._tables.slot_mapping(0, len(flat)))
-        self._queries.set_rows([row.num_tokens for row in self._rows])
         self._parts.questions.set_rows(self._rows, self._prompt_len)
         self._parts.prefill.set_rows(self._rows)
 
@@ -176,14 +175,7 @@ class ResidencyRuntime:
         return self._tables.pass_through(block_table, seq_lens, slot_mapping, max_seq_len)
 
     def attended(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        *,
-        one_token_rows: bool,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> None:
         """A layer's attention over its resident blocks is done: capture queries, complete streamed rows.
 
@@ -195,11 +187,10 @@ class ResidencyRuntime:
             key: [T, Hkv, D].
             value: [T, Hkv, D].
             output: [T, Hq, D] or [T, Hq * D], completed in place.
-            one_token_rows: every row of the batch has one token.
         """
         anchor = self._anchor_of.get(layer)
         if anchor is not None:
-            self._queries.capture(anchor, query, one_token_rows=one_token_rows)
+            self._queries.capture(anchor, query, self._tables.query_row(len(query)))
             self._parts.questions.capture(anchor, query)
         if self._plan is not None:
             self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output)
@@ -223,6 +214,7 @@ class ResidencyRuntime:
             parts.selections.warm_up(self._queries.row(0), len(parts.groups))
             query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
             key = query[:, : shape.num_kv_heads].contiguous()
+            self._queries.capture(0, query, self._tables.query_row(len(query)))
             parts.prefill.warm_up(query, key, key)
 
     def status(self, client_id: Callable[[str], str], strips: StripsAsked) -> dict[str, Any]:
@@ -277,10 +269,10 @@ class ResidencyRuntime:
             parts.engine.write_back(group, plan.write_backs.blocks, slots)
         index_full_blocks(parts, plan.write_backs)
         parts.planner.complete(plan)
-        row_of = {row.req_id: index for index, row in enumerate(self._rows)}
+        row_of = {req_id: self._query_row(row) for req_id, row in plan.rows.items()}
         for due in plan.due:
-            row = row_of[due.req_id]
-            queries, earlier = self._queries.row(row), parts.questions.earlier(due, self._rows[row])
+            queries = self._queries.row(row_of[due.req_id])
+            earlier = parts.questions.earlier(due, plan.rows[due.req_id])
             parts.selections.score(plan.step, due, queries, self._resident(due), earlier)
         parts.selections.watch(plan, row_of)
         self._ends.add()
@@ -290,6 +282,10 @@ class ResidencyRuntime:
     def _last_use(self, copies: Copies) -> Marker | None:
         """What a copy from the host has to wait for; poison is written to slots that nobody has."""
         return self._parts.engine.marker() if self._parts.poison else self._ends.before(copies.rested)
+
+    def _query_row(self, row: Row) -> int:
+        """Where the queries of a row's last token lie."""
+        return self._queries.row_of(self._places.of(row.req_id), row.num_computed_tokens + row.num_tokens - 1)
 
     def _resident(self, due: DueSelection) -> BoolArray | None:
         return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))

@@ -121,7 +121,7 @@ class SelectionQueue:
 
         Args:
             plan: the step's.
-            row_of: batch row of each of its requests.
+            row_of: where the queries of each of its requests lie.
         """
         if self._drift is not None:
             scored = {due.req_id: row_of[due.req_id] for due in plan.due}

@@ -96,11 +96,11 @@ class StepTables:
         self._changes = TableChanges(groups * places)
         self._ring = UploadRing(rows * (ROW_FIELDS + groups) + RING_VALUES, device)
         self._bounds = torch.zeros((groups, 0), dtype=torch.int32)
+        self._num_tokens = sizes.max_tokens
 
-    @property
-    def query_row(self) -> torch.Tensor:
-        """int32 [max_tokens] where each token's queries go; -1: nowhere. See `capture_queries`."""
-        return self._tables.query_row
+    def query_row(self, num_tokens: int) -> torch.Tensor:
+        """Where queries go, int32 [n] for the first n of so many tokens; a view, with -1 for those that go nowhere."""
+        return self._tables.query_row[: min(num_tokens, self._num_tokens)]
 
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         """Slot mapping int64 [T] of a layer group, a view of the persistent tensor."""
@@ -137,7 +137,7 @@ class StepTables:
         header[len(rows) :, :2] = NO_PLACE, first
         packed, counts = self._changes.pack(header, num_tokens)
         apply_step(self._ring.upload(packed), counts, seq_lens, self._tables)
-        self._bounds = torch.from_numpy(bounds)
+        self._bounds, self._num_tokens = torch.from_numpy(bounds), num_tokens
 
     def compacted(self, num_rows: int) -> list[CompactedTable]:
         """The batch that was written, one table for each layer group; views of the persistent tensors.
@@ -169,14 +169,14 @@ class StepTables:
         tables.block_table[:, :num_rows, :width] = block_table[:num_rows, :width]
         tables.seq_lens[:, :num_rows] = seq_lens
         tables.slot_mapping[:, : len(slot_mapping)] = slot_mapping
-        tables.query_row.fill_(-1)
+        self._capture_nothing()
         bounds = torch.full((self.sizes.num_groups, num_rows), max_seq_len, dtype=torch.int32)
         return self._views(bounds, [max_seq_len] * self.sizes.num_groups)
 
     def write_nothing(self) -> None:
         """Have a batch that is nobody's leave pages and queries alone, whether or not attention hears of it."""
         self._tables.slot_mapping.fill_(-1)
-        self._tables.query_row.fill_(-1)
+        self._capture_nothing()
 
     def warm_up(self) -> None:
         """Compile the kernels, on a batch of padding and a table of one null slot."""
@@ -186,6 +186,10 @@ class StepTables:
     def reset(self) -> None:
         """Take nothing for granted that is on the device."""
         self._changes.forget()
+
+    def _capture_nothing(self) -> None:
+        self._tables.query_row.fill_(-1)
+        self._num_tokens = self.sizes.max_tokens
 
     def _views(self, bounds: torch.Tensor, max_seq_lens: Sequence[int]) -> list[CompactedTable]:
         num_rows = bounds.shape[1]

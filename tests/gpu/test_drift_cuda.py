@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashmemory_vllm.runtime.drift import QueryDrift
-from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 
@@ -23,7 +23,7 @@ LONG_CYCLES = 1_500_000_000
 def test_comparisons_neither_wait_nor_see_later_queries() -> None:
     device = torch.device("cuda")
     shape = AttentionShape(("layer",), 8, 2, 64, 1.0, 16, torch.bfloat16, device)
-    buffer, side_stream = QueryBuffer(3, NUM_ROWS, shape), SideStream(device)
+    buffer, side_stream = QueryRing(3, NUM_ROWS, 1, shape), SideStream(device)
     drift = QueryDrift(0.5, 1, buffer, side_stream)
     drift.warm_up()
     rows = {str(row): row for row in range(NUM_ROWS)}

@@ -70,8 +70,8 @@ MOVERS = (
     Mutation(
         "a request is scored with the queries of another",
         f"{_RUNTIME}runtime.py",
-        "            row = row_of[due.req_id]\n",
-        "            row = 0\n",
+        "self._queries.row(row_of[due.req_id])",
+        "self._queries.row(0)",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-1]",
     ),
     Mutation(
@@ -147,9 +147,9 @@ MOVERS = (
     Mutation(
         "the wrong token's queries are captured",
         f"{_RUNTIME}queries.py",
-        "np.cumsum(np.asarray(num_tokens, dtype=np.int64)) - 1",
-        "np.cumsum(np.asarray(num_tokens, dtype=np.int64)) - 2",
-        f"{_RUNTIME_TEST}test_queries.py::test_queries_of_each_rows_last_token_are_kept",
+        "place * self._num_kept + position % self._num_kept",
+        "place * self._num_kept + (position - 1) % self._num_kept",
+        f"{_RUNTIME_TEST}test_queries.py::test_the_newest_queries_of_each_place_are_kept",
     ),
     Mutation(
         "slot reused before its last reader is done",

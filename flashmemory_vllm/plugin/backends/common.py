@@ -24,11 +24,9 @@ class StepMetadata:
 
     Attributes:
         groups: the platform's metadata for each layer group.
-        one_token_rows: every row of the batch has one token.
     """
 
     groups: Sequence[Any]
-    one_token_rows: bool
 
 
 class CompactedBuilder:
@@ -70,7 +68,7 @@ class CompactedBuilder:
             )
             self.begin_group(group)
             built.append(super().build(common_prefix_len, compacted, fast_build))  # type: ignore[misc]
-        setattr(built[0], STEP_METADATA, StepMetadata(built, common_attn_metadata.max_query_len == 1))
+        setattr(built[0], STEP_METADATA, StepMetadata(built))
         return built[0]
 
     def begin_group(self, group: int) -> None:
@@ -144,7 +142,7 @@ class ResidentImpl:
             layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
         )
         if self.runtime is not None and step is not None:
-            self.runtime.attended(self.layer_index, query, key, value, output, one_token_rows=step.one_token_rows)
+            self.runtime.attended(self.layer_index, query, key, value, output)
         return result
 
     def do_kv_cache_update(

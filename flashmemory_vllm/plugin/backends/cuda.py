@@ -18,7 +18,7 @@ from flashmemory_vllm.plugin.names import BACKEND_NAME
 class FlashMemoryCudaBuilder(CompactedBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention metadata over compacted tables."""
 
-    # Decode runs in full graphs. Batches with more tokens a row capture queries where the host says, in Python.
+    # Decode runs in full graphs. With more tokens a row, questions are kept and history is streamed in Python.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     scheduler_metadata: torch.Tensor | None

@@ -42,8 +42,8 @@ class Runtime:
         self.calls.append(f"tables {num_rows}")
         return [CompactedTable(TABLE, torch.empty(0), torch.tensor([*self._seq_lens, 0]), max(self._seq_lens))]
 
-    def attended(self, layer: int, *_: object, one_token_rows: bool) -> None:
-        self.calls.append(f"attended {layer} {one_token_rows}")
+    def attended(self, layer: int, *_: object) -> None:
+        self.calls.append(f"attended {layer}")
 
 
 class Recorder:
@@ -81,7 +81,7 @@ def run_step(watched: Any, step_input: StepInput) -> None:
         watched.set_batch(["old", "new"], torch.tensor([51, 30, 0]), torch.zeros(31))
         watched.compacted_tables(3)
         for layer in range(2):
-            watched.attended(layer, some, some, some, some, one_token_rows=False)
+            watched.attended(layer, some, some, some, some)
 
 
 def make_recorded(seq_lens: Sequence[int]) -> tuple[Runtime, Any, RecordedRuntime]:
@@ -104,16 +104,16 @@ def test_a_pass_is_shown_as_it_is() -> None:
         (1, 31),
         "end",
     ]
-    assert runtime.calls == ["begin 7", ROWS, "tables 3", "attended 0 False", "attended 1 False", "end"]
+    assert runtime.calls == ["begin 7", ROWS, "tables 3", "attended 0", "attended 1", "end"]
     assert watched.layer_names == runtime.layer_names
 
 
 def test_passes_outside_of_a_step_are_not_shown() -> None:
     runtime, recorder, watched = make_recorded([51, 30])
     some = torch.zeros(1, 1, 1)
-    watched.attended(0, some, some, some, some, one_token_rows=True)
+    watched.attended(0, some, some, some, some)
     assert recorder.seen == []
-    assert runtime.calls == ["attended 0 True"]
+    assert runtime.calls == ["attended 0"]
 
 
 def test_rows_without_all_their_blocks_are_refused() -> None:

@@ -81,8 +81,7 @@ class Runtime:
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         return torch.full((num_tokens,), group)
 
-    def attended(self, layer: int, *_: Any, one_token_rows: bool) -> None:
-        assert one_token_rows
+    def attended(self, layer: int, *_: Any) -> None:
         self.layers.append(layer)
 
     @staticmethod
@@ -101,7 +100,6 @@ def test_metadata_of_a_step_names_slots_and_short_lengths(in_step: bool, tables:
     assert step.groups[0] is first
     assert [built.tables for built in step.groups] == tables
     assert {built.lens for built in step.groups} == {lens}
-    assert step.one_token_rows
 
 
 def test_before_there_is_a_runtime_nothing_changes() -> None:
@@ -114,7 +112,7 @@ def test_a_layer_attends_and_writes_with_its_own_group(group: int) -> None:
     impl, runtime = Impl(), Runtime(in_step=True)
     impl.bind(runtime, 5, group)  # type: ignore[arg-type]
     tokens = torch.zeros(3)
-    metadata = SimpleNamespace(**{STEP_METADATA: StepMetadata(["first", "second"], one_token_rows=True)})
+    metadata = SimpleNamespace(**{STEP_METADATA: StepMetadata(["first", "second"])})
     layer: Any = None
     impl.forward(layer, tokens, tokens, tokens, tokens, metadata, tokens)
     impl.do_kv_cache_update(layer, tokens, tokens, tokens, torch.full((3,), 9 if group else 0))

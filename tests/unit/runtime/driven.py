@@ -175,8 +175,7 @@ class DrivenRuntime:
                 own = slice(start, start + count)
                 output[own] = self._attend(layer, query[own], table.block_table[row], int(table.seq_lens[row]))
                 start += count
-            one_token_rows = set(tokens.values()) == {1}
-            runtime.attended(layer, query, key, value, output, one_token_rows=one_token_rows)
+            runtime.attended(layer, query, key, value, output)
             outputs.append(output)
         split = torch.split(torch.stack(outputs), list(tokens.values()), dim=1)
         return dict(zip(tokens, split, strict=True))

@@ -172,8 +172,7 @@ class ModelTwin:
             slots = mapping if group == 0 else runtime.slot_mapping(group, len(mapping))
             self._write(layer, slots, key, value)
             output = self._attend(layer, query, tables[group], bounds)
-            is_decode = bool((np.diff(bounds) == 1).all())
-            runtime.attended(layer, query, key, value, output, one_token_rows=is_decode)
+            runtime.attended(layer, query, key, value, output)
             for index, row in enumerate(rows):
                 own = slice(int(bounds[index]), int(bounds[index + 1]))
                 self._check(layer, group, row, query[own], output[own])

@@ -79,7 +79,7 @@ class TinyModel:
             query, output = (self._noise(sum(counts), QUERY_HEADS, HEAD_DIM) for _ in range(2))
             key, value = (self._noise(sum(counts), KV_HEADS, HEAD_DIM) for _ in range(2))
             for layer in range(len(LAYERS)):
-                self.runtime.attended(layer, query, key, value, output, one_token_rows=max(counts, default=1) == 1)
+                self.runtime.attended(layer, query, key, value, output)
         return needs_python
 
     def _set_batch(self, step_input: StepInput) -> None:

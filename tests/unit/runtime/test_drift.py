@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashmemory_vllm.runtime.drift import QueryDrift
-from flashmemory_vllm.runtime.queries import QueryBuffer
+from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 
@@ -23,7 +23,7 @@ class Steps:
     """Runs steps in which each row's queries point where they are told to."""
 
     def __init__(self, threshold: float = 0.8, delay: int = 1) -> None:
-        self.buffer = QueryBuffer(NUM_ANCHORS, NUM_ROWS, SHAPE)
+        self.buffer = QueryRing(NUM_ANCHORS, NUM_ROWS, 1, SHAPE)
         self.drift = QueryDrift(threshold, delay, self.buffer, SideStream(CPU))
         self.step = 0
 

@@ -122,7 +122,7 @@ class Traffic:
         runtime.compacted_tables(len(lens))
         query = torch.randn(total, HEADS, HEAD_DIM)
         for layer in range(LAYERS):
-            runtime.attended(layer, query, query, query, query.clone(), one_token_rows=total == len(num_tokens))
+            runtime.attended(layer, query, query, query, query.clone())
 
     def _publish(self) -> None:
         self._publisher.publish(self._reader.read(), "model", "0")

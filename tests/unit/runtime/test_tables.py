@@ -93,7 +93,7 @@ def test_a_dummy_batch_in_between_does_not_leave_its_tables_behind() -> None:
     assert table.block_table[0, :3].tolist() == [6, 6, 6]
     assert (table.seq_lens.tolist(), table.max_seq_len) == ([9], 9)
     assert tables.slot_mapping(0, 1).tolist() == [25]
-    assert (tables.query_row == -1).all()
+    assert (tables.query_row(16) == -1).all()
     assert written(tables, [a], lens(8))[0].block_table[0, :2].tolist() == [1, 2]
 
 
@@ -114,7 +114,7 @@ def test_tokens_are_written_into_the_blocks_at_the_end_and_padding_nowhere() -> 
     written(tables, rows, lens(23, 3), [1, 4], padding=2)
     assert tables.slot_mapping(0, 7).tolist() == [5, 6, 12, 13, 14, -1, -1]
     assert tables.slot_mapping(1, 7).tolist() == [33, 34, 16, 17, 18, -1, -1]
-    assert tables.query_row[:7].tolist() == [1 * 3 + 0, 1 * 3 + 1, 4 * 3 + 0, 4 * 3 + 1, 4 * 3 + 2, -1, -1]
+    assert tables.query_row(7).tolist() == [1 * 3 + 0, 1 * 3 + 1, 4 * 3 + 0, 4 * 3 + 1, 4 * 3 + 2, -1, -1]
 
 
 def test_nobodys_batch_writes_nothing() -> None:
@@ -122,7 +122,7 @@ def test_nobodys_batch_writes_nothing() -> None:
     written(tables, [row([[9], [2]], 0, 3, [0, 0])], lens(3))
     tables.write_nothing()
     assert (tables.slot_mapping(1, 16) == -1).all()
-    assert (tables.query_row == -1).all()
+    assert (tables.query_row(16) == -1).all()
 
 
 def test_more_rows_than_the_tables_have_are_refused() -> None:
