@@ -115,6 +115,7 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
         "num_computed_tokens",
         "num_output_tokens",
     ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "seq_lens"),
     "vllm.v1.outputs:ModelRunnerOutput": ("kv_connector_output",),
     "vllm.v1.outputs:KVConnectorOutput": ("invalid_block_ids",),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (

@@ -7,6 +7,8 @@ from flashmemory_vllm.residency.types import NOTHING, IntArray
 
 # In rows of padding.
 NO_PLACE = -1
+# Of a table that is no longer than this, 4 KiB, looking for what differs costs the host more than uploading all of it.
+SHORT = 1024
 
 
 class TableChanges:
@@ -18,7 +20,8 @@ class TableChanges:
 
     def __init__(self, num_tables: int) -> None:
         self._known: list[IntArray] = [NOTHING] * num_tables
-        self._runs: list[tuple[int, int, IntArray]] = []
+        # Per run: its table, its first column, its values
+        self._runs: tuple[list[int], list[int], list[IntArray]] = ([], [], [])
         self._edits: list[IntArray] = []
 
     def set(self, table: int, wanted: IntArray) -> None:
@@ -32,11 +35,14 @@ class TableChanges:
         if known is wanted:
             return
         self._known[table] = wanted
+        if wanted.size <= SHORT:
+            self._add_run(table, 0, wanted)
+            return
         common = min(known.size, wanted.size)
         changed = np.flatnonzero(known[:common] != wanted[:common]).astype(np.int32)
         first = int(changed[0]) if changed.size else common
         if EDIT_FIELDS * (changed.size + wanted.size - common) > RUN_FIELDS + wanted.size - first:
-            self._runs.append((table, first, wanted[first:]))
+            self._add_run(table, first, wanted[first:])
         elif changed.size or common < wanted.size:
             columns = np.concatenate((changed, np.arange(common, wanted.size, dtype=np.int32)))
             edits = np.empty((columns.size, EDIT_FIELDS), np.int32)
@@ -50,17 +56,24 @@ class TableChanges:
             rows: int32 `[num_rows, ROW_FIELDS + G]`.
             num_tokens: tokens of the batch, padding included.
         """
-        runs, edits = self._runs, self._edits
-        self._runs, self._edits = [], []
-        counts = StepCounts(len(rows), len(runs), sum(map(len, edits)), num_tokens)
-        offset = counts.num_elems(rows.shape[1] - ROW_FIELDS)
-        headers = np.empty((len(runs), RUN_FIELDS), np.int32)
-        for header, (table, first, values) in zip(headers, runs, strict=True):
-            header[:] = table, first, offset, values.size
-            offset += values.size
-        parts = [rows.reshape(-1), headers.reshape(-1), *(edit.reshape(-1) for edit in edits)]
-        return np.concatenate((*parts, *(values for _, _, values in runs))), counts
+        (tables, firsts, values), edits = self._runs, self._edits
+        counts = StepCounts(len(rows), len(tables), sum(map(len, edits)), num_tokens)
+        if not tables and not edits:
+            return rows.reshape(-1), counts
+        self._runs, self._edits = ([], [], []), []
+        runs = np.empty((len(tables), RUN_FIELDS), np.int32)
+        runs[:, 0], runs[:, 1], runs[:, 3] = tables, firsts, [each.size for each in values]
+        runs[:, 2] = counts.num_elems(rows.shape[1] - ROW_FIELDS) + np.cumsum(runs[:, 3]) - runs[:, 3]
+        parts = [rows.reshape(-1), runs.reshape(-1), *(edit.reshape(-1) for edit in edits), *values]
+        return np.concatenate(parts), counts
 
     def forget(self) -> None:
         """Take nothing for granted that is on the device."""
         self._known = [NOTHING] * len(self._known)
+
+    def _add_run(self, table: int, first: int, values: IntArray) -> None:
+        if values.size:
+            tables, firsts, all_values = self._runs
+            tables.append(table)
+            firsts.append(first)
+            all_values.append(values)

@@ -13,7 +13,7 @@ import torch
 from flashmemory_kernels.apply_step import ROW_FIELDS, PlaceTables, apply_step
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.types import Row
+from flashmemory_vllm.residency.types import IntArray, Phase, Row
 from flashmemory_vllm.runtime.changes import NO_PLACE, TableChanges
 from flashmemory_vllm.runtime.uploads import UploadRing
 
@@ -121,20 +121,10 @@ class StepTables:
         num_rows = min(len(seq_lens), self.sizes.max_rows)
         if len(rows) > num_rows:
             raise IntegrityError(f"a step has {len(rows)} rows, allowed are {num_rows} (--max-num-seqs)")
-        header = np.zeros((num_rows, ROW_FIELDS + self.sizes.num_groups), np.int32)
-        bounds = np.zeros((self.sizes.num_groups, num_rows), np.int32)
-        first = 0
-        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
-            header[index] = place, first, row.num_tokens, *row.evicted_tokens
-            first += row.num_tokens
+        for row, place in zip(rows, places, strict=True):
             for group, slots in enumerate(row.slots):
                 self._changes.set(group * self.sizes.num_places + place, slots)
-                if self._skip_streamed and len(row.streamed[group]):
-                    header[index, ROW_FIELDS + group] = -1 - row.evicted_tokens[group]
-                else:
-                    length = row.num_computed_tokens + row.num_tokens - row.evicted_tokens[group]
-                    bounds[group, index] = length
-        header[len(rows) :, :2] = NO_PLACE, first
+        header, bounds = self._header(rows, places, num_rows)
         packed, counts = self._changes.pack(header, num_tokens)
         apply_step(self._ring.upload(packed), counts, seq_lens, self._tables)
         self._bounds, self._num_tokens = torch.from_numpy(bounds), num_tokens
@@ -186,6 +176,24 @@ class StepTables:
     def reset(self) -> None:
         """Take nothing for granted that is on the device."""
         self._changes.forget()
+
+    def _header(self, rows: Sequence[Row], places: Sequence[int], num_rows: int) -> tuple[IntArray, IntArray]:
+        """The rows [R, 3 + G] as `apply_step` reads them, and bounds [G, R] of their compacted lengths."""
+        header = np.zeros((num_rows, ROW_FIELDS + self.sizes.num_groups), np.int32)
+        header[len(rows) :, 0] = NO_PLACE
+        bounds = np.zeros((self.sizes.num_groups, num_rows), np.int32)
+        if rows:
+            own, evicted = header[: len(rows)], header[: len(rows), ROW_FIELDS:]
+            own[:, 0], own[:, 2] = places, [row.num_tokens for row in rows]
+            evicted[:] = [row.evicted_tokens for row in rows]
+            bounds[:, : len(rows)] = own[:, 2] + [row.num_computed_tokens for row in rows] - evicted.T
+        header[1:, 1] = np.cumsum(header[:-1, 2])
+        for index, row in enumerate(rows) if self._skip_streamed else ():
+            for group in range(self.sizes.num_groups) if row.phase is Phase.PREFILL else ():
+                if len(row.streamed[group]):
+                    header[index, ROW_FIELDS + group] = -1 - row.evicted_tokens[group]
+                    bounds[group, index] = 0
+        return header, bounds
 
     def _capture_nothing(self) -> None:
         self._tables.query_row.fill_(-1)

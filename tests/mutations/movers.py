@@ -119,8 +119,8 @@ MOVERS = (
     Mutation(
         "seq_len off by one",
         f"{_RUNTIME}tables.py",
-        "header[index] = place, first, row.num_tokens, *row.evicted_tokens",
-        "header[index] = place, first, row.num_tokens, *(tokens + 1 for tokens in row.evicted_tokens)",
+        "            evicted[:] = [row.evicted_tokens for row in rows]\n",
+        "            evicted[:] = np.array([row.evicted_tokens for row in rows]) + 1\n",
         f"{_RUNTIME_TEST}test_tables.py::test_rows_and_lengths",
     ),
     Mutation(

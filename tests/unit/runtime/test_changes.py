@@ -1,11 +1,13 @@
 """What is uploaded makes the tables on the device those that are wanted, and is no more than what differs."""
 
 import numpy as np
+import pytest
 from flashmemory_kernels.apply_step import EDIT_FIELDS, ROW_FIELDS, RUN_FIELDS
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashmemory_vllm.residency.types import IntArray
+from flashmemory_vllm.runtime import changes
 from flashmemory_vllm.runtime.changes import TableChanges
 
 NUM_TABLES, WIDTH = 3, 12
@@ -43,7 +45,14 @@ values = st.lists(st.integers(1, 3), max_size=WIDTH)
 steps = st.lists(st.dictionaries(st.integers(0, NUM_TABLES - 1), values, max_size=NUM_TABLES), max_size=8)
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of the tests are long."""
+    monkeypatch.setattr(changes, "SHORT", 2)
+
+
 @given(steps, st.integers(0, 3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tables_begin_with_what_is_wanted(wanted: list[dict[int, list[int]]], num_rows: int) -> None:
     device, now = Device(), dict[int, list[int]]()
     rows = np.arange(num_rows * (ROW_FIELDS + 1), dtype=np.int32).reshape(num_rows, ROW_FIELDS + 1)
@@ -73,6 +82,14 @@ def test_only_what_differs_is_uploaded() -> None:
     device.changes.set(1, table(5, 7, 8, 9, 10, 11, 12))  # all behind one that goes move up
     assert device.upload() == (1, 0)
     assert device.tables[1, :7].tolist() == [5, 7, 8, 9, 10, 11, 12]
+
+
+def test_short_tables_are_uploaded_whole() -> None:
+    device = Device()
+    for values_now in ((5, 6), (5, 7), (5,)):
+        device.changes.set(1, table(*values_now))
+        assert device.upload() == (1, 0)
+    assert device.tables[1, :2].tolist() == [5, 7]
 
 
 def test_what_was_forgotten_is_uploaded_again() -> None:
