@@ -133,7 +133,6 @@ def choose_servers(args: argparse.Namespace, model: str) -> "dict[Side, ServerCh
         sparse_config,
         split_arguments,
     )
-    from flashmemory_vllm.evaluation.target import FORCED_TOKENS
 
     _check_used(args)
     is_shipped = Path(model).resolve() == reference_model_path().resolve()
@@ -142,8 +141,7 @@ def choose_servers(args: argparse.Namespace, model: str) -> "dict[Side, ServerCh
     config = read_config(file) if file is not None and needed else {}
     name = args.served_model_name or model
     both = split_arguments("--serve-args", args.serve_args)
-    if "loss" in map(str.strip, args.suites.split(",")):
-        both += ["--logits-processors", FORCED_TOKENS]
+    is_forced = "loss" in map(str.strip, args.suites.split(","))
     dense = ServerChoice(
         "dense",
         model,
@@ -152,6 +150,7 @@ def choose_servers(args: argparse.Namespace, model: str) -> "dict[Side, ServerCh
         dense_config(config, REFERENCE_DENSE_BYTES if is_shipped else None),
         [*both, *split_arguments("--dense-args", args.dense_args)],
         args.startup_seconds,
+        is_forced,
     )
     sparse = ServerChoice(
         "sparse",
@@ -161,6 +160,7 @@ def choose_servers(args: argparse.Namespace, model: str) -> "dict[Side, ServerCh
         sparse_config(config, args.additional_config),
         [*both, *split_arguments("--sparse-args", args.sparse_args)],
         args.startup_seconds,
+        is_forced,
     )
     return {"dense": dense, "sparse": sparse}
 
@@ -185,7 +185,7 @@ def _check_used(args: argparse.Namespace) -> None:
 def _judge(folder: Path, limits: "Limits") -> int:
     """Print what there is to judge by; the exit code."""
     from flashmemory_vllm.evaluation.eval_rows import load_evaluation
-    from flashmemory_vllm.evaluation.gate import judge, passes, verdicts
+    from flashmemory_vllm.evaluation.gate import judge, passes, unjudged, verdicts
     from flashmemory_vllm.evaluation.loss import loss_lines
 
     evaluation = load_evaluation(folder)
@@ -197,11 +197,12 @@ def _judge(folder: Path, limits: "Limits") -> int:
     for loss in loss_lines(evaluation):
         error = "" if loss.stderr is None else f", standard error {loss.stderr:.4f}"
         _tell(loss.name, f"dense {loss.dense:.4f} nats a token, sparse {loss.gap:+.4f} of it{error}", found)
-    if not limits.told or passes(found):
+    if passes(evaluation, limits):
         return 0
     failed = [name for name, verdict in found.items() if verdict == "fail"]
-    told = f"asked is {limits.told}: {', '.join(failed)}" if failed else "no line is both sparse and answered"
-    print(f"gate failed, {told}", file=sys.stderr)
+    told = [f"asked is {limits.told}: {', '.join(failed)}"] if failed else []
+    told += [f"no line is both sparse and answered for {limit.told}" for limit in unjudged(evaluation, limits)]
+    print(f"gate failed, {'; '.join(told)}", file=sys.stderr)
     return EXIT_GATE
 
 

@@ -15,7 +15,7 @@ from flashmemory_vllm.cli.server import Server
 from flashmemory_vllm.config import SECTION
 from flashmemory_vllm.errors import ConfigError, FlashMemoryError
 from flashmemory_vllm.evaluation.eval_rows import Side
-from flashmemory_vllm.evaluation.target import Target
+from flashmemory_vllm.evaluation.target import FORCED_TOKENS, Target
 from flashmemory_vllm.files import write_text
 
 BACKEND, ADDITIONAL = "attention-backend", "additional-config"
@@ -34,6 +34,8 @@ class ServerChoice:
         config: what `vllm serve --config` is to read.
         arguments: further arguments of `vllm serve`, which override it.
         startup_seconds: how long to wait until it is up.
+        is_forced: it is to be forced along texts. Answers do not change by that, nor does the description: the suite
+            `loss` may come on top of others.
     """
 
     side: Side
@@ -43,6 +45,7 @@ class ServerChoice:
     config: Mapping[str, Any]
     arguments: Sequence[str]
     startup_seconds: float
+    is_forced: bool = False
 
     @property
     def description(self) -> str:
@@ -51,6 +54,11 @@ class ServerChoice:
             return self.url
         words = ["vllm", "serve", self.model, *self.arguments]
         return f"{shlex.join(words)} with {json.dumps(self.config, sort_keys=True)}"
+
+    @property
+    def all_arguments(self) -> list[str]:
+        """What `vllm serve` is started with beside its configuration."""
+        return [*self.arguments, *(("--logits-processors", FORCED_TOKENS) if self.is_forced else ())]
 
     @contextmanager
     def running(self, folder: Path) -> Iterator[Target]:
@@ -72,7 +80,7 @@ class ServerChoice:
         path = Path(self.model)
         model = path if path.is_dir() else self.model
         log = folder / f"serve-{self.side}.log"
-        started = Server(model, file, self.startup_seconds, self._environment(), self.arguments, self.name, log)
+        started = Server(model, file, self.startup_seconds, self._environment(), self.all_arguments, self.name, log)
         with started as server:
             try:
                 yield Target.connect(self.side, server.url, self.name)

@@ -83,7 +83,9 @@ def _blocks(evaluation: Evaluation, folder: Path, limits: Limits) -> Iterator[Bl
     )
     lines, judged = judge(evaluation), verdicts(evaluation, limits)
     if limits.told:
-        yield Text(f"Gate: {'passed' if passes(judged) else 'failed'}. Asked is {limits.told} on every line.")
+        yield Text(
+            f"Gate: {'passed' if passes(evaluation, limits) else 'failed'}. Asked is {limits.told} on every line."
+        )
     if lines:
         yield Heading(2, "Scores")
         yield score_table(lines, judged)

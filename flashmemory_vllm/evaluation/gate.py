@@ -1,6 +1,6 @@
 """Whether a sparse server is good enough: its scores as shares of the dense ones, and its loss above the dense one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -11,6 +11,7 @@ from flashmemory_vllm.evaluation.loss import LossLine, loss_lines
 JUDGED: tuple[SuiteName, ...] = ("needles", "ruler", "longbench")
 ALL_QUESTIONS = "all"
 Verdict = Literal["pass", "fail", "not sparse", "dense fails"]
+_WORST_FIRST: tuple[Verdict, ...] = ("fail", "pass", "dense fails", "not sparse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +102,27 @@ def loss_verdict(line: LossLine, max_loss: float) -> Verdict:
 
 
 def verdicts(evaluation: Evaluation, limits: Limits) -> dict[str, Verdict]:
-    """By name, of all that the limits ask about."""
+    """By name, of all that the limits ask about. What was measured in several ways fails if it fails in one."""
     found: dict[str, Verdict] = {}
+    lines: list[tuple[str, Verdict]] = []
     if limits.min_relative is not None:
-        found |= {line.name: line.verdict(limits.min_relative) for line in judge(evaluation)}
+        lines += [(line.name, line.verdict(limits.min_relative)) for line in judge(evaluation)]
     if limits.max_loss is not None:
-        found |= {line.name: loss_verdict(line, limits.max_loss) for line in loss_lines(evaluation)}
+        lines += [(line.name, loss_verdict(line, limits.max_loss)) for line in loss_lines(evaluation)]
+    for name, verdict in lines:
+        found[name] = min(verdict, found.get(name, verdict), key=_WORST_FIRST.index)
     return found
 
 
-def passes(found: Mapping[str, Verdict]) -> bool:
-    """Whether something was judged and nothing failed."""
-    return "fail" not in found.values() and "pass" in found.values()
+def unjudged(evaluation: Evaluation, limits: Limits) -> list[Limits]:
+    """Those limits by which nothing could be judged: a gate that asks for them has not been passed."""
+    alone = [Limits(limits.min_relative), Limits(max_loss=limits.max_loss)]
+    return [one for one in alone if one.told and not {"pass", "fail"} & set(verdicts(evaluation, one).values())]
+
+
+def passes(evaluation: Evaluation, limits: Limits) -> bool:
+    """Whether something was judged by every limit, and nothing failed."""
+    return not unjudged(evaluation, limits) and "fail" not in verdicts(evaluation, limits).values()
 
 
 def _judged(suite: SuiteName, task: str, tokens: int, pairs: Sequence[tuple[EvalRow, EvalRow]]) -> Judged:

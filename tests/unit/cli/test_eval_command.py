@@ -119,7 +119,10 @@ def test_the_shipped_model_has_its_configuration(monkeypatch: pytest.MonkeyPatch
 
 def test_servers_that_are_to_be_forced_can_be() -> None:
     servers = choose_servers(parse("--suites", "needles, loss"), "org/model").values()
-    assert [server.arguments for server in servers] == [["--logits-processors", FORCED_TOKENS]] * 2
+    assert [server.all_arguments for server in servers] == [["--logits-processors", FORCED_TOKENS]] * 2
+    others = choose_servers(parse("--suites", "needles"), "org/model").values()
+    assert [server.all_arguments for server in others] == [[]] * 2
+    assert [one.description for one in servers] == [one.description for one in others], "loss may come on top"
 
 
 def test_another_model_has_none() -> None:
@@ -157,6 +160,16 @@ def test_a_gate_without_anything_to_judge_fails(tmp_path: Path, capsys: pytest.C
     save_evaluation(tmp_path, Evaluation("m", {"dense": "d", "sparse": "s"}))
     assert app.main(["eval", "--report", str(tmp_path), "--min-relative", "0.99"]) == 1
     assert "no line is both sparse and answered" in capsys.readouterr().err
+
+
+def test_a_limit_by_which_nothing_was_judged_fails_though_another_one_passes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, 1.0)
+    assert app.main(["eval", "--report", str(folder), "--min-relative", "0.99", "--max-loss", "0.1"]) == 1
+    told = "gate failed, no line is both sparse and answered for a loss of at most 0.1 nats a token above dense\n"
+    assert capsys.readouterr().err == told
+    assert "Gate: failed" in (folder / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

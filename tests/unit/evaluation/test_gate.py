@@ -3,16 +3,16 @@
 import pytest
 
 from flashmemory_vllm.evaluation.eval_rows import EvalRow, Evaluation
-from flashmemory_vllm.evaluation.gate import Judged, Limits, Verdict, judge, passes, verdicts
+from flashmemory_vllm.evaluation.gate import Judged, Limits, judge, passes, unjudged, verdicts
 from tests.unit.evaluation.eval_fakes import make_eval_row, make_loss_row
 
 
+def evaluation_of(*rows: EvalRow) -> Evaluation:
+    return Evaluation("m", {"dense": "d", "sparse": "s"}, rows)
+
+
 def lines_of(*rows: EvalRow) -> list[Judged]:
-    return judge(Evaluation("m", {"dense": "d", "sparse": "s"}, rows))
-
-
-def judged(min_relative: float, *rows: EvalRow) -> dict[str, Verdict]:
-    return verdicts(Evaluation("m", {"dense": "d", "sparse": "s"}, rows), Limits(min_relative))
+    return judge(evaluation_of(*rows))
 
 
 def test_depths_are_one_line_and_lengths_are_not() -> None:
@@ -58,20 +58,44 @@ def test_splits_of_longbench_are_not_judged() -> None:
 )
 def test_verdicts(dense: float, sparse: float, share: float | None, verdict: str, passed: bool) -> None:
     """A gate that has judged nothing does not pass."""
-    found = judged(
-        0.99, make_eval_row("dense", score=dense), make_eval_row("sparse", score=sparse, resident_share=share)
+    found = evaluation_of(
+        make_eval_row("dense", score=dense), make_eval_row("sparse", score=sparse, resident_share=share)
     )
-    assert list(found.values()) == [verdict]
-    assert passes(found) is passed
+    assert list(verdicts(found, Limits(0.99)).values()) == [verdict]
+    assert passes(found, Limits(0.99)) is passed
 
 
 def test_one_line_that_fails_fails_all() -> None:
     rows = [
         make_eval_row(side, part=part, tokens=n) for side in ("dense", "sparse") for part, n in (("a", 1), ("b", 2))
     ]
-    assert passes(judged(1.0, *rows))
-    assert not passes(judged(0.99, *rows[:3], make_eval_row("sparse", part="b", tokens=2, score=0.5)))
-    assert not passes(judged(0.99))
+    assert passes(evaluation_of(*rows), Limits(1.0))
+    failing = evaluation_of(*rows[:3], make_eval_row("sparse", part="b", tokens=2, score=0.5))
+    assert not passes(failing, Limits(0.99))
+    assert not passes(evaluation_of(), Limits(0.99))
+    assert passes(failing, Limits()), "nothing is asked"
+
+
+def test_every_limit_has_to_have_judged_something() -> None:
+    scores, losses = (
+        [make(side, value) for side, value in (("dense", 1.0), ("sparse", 1.0))]
+        for make in (lambda side, score: make_eval_row(side, score=score), make_loss_row)
+    )
+    both = Limits(0.99, 0.1)
+    assert passes(evaluation_of(*scores, *losses), both)
+    for rows, missing in ((scores, Limits(max_loss=0.1)), (losses, Limits(0.99))):
+        assert not passes(evaluation_of(*rows), both)
+        assert unjudged(evaluation_of(*rows), both) == [missing]
+
+
+@pytest.mark.parametrize("worse_first", [False, True])
+def test_a_loss_that_fails_is_not_hidden_by_one_on_other_texts(worse_first: bool) -> None:
+    rows = [
+        make_loss_row(side, 2.0 + gap, settings={"documents": documents})
+        for documents, worse in ((2, worse_first), (4, not worse_first))
+        for side, gap in (("dense", 0.0), ("sparse", 0.5 * worse))
+    ]
+    assert verdicts(evaluation_of(*rows), Limits(max_loss=0.1)) == {"loss at 4,096 tokens": "fail"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +104,7 @@ def test_one_line_that_fails_fails_all() -> None:
 )
 def test_a_loss_is_judged_by_what_it_is_above_the_dense_one(gap: float, share: float | None, verdict: str) -> None:
     rows = [make_loss_row("dense", 2.0), make_loss_row("sparse", 2.0 + gap, resident_share=share)]
-    evaluation = Evaluation("m", {"dense": "d", "sparse": "s"}, rows)
+    evaluation = evaluation_of(*rows)
     found = verdicts(evaluation, Limits(max_loss=0.05 + 1e-9))
     assert found == {"loss at 4,096 tokens": verdict}
     assert verdicts(evaluation, Limits(min_relative=0.99)) == {}
