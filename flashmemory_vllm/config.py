@@ -195,8 +195,8 @@ class FlashMemoryConfig(BaseModel):
     page_checksums: PageChecksums = Field(
         default="sample",
         description="Keep a checksum of every page that is written back, and compare all pages that come from the host "
-        "(`full`), one of 16, in turn (`sample`), or none (`off`). A request that needs a page with another checksum "
-        "fails; it never becomes text.",
+        "(`full`), one of 16, in turn (`sample`), or none (`off`). A request that needs a page which is found to have "
+        "another checksum fails; with `full` no such page ever becomes text.",
     )
     check_integrity: bool = Field(
         default=False, description="Check every conservation law after each step. Slow; for debugging."

@@ -1,7 +1,9 @@
 """What README and limits say in a sentence follows from rows, scenarios and the sizing code."""
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from tests.docs.test_figures import LINES as SPEED_LINES
 BLOCK_SIZE = 16
 # A block of Llama 8B's shape: 32 layers, keys and values of 8 heads of 128 dims in bf16
 BLOCK_BYTES = 32 * 2 * 8 * 128 * 2 * BLOCK_SIZE
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
+COUNTED = (("dashboards", "grafana", r'^  "uid": '), ("alerts", "prometheus", r"^ +- alert: "))
 
 
 def text_of(page: Path) -> str:
@@ -101,3 +106,28 @@ def test_the_glossary_has_the_words_that_only_we_use(word: str) -> None:
     _, _, rest = (DOCS / "architecture.md").read_text(encoding="utf-8").partition("## Words")
     table, _, _ = rest.partition("\n## ")
     assert f"| {word} |" in table
+
+
+@pytest.mark.parametrize(("what", "folder", "pattern"), COUNTED)
+def test_as_many_as_there_are(what: str, folder: str, pattern: str) -> None:
+    files = (ROOT / "deploy" / folder).iterdir()
+    found = [match for path in files for match in re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert f"{NUMBERS[len(found)]} {what}" in text_of(DOCS / "operate.md")
+
+
+def refused_options() -> Iterator[str]:
+    """What the code refuses by the name of an option."""
+    tree = ast.parse((ROOT / "flashmemory_vllm" / "plugin" / "refusals.py").read_text(encoding="utf-8"))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    for call in calls:
+        if call.func.id in {"Refusal", "_more_than_one"}:  # type: ignore[attr-defined]
+            named = call.args[call.func.id == "Refusal"]  # type: ignore[attr-defined]
+            if isinstance(named, ast.Constant) and str(named.value).startswith(("--", "flashmemory.")):
+                yield str(named.value).removeprefix("--attention-config.")
+
+
+def test_the_list_of_what_is_refused_is_whole() -> None:
+    refused = set(refused_options())
+    assert len(refused) > 20
+    page = (DOCS / "limits.md").read_text(encoding="utf-8")
+    assert [option for option in sorted(refused) if f"`{option}`" not in page] == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashmemory_vllm.evaluation.eval_rows import EvalRow, Evaluation
+from flashmemory_vllm.evaluation.eval_rows import SIDES, EvalRow, Evaluation
 from flashmemory_vllm.evaluation.gate import Judged, Limits, judge, passes, unjudged, verdicts
 from tests.unit.evaluation.eval_fakes import make_eval_row, make_loss_row
 
@@ -77,10 +77,8 @@ def test_one_line_that_fails_fails_all() -> None:
 
 
 def test_every_limit_has_to_have_judged_something() -> None:
-    scores, losses = (
-        [make(side, value) for side, value in (("dense", 1.0), ("sparse", 1.0))]
-        for make in (lambda side, score: make_eval_row(side, score=score), make_loss_row)
-    )
+    scores = [make_eval_row(side) for side in SIDES]
+    losses = [make_loss_row(side, 2.0) for side in SIDES]
     both = Limits(0.99, 0.1)
     assert passes(evaluation_of(*scores, *losses), both)
     for rows, missing in ((scores, Limits(max_loss=0.1)), (losses, Limits(0.99))):
@@ -91,9 +89,9 @@ def test_every_limit_has_to_have_judged_something() -> None:
 @pytest.mark.parametrize("worse_first", [False, True])
 def test_a_loss_that_fails_is_not_hidden_by_one_on_other_texts(worse_first: bool) -> None:
     rows = [
-        make_loss_row(side, 2.0 + gap, settings={"documents": documents})
+        make_loss_row(side, 2.5 if worse and side == "sparse" else 2.0, settings={"documents": documents})
         for documents, worse in ((2, worse_first), (4, not worse_first))
-        for side, gap in (("dense", 0.0), ("sparse", 0.5 * worse))
+        for side in SIDES
     ]
     assert verdicts(evaluation_of(*rows), Limits(max_loss=0.1)) == {"loss at 4,096 tokens": "fail"}
 
