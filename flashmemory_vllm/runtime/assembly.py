@@ -207,19 +207,24 @@ def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryRin
     return SelectionQueue(selector, delay_steps, side_stream, drift)
 
 
+def table_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, max_num_seqs: int, max_num_tokens: int) -> TableSizes:
+    """Sizes of the tables for so many requests, and tokens of a batch, padding included."""
+    return TableSizes(
+        num_groups=config.layer_groups,
+        block_size=budget.block_size,
+        num_places=max_num_seqs,
+        num_kept=NUM_KEPT,
+        max_rows=max_num_seqs,
+        max_tokens=max_num_tokens,
+        width=-(-budget.max_model_len // budget.block_size) + 1,
+    )
+
+
 def _buffers(
     sizes: RuntimeSizes, num_anchors: int, shape: AttentionShape, config: FlashMemoryConfig, budget: BudgetPolicy
 ) -> StepBuffers:
-    table_sizes = TableSizes(
-        num_groups=config.layer_groups,
-        block_size=shape.block_size,
-        num_places=sizes.max_num_seqs,
-        num_kept=NUM_KEPT,
-        max_rows=sizes.max_num_seqs,
-        max_tokens=sizes.max_num_tokens,
-        width=-(-budget.max_model_len // shape.block_size) + 1,
-    )
-    tables = StepTables(table_sizes, shape.device, skip_streamed=shape.device.type == "cuda")
+    of_tables = table_sizes(config, budget, sizes.max_num_seqs, sizes.max_num_tokens)
+    tables = StepTables(of_tables, shape.device, skip_streamed=shape.device.type == "cuda")
     return StepBuffers(tables, QueryRing(num_anchors, sizes.max_num_seqs, NUM_KEPT, shape))
 
 

@@ -2,7 +2,13 @@
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.runtime.assembly import anchor_layers, question_window, unallocated_selector
+from flashmemory_vllm.runtime.assembly import (
+    NUM_KEPT,
+    anchor_layers,
+    question_window,
+    table_sizes,
+    unallocated_selector,
+)
 from flashmemory_vllm.runtime.capacity import BesideSlots, Staging
 from flashmemory_vllm.runtime.question import question_bytes
 from flashmemory_vllm.runtime.shape import AttentionShape
@@ -37,6 +43,8 @@ def beside_slots(
         index_bytes_per_block=selector.bytes_per_block(),
         checksum_bytes_per_block=0 if COMPARED[config.page_checksums] is None else shape.num_layers * SUM_BYTES,
         question_bytes=max_num_seqs * question_bytes(min(window, budget.max_model_len), num_anchors, shape),
+        table_bytes=table_sizes(config, budget, max_num_seqs, budget.max_num_batched_tokens).num_bytes
+        + max_num_seqs * question_bytes(NUM_KEPT, num_anchors, shape),
         staging=plan_staging(config, shape, device_bytes),
     )
 

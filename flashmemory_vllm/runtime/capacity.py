@@ -50,12 +50,14 @@ class BesideSlots:
         index_bytes_per_block: of a logical block's index keys.
         checksum_bytes_per_block: of the checksums of its pages.
         question_bytes: of the kept questions of as many requests as run at once.
+        table_bytes: of their tables and newest queries.
         staging: the staging buffers.
     """
 
     index_bytes_per_block: int
     checksum_bytes_per_block: int
     question_bytes: int
+    table_bytes: int
     staging: Staging
 
     @property
@@ -66,7 +68,7 @@ class BesideSlots:
     @property
     def fixed_bytes(self) -> int:
         """What is taken however many blocks there are."""
-        return self.question_bytes + self.staging.bytes
+        return self.question_bytes + self.table_bytes + self.staging.bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class CapacityPlan:
             f"{self.num_slots} slots ({self.slot_bytes / GIB:.3f} GiB on the device) for "
             f"{self.num_logical_blocks} logical blocks ({self.host_bytes / GIB:.3f} GiB on the host), "
             f"index keys {self.index_bytes / GIB:.3f} GiB, checksums {self.checksum_bytes / GIB:.3f} GiB, questions "
-            f"{self.beside.question_bytes / GIB:.3f} GiB, staging {self.beside.staging.bytes / GIB:.3f} GiB; "
+            f"{self.beside.question_bytes / GIB:.3f} GiB, tables {self.beside.table_bytes / GIB:.3f} GiB, "
+            f"staging {self.beside.staging.bytes / GIB:.3f} GiB; "
             f"the longest request reserves {self.request_slots} slots"
         )
 
@@ -185,8 +188,8 @@ def plan_capacity(
     slots_given = f"flashmemory.device_slots: {memory.device_slots}"
     if num_slots > affordable:
         raise ConfigError(
-            f"{slots_given} is more than the {affordable} that {device} leaves beside staging, questions, and index "
-            f"keys and checksums of {num_blocks} blocks; give fewer, or raise --kv-cache-memory-bytes or "
+            f"{slots_given} is more than the {affordable} that {device} leaves beside staging, questions, tables, and "
+            f"index keys and checksums of {num_blocks} blocks; give fewer, or raise --kv-cache-memory-bytes or "
             "--gpu-memory-utilization"
         )
     if num_slots - 1 < request_slots:

@@ -60,6 +60,12 @@ class TableSizes:
     max_tokens: int
     width: int
 
+    @property
+    def num_bytes(self) -> int:
+        """What the tensors take."""
+        tables = (self.num_places + self.max_rows) * self.width + self.max_rows
+        return 4 * self.num_groups * tables + (8 * self.num_groups + 4) * self.max_tokens
+
 
 class StepTables:
     """One block table, one length vector and one slot mapping for each layer group.

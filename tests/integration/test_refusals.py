@@ -247,7 +247,7 @@ def test_more_slots_than_the_device_memory_holds(llama: Path) -> None:
     message = str(refusal(llama, {"device_slots": 250}, kv_cache_memory_bytes=4 << 20))
     assert message.startswith("flashmemory.device_slots: 250 is more than the ")
     assert (
-        "that 4194304 bytes of device memory leaves beside staging, questions, and index keys and checksums of"
+        "that 4194304 bytes of device memory leaves beside staging, questions, tables, and index keys and checksums of"
         in message
     )
 

@@ -5,10 +5,13 @@ import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.residency.types import Phase, Row
+from flashmemory_vllm.runtime.assembly import table_sizes
 from flashmemory_vllm.runtime.beside import beside_slots, plan_staging
 from flashmemory_vllm.runtime.capacity import BesideSlots, budget_policy
+from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.tables import StepTables
 
 GIB = 1 << 30
 # One layer's page of a block is 64 KiB.
@@ -28,6 +31,18 @@ def test_questions_take_what_as_many_requests_as_run_at_once_keep() -> None:
     questions.set_rows(rows, lambda _name: 100)
     kept = sum(one.queries.nbytes for one in questions._kept.values())
     assert beside(query_window=12, anchor_layers=[3, 4, 5]).question_bytes == kept > 0
+
+
+@pytest.mark.parametrize("layer_groups", [1, 3])
+def test_tables_take_what_is_allocated_for_them(layer_groups: int) -> None:
+    config = FlashMemoryConfig(layer_groups=layer_groups, anchor_layers=(3, 12, 30))
+    budget = budget_policy(config, block_size=16, max_num_batched_tokens=2048, max_model_len=32768)
+    sizes = table_sizes(config, budget, MAX_NUM_SEQS, 2048)
+    tables = StepTables(sizes, torch.device("cpu"))._tables
+    held = [getattr(tables, name) for name in ("entries", "block_table", "seq_lens", "slot_mapping", "query_row")]
+    held.append(QueryRing(3, MAX_NUM_SEQS, sizes.num_kept, SHAPE_8B).all_rows)
+    planned = beside(layer_groups=layer_groups, anchor_layers=[3, 12, 30]).table_bytes
+    assert planned == sum(tensor.nbytes for tensor in held)
 
 
 @pytest.mark.parametrize("options", [{"resident_ratio": 1.0}, {"selector": "streaming"}])

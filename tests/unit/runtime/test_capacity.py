@@ -40,10 +40,11 @@ def plan(
     index: int = 0,
     sums: int = 0,
     questions: int = 0,
+    tables: int = 0,
     seqs: int = 8,
 ) -> CapacityPlan:
     memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, slots, seqs)
-    return plan_capacity(memory, budget(), BLOCK_BYTES, BesideSlots(index, sums, questions, Staging(1, 0)))
+    return plan_capacity(memory, budget(), BLOCK_BYTES, BesideSlots(index, sums, questions, tables, Staging(1, 0)))
 
 
 def test_host_memory_sets_the_logical_blocks() -> None:
@@ -105,19 +106,28 @@ def test_slots_are_the_resident_share_of_the_blocks_that_have_index_keys() -> No
     index=st.integers(0, 500),
     sums=st.integers(0, 50),
     questions=st.integers(0, 100 * BLOCK_BYTES),
+    tables=st.integers(0, 10 * BLOCK_BYTES),
     seqs=st.integers(1, 64),
     slots=st.none() | st.integers(2, 5000),
 )
 def test_a_plan_never_spends_more_than_it_has(
-    device_blocks: int, host_blocks: int, index: int, sums: int, questions: int, seqs: int, slots: int | None
+    device_blocks: int,
+    host_blocks: int,
+    index: int,
+    sums: int,
+    questions: int,
+    tables: int,
+    seqs: int,
+    slots: int | None,
 ) -> None:
+    beside = {"index": index, "sums": sums, "questions": questions, "tables": tables}
     try:
-        made = plan(device_blocks, host_blocks, slots=slots, index=index, sums=sums, questions=questions, seqs=seqs)
+        made = plan(device_blocks, host_blocks, slots=slots, seqs=seqs, **beside)
     except ConfigError:
         return
-    beside = made.num_logical_blocks * (index + sums) + questions
-    assert (made.index_bytes + made.checksum_bytes + made.beside.question_bytes) == beside
-    assert made.slot_bytes + beside <= device_blocks * BLOCK_BYTES
+    num_bytes = made.num_logical_blocks * (index + sums) + questions + tables
+    assert made.index_bytes + made.checksum_bytes + made.beside.fixed_bytes == num_bytes
+    assert made.slot_bytes + num_bytes <= device_blocks * BLOCK_BYTES
     assert made.host_bytes <= host_blocks * BLOCK_BYTES
     assert made.request_slots < made.num_slots <= made.num_logical_blocks
 
@@ -125,7 +135,7 @@ def test_a_plan_never_spends_more_than_it_has(
 def automatic(device_blocks: int, host_blocks: int, max_model_len: int = 32768) -> CapacityPlan:
     memory = MemoryBudget(device_blocks * BLOCK_BYTES, host_blocks * BLOCK_BYTES, None, 8)
     policy = budget(max_num_batched_tokens=256, max_model_len=max_model_len)
-    return plan_automatic(memory, policy, BLOCK_BYTES, BesideSlots(0, 0, 0, Staging(1, 0)))
+    return plan_automatic(memory, policy, BLOCK_BYTES, BesideSlots(0, 0, 0, 0, Staging(1, 0)))
 
 
 @pytest.mark.parametrize(("device_blocks", "host_blocks", "longest"), [(400, 1001, 16000), (100, 5000, 11840)])
