@@ -1,6 +1,7 @@
 """Every command of the README, the quick start and the capacity page is run here, or it says why it cannot be."""
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -29,7 +30,7 @@ PLUGINS = "export VLLM_PLUGINS=flashmemory"
 DEMO = "flashmemory demo --tokens 32768"
 NEEDS_WEIGHTS = "needs a GPU and weights of many GiB; vLLM's own parser reads it below"
 NOT_RUN = {
-    "make demo": "installs an environment of several GiB; what it starts then, tests/e2e/test_start.py starts",
+    "make demo": "installs an environment of several GiB; what it starts then is started below, with twice the tokens",
     "make test": "this test is a part of it",
     "source .venv/bin/activate": "the environment of the tests takes its place",
     "pip install '.[cuda]'": "installs vLLM's CUDA build",
@@ -149,7 +150,12 @@ def test_the_doctor_runs(environment: dict[str, str]) -> None:
 def test_the_demo_of_the_quick_start(environment: dict[str, str]) -> None:
     done = run_in_shell(DEMO, environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "device        144 slots: 7.1 times smaller than this request's KV" in done.stdout
+    asked, question, model, right, resident, device = done.stdout.splitlines()
+    assert asked.endswith("in 32,768 tokens")
+    assert question.startswith("question      ASK ")
+    assert f"right answer  {model.removeprefix('model         ')}   (the same)" == right
+    assert re.fullmatch(r"resident      138 of 1024 blocks: 13\.[45]% of its KV", resident)
+    assert device == "device        144 slots: 7.1 times smaller than this request's KV"
 
 
 @pytest.mark.e2e

@@ -6,17 +6,15 @@ must not share it.
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.helpers.entry_points import entry_point_folder
+from tests.helpers.modules import ROOT, TIMEOUT_SECONDS, run_module
 from tests.helpers.oracle import Checked, Kind
 
-ROOT = Path(__file__).parents[2]
 # vLLM and its libraries print to standard output too, even after the result.
 RESULT_MARK = "engine result: "
 # vLLM's model runners on a CPU, as `EngineResult.model_runner` names them.
@@ -79,7 +77,7 @@ class EngineResult:
     checked: dict[Kind, Checked]
 
 
-def run_engine(run: EngineRun, timeout_s: float = 1800) -> EngineResult:
+def run_engine(run: EngineRun, timeout_s: float = TIMEOUT_SECONDS) -> EngineResult:
     """Start the engine, generate, stop it.
 
     Raises:
@@ -90,25 +88,15 @@ def run_engine(run: EngineRun, timeout_s: float = 1800) -> EngineResult:
     return EngineResult(**last)
 
 
-def run_main(module: str, run: EngineRun, timeout_s: float = 1800) -> dict[str, Any]:
+def run_main(module: str, run: EngineRun, timeout_s: float = TIMEOUT_SECONDS) -> dict[str, Any]:
     """Run a module that reads a run as JSON and prints one marked line of JSON, in a process of its own.
 
     Raises:
         AssertionError: the process failed; the message ends with its output.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(_request(run)),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        cwd=ROOT,
-        env=engine_environment(run),
-    )
-    assert done.returncode == 0, f"engine failed ({done.returncode}):\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-    marked = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
-    assert marked, f"the engine printed no result:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    printed = run_module(module, engine_environment(run), stdin=json.dumps(_request(run)), timeout_s=timeout_s)
+    marked = [line for line in printed.splitlines() if line.startswith(RESULT_MARK)]
+    assert marked, f"the engine printed no result:\n{printed[-4000:]}"
     last: dict[str, Any] = json.loads(marked[-1].removeprefix(RESULT_MARK))
     return last
 

@@ -1,7 +1,5 @@
 """`flashmemory accuracy` on real vLLM: a capture, an indexer trained on it, and one plan of every kind of selector."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.accuracy import Cell, Conditions
 from flashmemory_vllm.evaluation.accuracy_rows import AccuracyRow, Setting, load_rows
 from flashmemory_vllm.reference import reference_model_path
-from tests.helpers.engine import ROOT, EngineRun, engine_environment
+from tests.helpers.engine import EngineRun, engine_environment
+from tests.helpers.modules import run_module
 
 pytestmark = [
     pytest.mark.e2e,
@@ -34,11 +33,9 @@ cells:
 
 def run_command(*arguments: str) -> str:
     """Run a command of ours; its output."""
-    env = engine_environment(EngineRun(reference_model_path(), [], 1))
-    command = [sys.executable, "-m", "flashmemory_vllm.cli.app", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, cwd=ROOT, env=env)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    return run_module(
+        "flashmemory_vllm.cli.app", engine_environment(EngineRun(reference_model_path(), [], 1)), arguments
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """`flashmemory capture` of the reference model on real vLLM, against the attention that transformers computes."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from flashmemory_vllm.capture.labels import block_mass
 from flashmemory_vllm.capture.reference_prompts import reference_prompts
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES, make_samples
 from flashmemory_vllm.reference import reference_model_path
-from tests.helpers.engine import RESULT_MARK, ROOT, EngineRun, engine_environment, run_engine
+from tests.helpers.engine import RESULT_MARK, EngineRun, engine_environment, run_engine
+from tests.helpers.modules import run_module
 
 pytestmark = [
     pytest.mark.e2e,
@@ -37,19 +36,8 @@ Tensors = dict[str, Any]
 
 def run_command(arguments: list[str], stdin: str = "") -> str:
     """Run a module in a process of its own; its standard output."""
-    env = engine_environment(EngineRun(MODEL, [], 1))
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-        cwd=ROOT,
-        env=env,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    module, *rest = arguments
+    return run_module(module, engine_environment(EngineRun(MODEL, [], 1)), rest, stdin)
 
 
 def capture(folder: Path) -> Path:

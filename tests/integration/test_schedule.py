@@ -1,13 +1,12 @@
 """The shipped indexer answers a question alike first, again, as any child, in any chunks, and after a preemption."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.helpers.engine import ROOT, EngineRun, engine_environment
+from tests.helpers.engine import EngineRun, engine_environment
+from tests.helpers.modules import ROOT, run_module
 from tests.integration.schedule_main import LAST_CHUNKS, NUM_QUESTIONS, PREEMPTED_AFTER
 
 pytestmark = [
@@ -27,19 +26,10 @@ WAYS = [
 @pytest.fixture(scope="module")
 def right() -> dict[str, int]:
     """Right answers of each way to ask."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.schedule_main"],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-        cwd=ROOT,
-        env=engine_environment(EngineRun(ROOT, [], 1)),
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    printed = run_module("tests.integration.schedule_main", engine_environment(EngineRun(ROOT, [], 1)))
     mark = "right answers: "
     found: dict[str, int] = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith(mark)).removeprefix(mark)
+        next(line for line in printed.splitlines() if line.startswith(mark)).removeprefix(mark)
     )
     return found
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.engine import ROOT, EngineRun, engine_environment
+from tests.helpers.engine import EngineRun, engine_environment
+from tests.helpers.modules import ROOT
 from tests.helpers.tiny_model import save_tiny_llama
 
 pytestmark = [

@@ -1,9 +1,10 @@
-"""Each kernel on rows that lie more than 2^31 elements into a tensor; `python far_cases.py OP` runs one interpreted.
+"""Each kernel on rows that lie more than 2^31 elements into a tensor; `python far_cases.py [OP...]` interprets them.
 
 Only the pages that are touched exist. Ops whose tensors must be contiguous are not here (`ensemble_scores`,
 `project_queries`): they would have to compute all of those elements.
 """
 
+import functools
 import mmap
 import os
 import sys
@@ -34,6 +35,8 @@ from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from flashmemory_kernels.score_rows.kernel import score_rows_triton
 from flashmemory_kernels.score_rows.naive import score_rows_naive
 from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
+
+from tests.helpers.reports import report
 
 FAR = 1 << 31
 # Rows so far apart that an int32 holds the distance, but not its product with the number of a row.
@@ -270,6 +273,6 @@ CHECKS: dict[str, Callable[[Reserve], None]] = {
 
 if __name__ == "__main__":
     assert os.environ["TRITON_INTERPRET"] == "1"
-    torch.manual_seed(0)
-    CHECKS[sys.argv[1]](reserve_on_cpu)
-    sys.stdout.write("far rows agree\n")
+    for op in sys.argv[1:] or CHECKS:
+        torch.manual_seed(0)
+        report(op, functools.partial(CHECKS[op], reserve_on_cpu))

@@ -1,7 +1,8 @@
-"""Run with TRITON_INTERPRET=1 as `python interpreted_cases.py OP`; see test_triton_interpreter.py."""
+"""Run with TRITON_INTERPRET=1 as `python interpreted_cases.py [OP...]`; see test_triton_interpreter.py."""
 
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
 from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
 
 from tests.helpers.poisoned import poisoned_memory
+from tests.helpers.reports import report
 
 # exp and log of numpy against torch, and one division: a few float32 roundings.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
@@ -77,7 +79,7 @@ TOL_CHUNKS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4}
 TOL_BF16: dict[str, Any] = {"rtol": 2**-7, "atol": 1e-6}
 
 
-def check_checksum_pages() -> int:
+def check_checksum_pages() -> None:
     dtypes = (torch.float32, torch.bfloat16)
     for case, dtype in itertools.product(CHECKSUM_CASES, dtypes):
         given = checksum_inputs(case, dtype)
@@ -92,17 +94,13 @@ def check_checksum_pages() -> int:
         verify_checksums_triton(*where, ids[0], given.sums, ids[1], wrong)
         assert wrong.nonzero().tolist() == [[case.num_layers - 1, 0]], (case, dtype)
         assert int(wrong.max()) == 1
-    return len(CHECKSUM_CASES) * 2
 
 
-def check_copy_pages() -> int:
-    count = 0
+def check_copy_pages() -> None:
     modes = list(itertools.product((True, False), repeat=2))[:-1]
-    for case, dtype, programs, (by_source, by_target) in itertools.product(
-        COPY_CASES, (torch.float32, torch.bfloat16), (1, 5), modes
-    ):
-        generator = torch.Generator().manual_seed(count)
-
+    regimes = itertools.product(COPY_CASES, (torch.float32, torch.bfloat16), (1, 5), modes)
+    for seed, (case, dtype, programs, (by_source, by_target)) in enumerate(regimes):
+        generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(case.num_pool_pages, case.row_elems, generator=generator).to(dtype)
         source = rows[:, case.row_elems - case.page_elems :]
         ids = [torch.randperm(case.num_pool_pages, generator=generator)[: case.num_pages] for _ in range(2)]
@@ -112,11 +110,9 @@ def check_copy_pages() -> int:
         copy_pages_triton(source, source_ids, got[:, : case.page_elems], target_ids, num_programs=programs)
         copy_pages_naive(source, source_ids, expected[:, : case.page_elems], target_ids)
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (case, dtype, programs)
-        count += 1
-    return count
 
 
-def check_merge_attention() -> int:
+def check_merge_attention() -> None:
     for case, (dtype, tolerance) in itertools.product(
         MERGE_CASES, ((torch.float32, TOL_FP32), (torch.bfloat16, TOL_BF16))
     ):
@@ -132,18 +128,16 @@ def check_merge_attention() -> int:
         torch.testing.assert_close(out, expected_out, **tolerance)
         torch.testing.assert_close(lse, expected_lse, **TOL_FP32)
         assert not out.isnan().any()
-    return len(MERGE_CASES) * 2
 
 
-def check_project_queries() -> int:
+def check_project_queries() -> None:
     for case, dtype in itertools.product(PROJECT_CASES, (torch.float32, torch.bfloat16)):
         inputs = project_inputs(case, dtype)
         for got, expected in zip(project_queries_triton(*inputs), project_queries_naive(*inputs), strict=True):
             torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
-    return len(PROJECT_CASES) * 2
 
 
-def check_score_blocks() -> int:
+def check_score_blocks() -> None:
     # The interpreter would multiply the bit patterns of bfloat16; products of its values are the same in float32.
     del LOW_PRECISION[torch.bfloat16]
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,29 +146,26 @@ def check_score_blocks() -> int:
         query, index, ids = score_inputs(case, dtype)
         got = score_blocks_triton(query, index, ids, 0.3, config)
         torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_FP32_SUM)
-    return len(SCORE_CASES) * 6
 
 
-def check_score_chunks() -> int:
+def check_score_chunks() -> None:
     dtypes = (torch.float32, torch.bfloat16)
     configs = (None, TileConfig(tile_rows=16, programs=3, num_warps=4, num_stages=2))
     for case, dtype, config in itertools.product(CHUNK_CASES, dtypes, configs):
         inputs = chunk_inputs(case, dtype)
         got = score_chunks_triton(*inputs, config=config)
         torch.testing.assert_close(got, score_chunks_naive(*inputs), **TOL_CHUNKS)
-    return len(CHUNK_CASES) * 4
 
 
-def check_ensemble_scores() -> int:
+def check_ensemble_scores() -> None:
     for case, aggregate in itertools.product(ENSEMBLE_CASES, ("max", "mean")):
         mass, layer_groups, num_groups = ensemble_inputs(case)
         got = ensemble_scores_triton(mass, layer_groups, num_groups, aggregate)
         expected = ensemble_scores_naive(mass, layer_groups, num_groups, aggregate)
         torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
-    return len(ENSEMBLE_CASES) * 2
 
 
-def check_summarise_keys() -> int:
+def check_summarise_keys() -> None:
     for case, kind, dtype, gathered in itertools.product(
         SUMMARY_CASES, KINDS, (torch.float32, torch.bfloat16), (False, True)
     ):
@@ -195,7 +186,6 @@ def check_summarise_keys() -> int:
         assert torch.equal(index.view(torch.uint8), codes.view(torch.uint8)), case
         torch.testing.assert_close(scales, of_blocks, **TOL_FP32, equal_nan=True)
     check_every_code()
-    return len(SUMMARY_CASES) * 13
 
 
 def check_every_code() -> None:
@@ -211,54 +201,49 @@ def check_every_code() -> None:
     assert scales.tolist() == [[1.0]]
 
 
-def check_apply_step() -> int:
+def check_apply_step() -> None:
     for case in STEP_CASES:
         (packed, counts, lens, got), (*_, expected) = step_inputs(case), step_inputs(case)
         apply_step_triton(packed, counts, lens, got)
         apply_step_naive(packed, counts, lens, expected)
         for name in ("block_ids", "entries", "block_table", "seq_lens", "slot_mapping", "query_row"):
             assert torch.equal(getattr(got, name), getattr(expected, name)), (case, name)
-    return len(STEP_CASES)
 
 
-def check_capture_queries() -> int:
+def check_capture_queries() -> None:
     for case, dtype in itertools.product(CAPTURE_CASES, (torch.float32, torch.bfloat16)):
         (query, query_row, got), (*_, expected) = capture_inputs(case, dtype), capture_inputs(case, dtype)
         capture_queries_triton(query, query_row, got)
         capture_queries_naive(query, query_row, expected)
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (case, dtype)
-    return len(CAPTURE_CASES) * 2
 
 
-def check_choose_sets() -> int:
+def check_choose_sets() -> None:
     for case, tiles in (*((case, ()) for case in CHOICE_CASES), (WIDE_CASE, (0, 32))):
         got, expected = choice_inputs(case), choice_inputs(case)
         choose_sets_triton(*got, *tiles)
         choose_sets_naive(*expected)
         for name in ("in_set", "short_list", "long_list"):
             assert torch.equal(getattr(got, name), getattr(expected, name)), (case, tiles, name)
-    return len(CHOICE_CASES) + 1
 
 
-def check_remember_shares() -> int:
+def check_remember_shares() -> None:
     for case in REMEMBER_CASES:
         got, expected = remember_inputs(case), remember_inputs(case)
         remember_shares_triton(*got)
         remember_shares_naive(*expected)
         torch.testing.assert_close(got.memory, expected.memory, **TOL_FP32_SUM, equal_nan=True)
-    return len(REMEMBER_CASES)
 
 
-def check_row_lse() -> int:
+def check_row_lse() -> None:
     for case in LSE_CASES:
         (mass, rows, got), (_, _, expected) = lse_inputs(case), lse_inputs(case)
         row_lse_triton(mass, rows, got)
         row_lse_naive(mass, rows, expected)
         torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
-    return len(LSE_CASES)
 
 
-def check_score_rows() -> int:
+def check_score_rows() -> None:
     # As for `score_blocks`.
     del score_rows_kernel.LOW_PRECISION[torch.bfloat16]
     for case, dtype in itertools.product(SCORE_ROWS_CASES, (torch.float16, torch.bfloat16)):
@@ -268,25 +253,26 @@ def check_score_rows() -> int:
         scored = got.rows[scored_rows(got.rows)]
         of_rows = (padded_mass(given.mass, scored) for given in (got, expected))
         torch.testing.assert_close(*of_rows, **TOL_FP32_SUM)
-    return len(SCORE_ROWS_CASES) * 2
 
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "apply_step": check_apply_step,
+    "capture_queries": check_capture_queries,
+    "checksum_pages": check_checksum_pages,
+    "choose_sets": check_choose_sets,
+    "copy_pages": check_copy_pages,
+    "ensemble_scores": check_ensemble_scores,
+    "merge_attention": check_merge_attention,
+    "project_queries": check_project_queries,
+    "remember_shares": check_remember_shares,
+    "row_lse": check_row_lse,
+    "score_blocks": check_score_blocks,
+    "score_chunks": check_score_chunks,
+    "score_rows": check_score_rows,
+    "summarise_keys": check_summarise_keys,
+}
 
 if __name__ == "__main__":
-    checks = {
-        "apply_step": check_apply_step,
-        "capture_queries": check_capture_queries,
-        "checksum_pages": check_checksum_pages,
-        "choose_sets": check_choose_sets,
-        "copy_pages": check_copy_pages,
-        "ensemble_scores": check_ensemble_scores,
-        "merge_attention": check_merge_attention,
-        "project_queries": check_project_queries,
-        "remember_shares": check_remember_shares,
-        "row_lse": check_row_lse,
-        "score_blocks": check_score_blocks,
-        "score_chunks": check_score_chunks,
-        "score_rows": check_score_rows,
-        "summarise_keys": check_summarise_keys,
-    }
     with poisoned_memory():
-        sys.stdout.write(f"{checks[sys.argv[1]]()} cases agree\n")
+        for op in sys.argv[1:] or CHECKS:
+            report(op, CHECKS[op])
