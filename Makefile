@@ -30,7 +30,7 @@ else
 WORKERS ?= 0
 endif
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # On a CPU both model runners, one after the other, the second one through Triton's interpreter, which is slow: 45 minutes
 # with the texts of vLLM's own backend. On a GPU 8 minutes with full graphs.

@@ -1,4 +1,4 @@
-"""What every test shares: seeds, processes, and skipping what needs a GPU."""
+"""What every test shares: seeds, order, and skipping what needs a GPU."""
 
 import random
 import signal
@@ -28,24 +28,13 @@ def _why_no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one; say what runs in one process, and what first.
-
-    Tests of a file share its fixtures, so they run in one process, and all tests of the one server in one, whatever
-    their files. The slow ones go first: the others fill the gaps at the end, where a process would have nothing to do.
-    """
+    """Skip what is marked `gpu` on a machine without one; slow files first: the others fill the gaps at the end."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if gpu_items else None
     for item in gpu_items if reason is not None else ():
         item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: {reason}"))
-    groups = {item: "server" if "server" in _fixtures(item) else str(item.path) for item in items}
-    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: groups[item] not in slow)
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    return item.fixturenames if isinstance(item, pytest.Function) else []
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
