@@ -154,7 +154,7 @@ def test_the_demo_of_the_quick_start(environment: dict[str, str]) -> None:
     assert asked.endswith("in 32,768 tokens")
     assert question.startswith("question      ASK ")
     assert f"right answer  {model.removeprefix('model         ')}   (the same)" == right
-    assert re.fullmatch(r"resident      138 of 1024 blocks: 13\.[45]% of its KV", resident)
+    assert re.fullmatch(r"resident      \d+ of 1024 blocks: 1[0-3]\.\d% of its KV", resident)
     assert device == "device        144 slots: 7.1 times smaller than this request's KV"
 
 

@@ -23,6 +23,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 1800.0
+# Another one for each test
+OF_A_TEST = ("PYTEST_CURRENT_TEST",)
 
 
 def run_module(
@@ -53,7 +55,8 @@ def run_module(
         for name, path in files.items():
             Path(path).write_text(stdin if name == "stdin" else "")
         run = _run_alone if torch.version.cuda else _run_warm
-        code = run({"module": module, "arguments": list(arguments), **files}, env, timeout_s)
+        kept = {name: value for name, value in env.items() if name not in OF_A_TEST}
+        code = run({"module": module, "arguments": list(arguments), **files}, kept, timeout_s)
         out, err = (Path(files[name]).read_text(errors="replace") for name in ("stdout", "stderr"))
     assert code == 0, f"{module} failed ({code}):\n{out[-4000:]}\n{err[-6000:]}"
     return out
