@@ -7,7 +7,7 @@ index.json               the shards; written last, so a folder that has it is co
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,26 @@ def begun_anchors(folder: Path) -> tuple[int, ...] | None:
     """Anchor layers of the capture that was begun there; None if there is none."""
     path = folder / _META
     return tuple(json.loads(path.read_text(encoding="utf-8"))["anchor_layers"]) if path.is_file() else None
+
+
+def differences(folder: Path, meta: CaptureMeta) -> list[str]:
+    """What tells the capture in a folder from another one that would be continued there; empty for the same.
+
+    Raises:
+        ConfigError: the folder does not say what was recorded.
+    """
+    ours, theirs = _identity(meta.as_json(0)), _identity(_read_meta(folder))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def recorded_shape(folder: Path) -> tuple[str, ModelShape]:
+    """Architecture and sizes of the model whose capture is in a folder.
+
+    Raises:
+        ConfigError: the folder does not say.
+    """
+    found = _read_meta(folder)
+    return found["model_type"], ModelShape(**{field.name: found[field.name] for field in fields(ModelShape)})
 
 
 class CaptureWriter:
@@ -180,11 +200,9 @@ class CaptureWriter:
         write_json(self._folder / _INDEX, {"shards": self._shards})
 
     def _continue_or_begin(self) -> None:
-        path, ours = self._folder / _META, _identity(self._meta.as_json(0))
+        path = self._folder / _META
         if path.is_file():
-            theirs = _identity(json.loads(path.read_text(encoding="utf-8")))
-            differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            if differing:
+            if differing := differences(self._folder, self._meta):
                 raise ConfigError(
                     f"--out: {self._folder} holds the beginning of another capture, which differs in "
                     f"{', '.join(differing)}; allowed is another folder, or what it was begun with"
@@ -193,6 +211,20 @@ class CaptureWriter:
             raise ConfigError(f"--out: {self._folder} has shards but no {_META}; allowed is an empty folder")
         else:
             write_json(path, self._meta.as_json(0))
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """The object of `meta.json`, with all that it has to have."""
+    path = folder / _META
+    needed = {"model_type", "provenance", "documents", *(field.name for field in fields(ModelShape))}
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        wrong = None if isinstance(found, dict) and needed <= found.keys() else "fields are missing"
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    if wrong is not None:
+        raise ConfigError(f"--out: {path} does not say what was recorded ({wrong}); allowed is another folder")
+    return dict(found)
 
 
 def _identity(meta: dict[str, Any]) -> dict[str, Any]:

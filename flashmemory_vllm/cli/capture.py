@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashmemory_vllm.cli.block_size import add_block_size, block_size_of
 from flashmemory_vllm.errors import ConfigError
@@ -75,10 +75,30 @@ def run(args: argparse.Namespace) -> int:
 
     check(args)
     if is_complete(args.out):
+        check_complete(args)
         print(f"{args.out} is complete")
         return 0
     with GuardedProcess([sys.executable, "-m", WORKER_MODULE, *args.words]) as process:
         return process.wait()
+
+
+def check_complete(args: argparse.Namespace) -> None:
+    """See that what a complete folder holds is what is asked for.
+
+    Raises:
+        ConfigError: it is another capture.
+    """
+    from flashmemory_vllm.capture.writer import differences, recorded_shape
+
+    model_type, shape = recorded_shape(args.out)
+    anchors = shape.anchor_layers if args.anchor_layers is None else tuple(args.anchor_layers)
+    asked = replace(shape, block_size=block_size_of(args), anchor_layers=anchors)
+    prompts, _ = make_prompts(args)
+    if differing := differences(args.out, _meta(args, asked, model_type, prompts, {})):
+        raise ConfigError(
+            f"--out: {args.out} holds another capture, which differs in {', '.join(differing)}; allowed is another "
+            "folder, or what it was recorded with"
+        )
 
 
 def run_here(args: argparse.Namespace) -> int:
@@ -195,9 +215,21 @@ def make_meta(
     args: argparse.Namespace, shape: "ModelShape", model_type: str, prompts: "Sequence[Prompt]"
 ) -> "CaptureMeta":
     """What `meta.json` is to say."""
+    from flashmemory_vllm.evaluation.provenance import Provenance
+
+    provenance = Provenance.collect(["flashmemory", *sys.argv[1:]], args.commit)
+    return _meta(args, shape, model_type, prompts, asdict(provenance))
+
+
+def _meta(
+    args: argparse.Namespace,
+    shape: "ModelShape",
+    model_type: str,
+    prompts: "Sequence[Prompt]",
+    provenance: "Mapping[str, Any]",
+) -> "CaptureMeta":
     from flashmemory_vllm.capture.prompts import digest_of_all
     from flashmemory_vllm.capture.writer import CaptureMeta
-    from flashmemory_vllm.evaluation.provenance import Provenance
 
     recorded = {
         "prompts": digest_of_all(prompts),
@@ -213,7 +245,7 @@ def make_meta(
         query_window=args.query_window,
         window=args.window,
         delay=args.delay,
-        provenance=asdict(Provenance.collect(["flashmemory", *sys.argv[1:]], args.commit)) | recorded,
+        provenance={**provenance, **recorded},
     )
 
 

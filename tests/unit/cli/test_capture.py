@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from flashmemory_vllm.capture.prompts import Prompt
-from flashmemory_vllm.capture.writer import ModelShape
+from flashmemory_vllm.capture.writer import CaptureWriter, ModelShape
 from flashmemory_vllm.cli import app
-from flashmemory_vllm.cli.capture import FIRST_LOOK, check, engine_arguments, first_look, make_meta
+from flashmemory_vllm.cli.capture import FIRST_LOOK, check, engine_arguments, first_look, make_meta, make_prompts
 from flashmemory_vllm.errors import ConfigError
 
 SHAPE = ModelShape(6, 4, 2, 64, 16, (2, 3, 4), 0.125, "bfloat16")
@@ -64,7 +64,45 @@ def test_anchors_are_chosen_from_the_longer_prompts() -> None:
     assert first_look(prompts * 2) == looked_at + looked_at[:2]
 
 
+def finished(folder: Path, *arguments: str) -> list[str]:
+    """A complete capture of a few short prompts of the shipped model; the words of its command."""
+    words = ["capture", "--out", str(folder), "--documents", "4", "--tokens", "1024", "--block-size", "32", *arguments]
+    args = app.build_parser().parse_args(words)
+    shape = ModelShape(6, 4, 2, 64, 32, (2, 3, 4), 0.125, "float32")
+    prompts, _ = make_prompts(args)
+    args.commit = "c"
+    CaptureWriter(folder, make_meta(args, shape, "qwen3", prompts), 1 << 30).finish()
+    return words
+
+
 def test_a_complete_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "index.json").write_text("{}")
-    assert app.main(["capture", "--out", str(tmp_path)]) == 0
-    assert "is complete" in capsys.readouterr().out
+    words = finished(tmp_path)
+    assert app.main(words) == 0
+    assert app.main([*words, "--anchor-layers", "2", "3", "4"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path} is complete\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        (("--documents", "5"), "prompts"),
+        (("--anchor-layers", "1"), "anchor_layers"),
+        (("--layer-mass", "--every", "2"), "every, layer_mass"),
+        (("--block-size", "64"), "block_size"),
+    ],
+)
+def test_a_complete_folder_of_another_capture_is_no_answer(
+    changes: tuple[str, ...], differing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main([*finished(tmp_path), *changes]) == 2
+    assert f"holds another capture, which differs in {differing}; allowed is another" in capsys.readouterr().err
+
+
+def test_a_complete_folder_that_does_not_say_of_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = finished(tmp_path)
+    for content in ("{}", "[", None):
+        (tmp_path / "meta.json").unlink() if content is None else (tmp_path / "meta.json").write_text(content)
+        assert app.main(words) == 2
+        assert "meta.json does not say what was recorded" in capsys.readouterr().err
