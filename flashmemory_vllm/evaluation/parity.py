@@ -152,7 +152,8 @@ class ParityPart:
         """
         prompts = self.questions.continuations(self.tokens, self.count, self.seed)
         target.check_room(max(map(len, prompts)) + self.max_tokens, "--lengths and --parity-tokens")
-        path = self.folder / f"dense-{self.tokens}.json"
+        # Of every choice that makes the prompts: an evaluation may have several
+        path = self.folder / f"dense-{self.tokens}-{self.count}x{self.max_tokens}-seed{self.seed}.json"
         if target.side == "dense":
             dense = self._ask(target, prompts)
             _save(path, dense)

@@ -99,8 +99,26 @@ def test_the_dense_server_is_its_own_control_and_the_sparse_one_is_compared_with
     assert (figures.questions, figures.score) == (3, None)
 
 
+def test_an_evaluation_may_have_several_settings(tmp_path: Path) -> None:
+    """The dense server was asked for both before the sparse one was asked for the first."""
+
+    class Seeded(Prompts):
+        def continuations(self, tokens: int, count: int, seed: int) -> list[Sequence[int]]:
+            return [[seed, token] for _, token in super().continuations(tokens, count, seed)]
+
+    first, *others = (ParityPart(2, 3, *choice, Seeded(), tmp_path) for choice in ((3, 0), (3, 1), (2, 0)))
+    with FakeEngine(lambda ids: [*ids, 0]) as dense, FakeEngine(lambda ids: [*ids, 0], share=0.1) as sparse:
+        for part in (first, *others):
+            part.measure(Target.connect("dense", dense.url, MODEL))
+        (figures,) = first.measure(Target.connect("sparse", sparse.url, MODEL))
+    assert Comparison(**figures.details).identical == [True] * 3
+
+
 def test_a_sparse_server_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
-    with FakeEngine(lambda _: [1], share=0.1) as server, pytest.raises(ConfigError, match=r"dense-2\.json is gone"):
+    with (
+        FakeEngine(lambda _: [1], share=0.1) as server,
+        pytest.raises(ConfigError, match=r"dense-2-3x3-seed0\.json is gone"),
+    ):
         ParityPart(2, 3, 3, 0, Prompts(), tmp_path).measure(Target.connect("sparse", server.url, MODEL))
 
 
