@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.evaluation.texts import common_start
+from flashmemory_vllm.evaluation.texts import common_start, json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +109,19 @@ def read_prompts(path: Path, encoder: Encoder, max_tokens: int) -> list[Prompt]:
         max_tokens: where an object does not say.
 
     Raises:
-        ConfigError: a line is something else.
+        ConfigError: the file cannot be read, or a line is something else.
     """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: {path} ({error}) is given; allowed is a file of UTF-8 text") from error
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(content):
         try:
             found = json.loads(line)
             ids, forced = _ids(found, encoder)
             limit, group = int(found.get("max_tokens", max_tokens)), int(found.get("group", number - 1))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"--prompts: {path}, line {number} ({type(error).__name__}: {error}): allowed is a JSON object with "
                 "one of prompt_ids, prompt and messages, and at will max_tokens, group and one of forced_ids and forced"

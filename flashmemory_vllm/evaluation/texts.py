@@ -79,18 +79,25 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
     return list(one[:same])
 
 
+def json_lines(content: str) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank.
+
+    Lines of JSON end with a line feed alone: what else ends lines for Python (U+2028, U+0085) may stand in a string.
+    """
+    return ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
+
+
 def _lines(path: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                text = json.loads(line)[FIELD]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ConfigError(
-                    f"--texts: line {number} of {path} is given; allowed are objects with a string in the field "
-                    f"{FIELD!r}, one a line"
-                )
-            texts.append(text)
+    for number, line in json_lines(content):
+        try:
+            text = json.loads(line)[FIELD]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"--texts: line {number} of {path} is given; allowed are objects with a string in the field "
+                f"{FIELD!r}, one a line"
+            )
+        texts.append(text)
     return texts

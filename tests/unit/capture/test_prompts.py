@@ -48,6 +48,22 @@ def test_a_file_may_hold_ids_text_and_chats(tmp_path: Path) -> None:
     ]
 
 
+def test_a_line_ends_with_a_line_feed_and_with_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (prompt,) = read_prompts(path, PLAIN, 32)
+    assert text_of(prompt) == "a\u2028b"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x80"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--prompts: .*prompts\.jsonl .* is given; allowed is a file of UTF-8 text"):
+        read_prompts(path, PLAIN, 32)
+
+
 def test_a_file_may_say_what_follows(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "ho"}, {"role": "assistant", "content": "hey"}]
@@ -85,6 +101,7 @@ def test_windows_of_texts_are_prompts_and_what_goes_on() -> None:
         ("[1, 2]", "line 1 .*allowed is a JSON object"),
         ('{"text": "hi"}', "line 1 .*allowed is a JSON object"),
         ('{"prompt": "hi", "max_tokens": "many"}', "line 1 .*allowed is a JSON object"),
+        ('{"messages": []}', "line 1 .*allowed is a JSON object"),
         ('{"prompt_ids": []}', "line 1: at least one token"),
         ('{"prompt": "hi", "max_tokens": 0}', "line 1: at least one token"),
         ("", "is empty"),

@@ -22,6 +22,14 @@ def test_a_file_is_a_document_and_a_json_line_is_one(tmp_path: Path) -> None:
     assert read_texts([plain, lines]) == ["one\ntwo\n", "three", "vier \u00e9"]
 
 
+def test_a_json_line_ends_with_a_line_feed_and_with_nothing_else(tmp_path: Path) -> None:
+    """As `json.dumps(..., ensure_ascii=False)` writes what web pages hold."""
+    texts = ["a\u2028b", "c\u0085d\u2029"]
+    path = tmp_path / "b.jsonl"
+    path.write_text("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    assert read_texts([path]) == texts
+
+
 @pytest.mark.parametrize("line", ["{", "[1]", '{"content": "x"}', '{"text": 3}'])
 def test_a_line_without_a_text_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
