@@ -90,17 +90,19 @@ def compare(trace: Trace, texts: Sequence[Text], reference: Reference, least_tol
     differing: list[tuple[Text, Query]] = []
     control: list[Query] = []
     wrong: list[str] = []
-    num_wrong = 0
+    num_wrong = num_identical = 0
     for text, query in zip(texts, queries, strict=True):
+        expected = tuple(right[query.prompt, query.adapter][: query.max_tokens])
+        num_identical += text.token_ids == expected
         if len(text.token_ids) != query.max_tokens:
             num_wrong += abs(query.max_tokens - len(text.token_ids))
             wrong.append(f"{text.name}[{text.place}]: {len(text.token_ids)} tokens for {query.max_tokens}")
-        expected = right[query.prompt, query.adapter][: len(text.token_ids)]
-        place = _first_difference(text.token_ids, expected)
+        both = min(len(text.token_ids), len(expected))
+        got, expected = text.token_ids[:both], expected[:both]
+        place = _first_difference(got, expected)
         if place is not None:
-            num_weighed = len(text.token_ids) - place
-            differing.append((text, Query(query.prompt + text.token_ids, query.adapter, num_weighed)))
-            control.append(Query(query.prompt + tuple(expected), query.adapter, num_weighed))
+            differing.append((text, Query(query.prompt + got, query.adapter, both - place)))
+            control.append(Query(query.prompt + expected, query.adapter, both - place))
     weighed = reference.deficits([query for _, query in differing])
     control_deficit = _largest(reference.deficits(control))
     tolerance = max(least_tolerance, 2 * control_deficit)
@@ -108,12 +110,12 @@ def compare(trace: Trace, texts: Sequence[Text], reference: Reference, least_tol
         worse = [place for place, deficit in enumerate(deficits) if not deficit <= tolerance]
         num_wrong += len(worse)
         if worse:
-            at = len(text.token_ids) - query.max_tokens + worse[0]
+            at = len(query.prompt) - len(trace.prompt(requests[text.name])) - query.max_tokens + worse[0]
             wrong.append(f"{text.name}[{text.place}]: token {at} is {deficits[worse[0]]:.4g} below the likeliest")
     return Comparison(
         texts=len(texts),
         tokens=sum(len(text.token_ids) for text in texts),
-        identical=len(texts) - len({(text.name, text.place) for text, _ in differing}),
+        identical=num_identical,
         token_differences=num_wrong,
         largest_deficit=_largest(weighed),
         control_deficit=control_deficit,

@@ -63,6 +63,19 @@ def test_one_wrong_token_of_all_counts_and_is_told(played: tuple[Trace, list[Tex
     assert found.wrong == [f"{texts[7].name}[{texts[7].place}]: token {last} is 3 below the likeliest"]
 
 
+@pytest.mark.parametrize("change", [-1, 1], ids=["a lost token", "a surplus one"])
+def test_a_text_of_another_length_is_told_and_not_identical(played: tuple[Trace, list[Text]], change: int) -> None:
+    drawn, texts = played
+    # Nobody asked the same for longer, so that the reference has no token there
+    text = max(texts, key=lambda one: len(one.token_ids))
+    num_asked = len(text.token_ids)
+    tokens = (*text.token_ids, 7)[: num_asked + change]
+    wrong = [Text(one.name, one.place, tokens) if one is text else one for one in texts]
+    found = compare(drawn, wrong, FakeReference(), 0.01)
+    assert (found.token_differences, found.identical) == (1, len(texts) - 1)
+    assert found.wrong == [f"{text.name}[{text.place}]: {num_asked + change} tokens for {num_asked}"]
+
+
 def test_a_token_that_rounding_may_choose_is_no_difference_but_the_text_is_not_identical(
     played: tuple[Trace, list[Text]],
 ) -> None:
