@@ -88,9 +88,12 @@ def is_complete(folder: Path) -> bool:
 
 
 def begun_anchors(folder: Path) -> tuple[int, ...] | None:
-    """Anchor layers of the capture that was begun there; None if there is none."""
-    path = folder / _META
-    return tuple(json.loads(path.read_text(encoding="utf-8"))["anchor_layers"]) if path.is_file() else None
+    """Anchor layers of the capture that was begun there; None if there is none.
+
+    Raises:
+        ConfigError: the folder does not say.
+    """
+    return tuple(_read_meta(folder)["anchor_layers"]) if (folder / _META).is_file() else None
 
 
 def differences(folder: Path, meta: CaptureMeta) -> list[str]:

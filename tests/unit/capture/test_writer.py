@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flashmemory_vllm.capture.document import Array
-from flashmemory_vllm.capture.writer import CaptureWriter, is_complete
+from flashmemory_vllm.capture.writer import CaptureWriter, begun_anchors, is_complete
 from flashmemory_vllm.errors import ConfigError, StorageError
 from tests.helpers.disk import full_disk
 from tests.unit.capture.documents import BLOCK_SIZE, make_document, make_meta
@@ -51,6 +51,18 @@ def test_documents_come_back_from_several_shards(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("shard-*"))) > 1
     assert not list(tmp_path.glob("*.partial"))
     check(tmp_path, 9)
+
+
+def test_a_capture_that_was_begun_names_its_anchors_or_is_refused(tmp_path: Path) -> None:
+    assert begun_anchors(tmp_path) is None
+    CaptureWriter(tmp_path, make_meta(), PLENTY)
+    assert begun_anchors(tmp_path) == make_meta().shape.anchor_layers
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"meta\.json does not say what was recorded"):
+            begun_anchors(tmp_path)
+        with pytest.raises(ConfigError, match=r"meta\.json does not say what was recorded"):
+            CaptureWriter(tmp_path, make_meta(), PLENTY)
 
 
 def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
