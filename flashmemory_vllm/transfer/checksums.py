@@ -32,7 +32,8 @@ class Comparison:
 
     Attributes:
         blocks: [n] their blocks.
-        wrong: uint8 [L, n], 0 where the page of a layer has its checksum; filled once `landed` is passed.
+        wrong: uint8 [L, n], 0 where the page of a layer has its checksum; filled once `landed` is passed. On the host,
+            unless there was no pinned memory for it.
         landed: behind the comparison. None if it is over.
     """
 
@@ -45,7 +46,7 @@ class Comparison:
         if self.landed is not None:
             self.landed.synchronize()
         # Anything but a 0 that was written: a comparison that never ran has found nothing right.
-        wrong: npt.NDArray[np.bool_] = self.wrong.numpy() != 0
+        wrong: npt.NDArray[np.bool_] = self.wrong.cpu().numpy() != 0
         return wrong
 
 

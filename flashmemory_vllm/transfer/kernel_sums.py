@@ -12,6 +12,7 @@ from flashmemory_kernels.checksum_pages import PageSet, store_checksums, verify_
 from flashmemory_vllm.transfer.checksums import PageSums
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.markers import Ids
+from flashmemory_vllm.transfer.pinned import writable_by_kernels
 
 # What a kernel has not answered yet.
 _UNANSWERED = 2
@@ -58,9 +59,9 @@ class KernelSums(PageSums):
             store_checksums(part.pages, on_device[0], part.sums, on_device[1])
 
     def compare(self, group: int, blocks: Ids, slots: Ids) -> torch.Tensor:
-        """Launch the kernel; pinned, filled by it."""
+        """Launch the kernel; pinned where there is such memory, filled by it."""
         parts, on_device = self._parts[group], self._upload(np.stack((slots, blocks)))
-        wrong = _unanswered(sum(len(part.pages) for part in parts), len(blocks))
+        wrong = self._unanswered(sum(len(part.pages) for part in parts), len(blocks))
         done = 0
         for part in parts:
             of_part = wrong[done : done + len(part.pages)]
@@ -69,12 +70,12 @@ class KernelSums(PageSums):
         return wrong
 
     def compare_staged(self, layer: int, blocks: Ids, staged: torch.Tensor, rows: Ids) -> torch.Tensor:
-        """Launch the kernel; pinned, filled by it."""
+        """Launch the kernel; pinned where there is such memory, filled by it."""
         place = (staged.data_ptr(), tuple(staged.shape))
         if place not in self._staged:
             self._staged[place] = PageSet([staged])
         row, on_device = self._row_of[layer], self._upload(np.stack((rows, blocks)))
-        wrong = _unanswered(1, len(blocks))
+        wrong = self._unanswered(1, len(blocks))
         verify_checksums(self._staged[place], on_device[0], self._sums[row : row + 1], on_device[1], wrong)
         return wrong
 
@@ -83,6 +84,6 @@ class KernelSums(PageSums):
         self._row_of |= {layer: start + place for place, layer in enumerate(layers)}
         return _Part(PageSet([layout.page_view(layer) for layer in layers]), self._sums[start : start + len(layers)])
 
-
-def _unanswered(num_layers: int, num_blocks: int) -> torch.Tensor:
-    return torch.full((num_layers, num_blocks), _UNANSWERED, dtype=torch.uint8).pin_memory()
+    def _unanswered(self, num_layers: int, num_blocks: int) -> torch.Tensor:
+        values = torch.full((num_layers, num_blocks), _UNANSWERED, dtype=torch.uint8)
+        return writable_by_kernels(values, self._sums.device)

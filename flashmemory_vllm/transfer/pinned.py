@@ -32,6 +32,15 @@ def pinned_like(values: torch.Tensor) -> torch.Tensor:
         return torch.empty(values.shape, dtype=values.dtype)
 
 
+def writable_by_kernels(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that kernels of a device can write to: in pinned memory, or where there is none on the device."""
+    try:
+        return values.pin_memory()
+    except RuntimeError as error:
+        _go_on_without(error)
+        return values.to(device)
+
+
 def _go_on_without(error: RuntimeError) -> None:
     """Anything else than a lack of memory is passed on."""
     if _NO_MEMORY not in str(error):
