@@ -1,7 +1,7 @@
 # Every target is complete on a fresh machine: it creates .venv and installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: demo test soak quality style docs clean
+.PHONY: environment demo test soak quality style docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,8 @@ ifeq ($(BUILD),cpu)
 	$(BIN)/python deploy/cpu/alias_vllm.py
 endif
 	touch $@
+
+environment: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/flashmemory demo
