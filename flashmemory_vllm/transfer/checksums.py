@@ -51,7 +51,11 @@ class Comparison:
 
 
 class PageSums(ABC):
-    """Keeps a sum for each page of the host pool."""
+    """Keeps a sum for each page of the host pool.
+
+    A page that is found to be another one is filled with zeros before anything reads it: the step that does is computed
+    before its requests are known to have failed, and NaN in it could end the engine for everybody.
+    """
 
     @abstractmethod
     def store(self, group: int, blocks: Ids, slots: Ids) -> None:
@@ -81,13 +85,18 @@ class CrcSums(PageSums):
 
     def compare(self, group: int, blocks: Ids, slots: Ids) -> torch.Tensor:
         """Sum each page up again."""
-        wrong = [_crcs(self._pages[layer], slots) != self._sums[layer, blocks] for layer in self._groups[group]]
+        wrong = [self._compare(layer, self._pages[layer], slots, blocks) for layer in self._groups[group]]
         return torch.from_numpy(np.stack(wrong).astype(np.uint8))
 
     def compare_staged(self, layer: int, blocks: Ids, staged: torch.Tensor, rows: Ids) -> torch.Tensor:
         """Sum each row up."""
-        wrong = _crcs(_bytes_of(staged), rows) != self._sums[layer, blocks]
+        wrong = self._compare(layer, _bytes_of(staged), rows, blocks)
         return torch.from_numpy(wrong[None].astype(np.uint8))
+
+    def _compare(self, layer: int, pages: npt.NDArray[np.uint8], places: Ids, blocks: Ids) -> npt.NDArray[np.bool_]:
+        wrong: npt.NDArray[np.bool_] = _crcs(pages, places) != self._sums[layer, blocks]
+        pages[places[wrong]] = 0
+        return wrong
 
 
 class PageChecks:

@@ -1,4 +1,4 @@
-"""A request one bit of whose KV changes in host memory, and what must become of it and of its neighbours."""
+"""A request some of whose KV becomes NaN in host memory, and what must become of it and of its neighbours."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from tests.helpers.entry_points import entry_point_folder
 from tests.helpers.modules import ROOT, TIMEOUT_SECONDS, run_module
 from tests.helpers.oracle import Checked, Kind
@@ -136,7 +138,9 @@ def engine_environment(run: EngineRun) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    if run.runner == "v2":
+    if torch.cuda.is_available():
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if run.runner == "v2" else "0"
+    elif run.runner == "v2":
         paths.insert(0, str(TRITON_CPU))
         env["TRITON_INTERPRET"] = "1"
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -1,4 +1,4 @@
-"""An engine some of whose KV changes in host memory between two requests: JSON in, one marked line of JSON out."""
+"""An engine some of whose KV becomes NaN in host memory between two requests: JSON in, one marked line of JSON out."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from tests.helpers.engine_main import counters_of, force_async_scheduling
 
 
 def main() -> None:
-    """Ask, evict, change one bit in the first block, and ask again."""
+    """Ask, evict, break the first block, and ask again."""
     from vllm import LLM, SamplingParams
 
     request = json.load(sys.stdin)
@@ -47,13 +47,13 @@ def _break_first_block(llm: Any) -> None:
 
 
 def _break_block_of_last_rank(worker: Any) -> bool:
-    """Flip a bit of the block's first element in the first layer."""
+    """Make all of the block NaN in the first layer, whatever the dtype."""
     if worker.rank + 1 < worker.parallel_config.world_size:
         return False
     parts, block = worker.flashmemory_runtime._parts, 1
     assert parts.planner._slots.host_valid[block]
     assert parts.planner.lut[0, block] < 0, "the block is still on the device"
-    parts.engine.pool.layer_view(0)[block, :1].view(torch.int32).bitwise_xor_(1 << 28)
+    parts.engine.pool.layer_view(0)[block].view(torch.uint8).fill_(0xFF)
     return True
 
 

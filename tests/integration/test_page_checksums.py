@@ -1,4 +1,4 @@
-"""One bit of KV changes in host memory: its request fails and says so, those beside it and its next try are right."""
+"""KV becomes NaN in host memory: its request fails and says so, those beside it and its next try are right."""
 
 from pathlib import Path
 

@@ -89,11 +89,14 @@ def check_checksum_pages() -> None:
         where = (pages.addresses, pages.stride_words, pages.num_words)
         store_checksums_triton(*where, ids[0], given.sums, ids[1])
         assert torch.equal(given.sums, expected), (case, dtype)
+        mended = [words.clone() for words in pages.words]
+        mended[-1][ids[0][0]] = 0
         given.pages[-1].view(torch.int32)[ids[0][0], -1] ^= 1 << 30
         wrong = torch.empty(case.num_layers, case.num_pages, dtype=torch.uint8)
         verify_checksums_triton(*where, ids[0], given.sums, ids[1], wrong)
         assert wrong.nonzero().tolist() == [[case.num_layers - 1, 0]], (case, dtype)
         assert int(wrong.max()) == 1
+        assert all(map(torch.equal, pages.words, mended)), (case, dtype)
 
 
 def check_copy_pages() -> None:

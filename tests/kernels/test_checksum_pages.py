@@ -66,9 +66,12 @@ def test_damage_is_seen_in_that_page_alone(damage: str) -> None:
     wrong = torch.empty(2, len(given.page_ids), dtype=torch.uint8)
     verify_checksums(pages, given.page_ids, given.sums, given.block_ids, wrong)
     assert not wrong.any()
+    expected = [words.clone() for words in pages.words]
+    expected[1][given.page_ids[4]] = 0
     DAMAGE[damage](pages.words[1][given.page_ids[4]])
     verify_checksums(pages, given.page_ids, given.sums, given.block_ids, wrong)
     assert wrong.nonzero().tolist() == [[1, 4]]
+    assert all(map(torch.equal, pages.words, expected)), "that page is zeros now, and no other has changed"
 
 
 def test_words_that_differ_in_the_sign_only_may_not_be_swapped() -> None:

@@ -57,13 +57,18 @@ def verify_checksums_kernel(
     p_addresses, p_page_ids, p_sums, p_block_ids, p_wrong, stride_page, stride_sums, num_pages, num_words,
     PLACE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Compare one page of one layer with its sum."""
+    """Compare one page of one layer with its sum; one that is another page becomes zeros."""
     i_layer = (tl.program_id(0) // num_pages).to(tl.int64)
     i_page = tl.program_id(0) % num_pages
     page, block = tl.load(p_page_ids + i_page), tl.load(p_block_ids + i_page)
     total = _page_sum(p_addresses, i_layer, page, stride_page, num_words, PLACE, FIRST, SECOND, CHUNK)
     expected = tl.load(p_sums + i_layer * stride_sums + block)
     tl.store(p_wrong + tl.program_id(0).to(tl.int64), (total != expected).to(tl.uint8))
+    if total != expected:
+        p_page = tl.load(p_addresses + i_layer).to(tl.pointer_type(tl.int32)) + page * stride_page
+        for start in range(0, num_words, CHUNK):
+            i_word = start + tl.arange(0, CHUNK)
+            tl.store(p_page + i_word, tl.zeros((CHUNK,), tl.int32), i_word < num_words)
 
 
 def store_checksums_triton(

@@ -43,4 +43,6 @@ def verify_checksums_naive(
 ) -> None:
     """See `op.verify_checksums`."""
     for of_layer, expected, target in zip(pages, sums, wrong, strict=True):
-        target.copy_(page_sums(of_layer[page_ids]) != expected[block_ids])
+        is_wrong = page_sums(of_layer[page_ids]) != expected[block_ids]
+        of_layer[page_ids[is_wrong]] = 0
+        target.copy_(is_wrong)

@@ -76,9 +76,12 @@ def verify_checksums(
 ) -> None:
     """Compare n pages of each layer with the sums that were kept; writes all of `wrong`.
 
+    A page that is another one is filled with zeros: what a step computes from it before anybody knows is of no use, but
+    it must not be NaN, for which a sampler may take a token that no vocabulary has.
+
     Args:
         pages: of L layers.
-        page_ids: int64 [n], places of the pages.
+        page_ids: int64 [n], places of the pages, distinct.
         sums: int64 [L, N], from `store_checksums`, rows at any stride.
         block_ids: int64 [n], whose content the pages should be.
         wrong: uint8 [L, n], contiguous, pinned or where the pages are: 1 where a page is another one, else 0.

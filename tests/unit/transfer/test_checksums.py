@@ -76,6 +76,12 @@ def test_a_recall_finds_the_page_that_was_changed(engine_cls: type[TransferEngin
     assert wrong(engine.take_comparisons()) == {(1, 5)}
     assert engine.take_comparisons() == ()
     assert engine.counters.compared_pages == 3 * 4
+    engine.synchronize()
+    for layer in range(4):
+        pages, expected = engine.layout.page_view(layer)[[0, 2, 4]], engine.pool.layer_view(layer)[BLOCKS].clone()
+        if layer == 1:
+            expected[2] = 0  # what is read of it before anybody knows is a number
+        torch.testing.assert_close(pages, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -87,6 +93,8 @@ def test_streamed_history_finds_it_too(engine_cls: type[TransferEngine], kind: s
         engine.wait(engine.gather_layer(layer, engine.upload(BLOCKS), BLOCKS, staging, engine.marker()))
         expected = {(0, 2)} if layer == 3 else set()
         assert wrong(engine.take_comparisons()) == expected
+        engine.synchronize()
+        assert (staging[:3, :PAGE_ELEMS] == 0).all(dim=1).tolist() == [False, layer == 3, False]
 
 
 def test_a_stale_page_and_one_of_another_block_are_wrong(engine_cls: type[TransferEngine]) -> None:
