@@ -175,11 +175,12 @@ def test_summarise_keys(case: summary_cases.SummaryCase, kind: Kind, dtype: torc
 @pytest.mark.parametrize("case", summary_cases.CASES)
 def test_summarise_keys_in_fp8(case: summary_cases.SummaryCase, dtype: torch.dtype) -> None:
     keys, slots, index, block_ids, scales = summary_cases.make_fp8_inputs(case, dtype, "cuda")
-    expected = index.clone(), scales.clone()
+    # On a CPU, where torch divides by a number: on a GPU it multiplies by one over it
+    expected = index.cpu(), scales.cpu()
     summarise_keys(keys, slots, index, block_ids, "exact_fp8", scales)
-    summarise_keys_naive(keys, slots, expected[0], block_ids, "exact_fp8", expected[1])
-    assert torch.equal(index.view(torch.uint8), expected[0].view(torch.uint8))
-    torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
+    summarise_keys_naive(keys.cpu(), slots.cpu(), expected[0], block_ids.cpu(), "exact_fp8", expected[1])
+    assert torch.equal(index.view(torch.uint8).cpu(), expected[0].view(torch.uint8))
+    torch.testing.assert_close(scales.cpu(), expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", [*step_cases.CASES, *step_cases.BENCH_CASES])
@@ -306,12 +307,15 @@ def test_checksum_pages(case: checksum_cases.ChecksumCase, pinned: bool) -> None
     store_checksums_naive(pages.words, given.page_ids, expected, given.block_ids)
     store_checksums(pages, given.page_ids, given.sums, given.block_ids)
     assert torch.equal(given.sums, expected)
+    mended = [words.clone() for words in pages.words]
     pages.words[-1][given.page_ids[-1], -1] ^= 1
     wrong = torch.empty(case.num_layers, case.num_pages, dtype=torch.uint8, device="cpu" if pinned else "cuda")
     wrong = wrong.pin_memory() if pinned else wrong
     verify_checksums(pages, given.page_ids, given.sums, given.block_ids, wrong)
     torch.cuda.synchronize()
     assert wrong.nonzero().tolist() == [[case.num_layers - 1, case.num_pages - 1]]
+    mended[-1][given.page_ids[-1]] = 0
+    assert all(map(torch.equal, pages.words, mended))
 
 
 @pytest.mark.parametrize("op", far_cases.CHECKS)
