@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.remember_shares import Channel
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,21 @@ class ScoringRequest:
         return [self.queries, *(() if self.earlier is None else self.earlier)]
 
 
-class Selector(ABC):
-    """Scores a request's history blocks; higher means more worth a slot.
+class WrongShapeError(ValueError):
+    """A selector gave scores of a shape that nobody asked for."""
 
-    One instance serves all requests of a worker from one thread. `add_blocks` and `score` enqueue work on the
-    current stream and never wait for the device.
+
+class Selector(ABC):
+    """Says what each block of a request is worth, 0 or more; what is worth more gets a slot.
+
+    One instance serves all requests of a worker from one thread. `add_blocks`, `remember` and `score` enqueue work on
+    the current stream and never wait for the device.
+
+    Attributes:
+        is_finite: whether `remember` never writes a NaN or an infinity, so that nobody needs to look. Default: False.
     """
+
+    is_finite: ClassVar[bool] = False
 
     name: ClassVar[str]
     needs_queries: ClassVar[bool]
@@ -107,6 +119,40 @@ class Selector(ABC):
 
     def __init__(self, geometry: IndexGeometry) -> None:
         self.geometry = geometry
+
+    @property
+    def memory_kind(self) -> MemoryKind:
+        """What is remembered of a block. Default: its last score."""
+        return MemoryKind((Channel(0.0),))
+
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """Bring the memory of requests up to date with their newest queries, for all of their full blocks.
+
+        Default: one request after the other, as `score` says.
+
+        Args:
+            due: the requests.
+            state: whose `memory[:, :, place, :n]` is changed, n the full blocks of the request at a place.
+
+        Raises:
+            WrongShapeError: `score` gives other than a number for each block and layer group.
+        """
+        for row, req_id in enumerate(due.req_ids):
+            place, num_blocks = due.of_request(row)
+            newest = _newest_queries(due, row, state) if self.needs_queries else None
+            request = ScoringRequest(
+                req_id,
+                state.block_ids[place, :num_blocks].long(),
+                None if newest is None else newest[0],
+                int(due.selections[row]),
+                None if due.is_entering else state.in_set[:, place, :num_blocks].bool(),
+                newest[1:] if due.is_entering and newest is not None and len(newest) > 1 else None,
+                int(due.prompt_lens[row]),
+            )
+            scores, wanted = self.score(request), (self.geometry.num_groups, num_blocks)
+            if scores.shape != wanted:
+                raise WrongShapeError(f"scores of shape {tuple(scores.shape)}, allowed is {wanted}")
+            state.memory[0, :, place, :num_blocks] = scores
 
     @property
     def score_threshold(self) -> float | None:
@@ -143,3 +189,12 @@ class Selector(ABC):
         What is kept outlives a preemption. The request comes back with equal tokens at equal positions, in other blocks
         maybe, and sometimes with a block less than it was last scored with: a step under way may have been in vain.
         """
+
+
+def _newest_queries(due: DueRows, row: int, state: PlaceState) -> torch.Tensor:
+    """Queries [q, A, Hq, D] that a request is scored with, the newest first."""
+    place, _ = due.of_request(row)
+    num_queries, num_kept = int(due.fields[row, Due.NUM_QUERIES]), state.queries.shape[2]
+    age = torch.arange(num_queries, device=state.queries.device)
+    at = (due.on_device[row, Due.POSITION] - age) % num_kept
+    return state.queries[:, place].index_select(1, at).transpose(0, 1)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from flashmemory_kernels.common.due_rows import Due
 from flashmemory_kernels.ensemble_scores import Aggregate
+from flashmemory_kernels.remember_shares import Channel
+from flashmemory_kernels.score_rows import OnlySets
 
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.exact import ExactSelector
+from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
+from flashmemory_vllm.indexer.shares import only_rows, remember_rows
 
 
 class HeavyHitterSelector(ExactSelector):
@@ -30,6 +36,26 @@ class HeavyHitterSelector(ExactSelector):
     def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max") -> None:
         super().__init__(geometry, aggregate)
         self._gathered: dict[str, torch.Tensor] = {}
+
+    @property
+    def memory_kind(self) -> MemoryKind:
+        """The sum of all shares so far."""
+        return MemoryKind((Channel(1.0, self.aggregate, "sum"),))
+
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """Add the mass of each request's last token; of a question that is seen first, the largest of its tokens'."""
+        if not due.is_entering:
+            remember_rows(due, state, self._keys(), self._channels, OnlySets(state.in_set, self._layer_groups))
+            return
+        is_back = due.on_device[:, Due.NUM_KNOWN] > 0
+        asking = replace(due, on_device=only_rows(due.on_device, ~is_back))
+        remember_rows(asking, state, self._keys(), self._entering)
+        if (due.fields[:, Due.NUM_KNOWN] < 0).any():
+            # What their questions asked for is in their mass
+            fields, rows = due.fields.copy(), only_rows(due.on_device, is_back)
+            fields[:, Due.NUM_QUERIES] = fields[:, Due.NUM_QUERIES].clip(max=1)
+            rows[:, Due.NUM_QUERIES].clamp_(max=1)
+            remember_rows(replace(due, fields=fields, on_device=rows), state, self._keys(), self._channels)
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Mass gathered by each block, this selection included; mutates the request's state."""

@@ -8,11 +8,14 @@ from typing import ClassVar, get_args
 
 import torch
 from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
+from flashmemory_kernels.remember_shares import Channel, Channels
 from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.summarise_keys import Kind, row_shape, summarise_keys
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
+from flashmemory_vllm.indexer.shares import KeyIndex, remember_rows
 
 
 class IndexedSelector(Selector):
@@ -24,16 +27,19 @@ class IndexedSelector(Selector):
     Args:
         geometry: sizes; every layer group needs an anchor layer.
         aggregate: how heads and layers are combined, "max" or "mean". Default: "max".
+        memory_decay: what a share is still worth a token later; a block is remembered for the best of them.
+            Default: 0, nothing.
 
     Raises:
         ConfigError: a group has no anchor layer, or `aggregate` is unknown.
     """
 
+    is_finite: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
     summary: ClassVar[Kind]
 
-    def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max") -> None:
+    def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max", memory_decay: float = 0.0) -> None:
         super().__init__(geometry)
         if aggregate not in get_args(Aggregate):
             raise ConfigError(f"aggregate must be one of {', '.join(get_args(Aggregate))}; got {aggregate!r}")
@@ -43,6 +49,10 @@ class IndexedSelector(Selector):
                 f"selector {self.name!r}: each layer group needs an anchor layer; groups {missing} have none"
             )
         self.aggregate: Aggregate = aggregate
+        self._memory_decay = memory_decay
+        self._channels = Channels.of(self.memory_kind.channels, geometry.device)
+        # A question asks with all of its tokens alike
+        self._entering = Channels.of([Channel(1.0, aggregate)], geometry.device)
         self._layer_groups = torch.tensor(geometry.layer_groups, dtype=torch.int32, device=geometry.device)
         self.index = torch.empty(
             len(geometry.anchor_layers),
@@ -64,6 +74,19 @@ class IndexedSelector(Selector):
         layer_slots = repeat(None, len(keys)) if slots is None else slots
         for rows, pages, in_slots in zip(self.index, keys, layer_slots, strict=True):
             summarise_keys(pages, in_slots, rows, block_ids, self.summary)
+
+    @property
+    def memory_kind(self) -> MemoryKind:
+        """The largest share that a token paid to a block, each fading with its age."""
+        channels = (Channel(self._memory_decay, self.aggregate),)
+        return MemoryKind(channels, num_queries=0 if self._memory_decay else 1)
+
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """Attention shares of all rows in one pass over their keys; see `Selector.remember`."""
+        remember_rows(due, state, self._keys(), self._entering if due.is_entering else self._channels)
+
+    def _keys(self) -> KeyIndex:
+        return KeyIndex(self.index, self._layer_groups, self.geometry.softmax_scale)
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Share of each block in the attention of the request's last token, the largest of several tokens' shares."""

@@ -8,13 +8,16 @@ from itertools import repeat
 from typing import ClassVar
 
 import torch
+from flashmemory_kernels.common.due_rows import Due
 from flashmemory_kernels.project_queries import project_queries
+from flashmemory_kernels.remember_shares import Channel
 from flashmemory_kernels.score_chunks import CODE_DTYPE, quantise_codes, score_chunks
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.indexer.checkpoint import check_fits, load_indexer, resolve_indexer
 from flashmemory_vllm.indexer.neural_model import NORM_EPS, block_logits, ensemble, pooled_keys
+from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 from flashmemory_vllm.residency.budget import cdiv
 
 
@@ -75,6 +78,11 @@ class NeuralSelector(Selector):
         self._questions: dict[str, _Question] = {}
 
     @property
+    def memory_kind(self) -> MemoryKind:
+        """Probabilities by the newest queries, and those by the question, which stay."""
+        return MemoryKind((Channel(0.0), Channel(1.0)))
+
+    @property
     def score_threshold(self) -> float:
         """Score from which the checkpoint's calibration says that a block is worth a slot."""
         return self.spec.threshold
@@ -97,9 +105,43 @@ class NeuralSelector(Selector):
         self.scales.index_copy_(1, ids, scales)
 
     @torch.no_grad()
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """Probability of each block by the newest tokens, and at first what the question makes of it for good."""
+        num_queries = int(due.fields[:, Due.NUM_QUERIES].max(initial=0))
+        age = torch.arange(num_queries, device=state.queries.device)
+        at = (due.on_device[:, Due.POSITION, None] - age) % state.queries.shape[2]
+        queries = state.queries[:, due.places[:, None], at].permute(1, 2, 0, 3, 4)  # [n, Q, A, Hq, D]
+        heads, gates = self._heads(queries.flatten(0, 1))
+        for row in range(len(due)):
+            place, num_blocks = due.of_request(row)
+            own = slice(row * num_queries, row * num_queries + int(due.fields[row, Due.NUM_QUERIES]))
+            ids = self._chunk_ids(state.block_ids[place, :num_blocks].long())
+            newest, asked = state.memory[:, :, place, :num_blocks]
+            newest.copy_(self.model.probability(self._logits_of(heads[own], gates[own], ids)))
+            self._recall_question(due, row, newest, asked)
+
+    def _recall_question(self, due: DueRows, row: int, newest: torch.Tensor, asked: torch.Tensor) -> None:
+        """Bring the question's channel [G, n] of a request up to date.
+
+        Args:
+            due: the rows that are brought up to date.
+            row: the request's.
+            newest: probabilities [G, n] by its newest queries, its question at first.
+            asked: changed in place.
+        """
+        if due.fields[row, Due.NUM_KNOWN] == 0:
+            asked.copy_(newest)
+        else:
+            # Nothing was asked of blocks that are newer
+            position = torch.arange(asked.shape[1], device=asked.device)
+            asked.masked_fill_(position >= due.on_device[row, Due.NUM_KNOWN], 0.0)
+        asked[:, self._question_blocks(int(due.prompt_lens[row]))] = 1.0
+
+    @torch.no_grad()
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Probability of each block, float32 [G, n]; the largest of several tokens'."""
-        logits = self._logits(request.all_queries(self.name), self._chunk_ids(request.block_ids))
+        queries = torch.stack(request.all_queries(self.name))
+        logits = self._logits_of(*self._heads(queries), self._chunk_ids(request.block_ids))
         if request.step_index == 0:
             self._questions[request.req_id] = _Question(logits, self._question_blocks(request.prompt_len))
         question = self._questions.get(request.req_id)
@@ -124,21 +166,24 @@ class NeuralSelector(Selector):
         """Rows of the index, int64 [n * C], of blocks."""
         return (block_ids.unsqueeze(1) * len(self._chunks) + self._chunks).flatten()
 
-    def _logits(self, queries: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        """Logits [G, n] of blocks, given the index rows of their chunks: the largest of each token's, [A, Hq, D]."""
+    def _logits_of(self, heads: torch.Tensor, gates: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [G, n] of blocks, given the index rows of their chunks: the largest of each token's."""
         model = self.model
-        of_chunks = score_chunks(*self._heads(queries), self.codes, self.scales, ids, model.bias, model.distance)
+        of_chunks = score_chunks(heads, gates, self.codes, self.scales, ids, model.bias, model.distance)
         logits = block_logits(of_chunks, self.spec.chunks_per_block, model.reach_offset)  # [Q, A, n]
         if len(self._anchors_of) == 1:
             return ensemble(logits, self.spec.aggregate).amax(0, keepdim=True)
         groups = (torch.stack([logits[:, anchor] for anchor in anchors], dim=1) for anchors in self._anchors_of)
         return torch.stack([ensemble(group, self.spec.aggregate).amax(0) for group in groups])
 
-    def _heads(self, queries: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index heads [Q, A, H, E] and gates [Q, A, H]; of one token by an op that is bound by reading the weights."""
+    def _heads(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index heads [Q, A, H, E] and gates [Q, A, H] of queries [Q, A, Hq, D].
+
+        Those of one token are made by an op that is bound by reading the weights.
+        """
         model = self.model
         if len(queries) > 1:
-            return model.encode_queries(torch.stack(queries))
+            return model.encode_queries(queries)
         weights = model.query_down, model.query_norm, model.query_up, model.gate, model.gate_bias
         heads, gates = project_queries(queries[0], model.query_spread, *weights, NORM_EPS)
         return heads.unsqueeze(0), gates.unsqueeze(0)

@@ -7,14 +7,20 @@ from typing import ClassVar
 import torch
 
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.places import DueRows, PlaceState
 
 
 class FullSelector(Selector):
     """Selector `full`: all blocks are worth the same. Meaningful only with a resident ratio of 1."""
 
     name: ClassVar[str] = "full"
+    is_finite: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = False
+
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """Nothing of any block."""
+        state.memory[0][:, due.places] = 0.0
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """All zero."""
@@ -29,8 +35,14 @@ class StreamingSelector(Selector):
     """
 
     name: ClassVar[str] = "streaming"
+    is_finite: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = False
+
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """The position of each block."""
+        width = state.memory.shape[3]
+        state.memory[0][:, due.places] = torch.arange(width, dtype=torch.float32, device=state.memory.device)
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """The position of each block."""
@@ -47,6 +59,7 @@ class RandomSelector(Selector):
     """
 
     name: ClassVar[str] = "random"
+    is_finite: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = False
 
@@ -54,12 +67,21 @@ class RandomSelector(Selector):
         super().__init__(geometry)
         self.seed = seed
 
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """Uniform draws in 0..1."""
+        drawn = self._draw(due.selections_on_device.long().unsqueeze(1), state.memory.shape[3])
+        state.memory[0][:, due.places] = drawn
+
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Uniform draws in 0..1."""
+        return self._draw(request.step_index, len(request.block_ids)).squeeze(1)
+
+    def _draw(self, selections: torch.Tensor | int, num_blocks: int) -> torch.Tensor:
+        """Draws [G, n, num_blocks] for selections, int64 [n, 1] or one."""
         device = self.geometry.device
-        groups = torch.arange(self.geometry.num_groups, dtype=torch.int64, device=device).unsqueeze(1)
-        positions = torch.arange(len(request.block_ids), dtype=torch.int64, device=device).unsqueeze(0)
-        hashed = _mix(_mix(_mix(groups + self.seed) + request.step_index) + positions)
+        groups = torch.arange(self.geometry.num_groups, dtype=torch.int64, device=device).view(-1, 1, 1)
+        positions = torch.arange(num_blocks, dtype=torch.int64, device=device)
+        hashed = _mix(_mix(_mix(groups + self.seed) + selections) + positions)
         # 24 bits are what a float32 mantissa holds.
         return (hashed & 0xFFFFFF).float() / (1 << 24)
 

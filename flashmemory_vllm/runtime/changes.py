@@ -49,6 +49,16 @@ class TableChanges:
             edits[:, 0], edits[:, 1], edits[:, 2] = table, columns, wanted[columns]
             self._edits.append(edits)
 
+    def put(self, table: int, first: int, values: IntArray) -> None:
+        """Have a table hold these values from a column on, whatever it held.
+
+        Args:
+            table: its number, of no table that is `set`.
+            first: the column.
+            values: int32 `[n]`.
+        """
+        self._add_run(table, first, values.copy())
+
     def pack(self, rows: IntArray, num_tokens: int) -> tuple[IntArray, StepCounts]:
         """The upload of a step; its changes count as made.
 

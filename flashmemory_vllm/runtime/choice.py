@@ -4,20 +4,16 @@ One operation brings the rows that are due up to date and lists who comes into a
 model; the host reads the list two steps later and applies it to its own account (`residency/books.py`).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy, choose_sets
-from flashmemory_kernels.common.due_rows import Due, fill_first_tiles
-from flashmemory_kernels.remember_shares import Channels, remember_shares
-from flashmemory_kernels.row_lse import row_lse
-from flashmemory_kernels.score_rows import score_rows
+from flashmemory_kernels.common.due_rows import Due
 
+from flashmemory_vllm.indexer.places import MemoryKind, PlaceState
 from flashmemory_vllm.residency.books import HEADER, NOBODY
-from flashmemory_vllm.runtime.shape import AttentionShape
-
-# Blocks of one row that a program scores at a time.
-TILE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,94 +21,98 @@ class ChoiceSizes:
     """Sizes of the persistent tensors.
 
     Attributes:
-        num_anchors: A.
+        num_channels: C, what a block is remembered for.
         num_groups: G.
-        num_places: P, most requests that decode at once.
+        num_places: P, most requests that have blocks at once.
         width: W, most blocks of a request.
-        num_kept: Q, newest queries of each place.
-        max_rows: most rows that are due in one step.
+        max_rows: most rows that are chosen for in one step.
         listed: L, most blocks of a row that come in one list, and most that go.
     """
 
-    num_anchors: int
+    num_channels: int
     num_groups: int
     num_places: int
     width: int
-    num_kept: int
     max_rows: int
     listed: int
 
+    @property
+    def columns(self) -> int:
+        """Columns of a list's row."""
+        return HEADER + 2 * self.listed
+
+    @property
+    def num_bytes(self) -> int:
+        """What the tensors take."""
+        by_place = self.num_groups * self.num_places * self.width
+        of_lists = self.max_rows * (1 + self.num_groups * self.columns)
+        return (4 * self.num_channels + 1) * by_place + 4 * (of_lists + self.num_places + self.num_channels)
+
 
 class ChoiceState:
-    """Queries, memory and sets by place; touched by one stream, but for the queries, which the model writes.
+    """Memory and sets by place, beside the queries and the blocks that they are made from; for one stream.
 
     Args:
         sizes: of the tensors.
-        shape: the model's attention layers.
-        groups: layer group of each anchor layer.
-        channels: what a block is remembered for.
-        weights: of each channel.
+        queries: model dtype `[A, P, Q, Hq, D]`; that of the token at position i is `[:, place, i % Q]`.
+        block_ids: int32 `[P, W]` logical blocks by position.
+        kind: what a selector remembers.
         policy: how that becomes worth.
 
     Attributes:
-        queries: model dtype `[A, P, Q, Hq, D]`; that of the token at position i is `[:, place, i % Q]`.
-        memory: float32 `[C, G, P, W]`.
-        in_set: int8 `[G, P, W]`, the sets with all lists so far applied.
-        block_ids: int32 `[P, W]` logical blocks.
+        places: what selectors see: `memory` `[C, G, P, W]`, `in_set` `[G, P, W]` with all lists so far applied, and the
+            arguments.
+        known: int32 `[P]` blocks that the memory of each place knows.
     """
 
     def __init__(
-        self,
-        sizes: ChoiceSizes,
-        shape: AttentionShape,
-        groups: tuple[int, ...],
-        channels: Channels,
-        weights: tuple[float, ...],
-        policy: ChoicePolicy,
+        self, sizes: ChoiceSizes, queries: torch.Tensor, block_ids: torch.Tensor, kind: MemoryKind, policy: ChoicePolicy
     ) -> None:
-        self.sizes, self._shape, self._channels, self._policy = sizes, shape, channels, policy
-        device = shape.device
+        device = block_ids.device
+        self.sizes, self._policy = sizes, policy
         by_place = (sizes.num_groups, sizes.num_places, sizes.width)
-        kept = (sizes.num_anchors, sizes.num_places, sizes.num_kept, shape.num_query_heads, shape.head_dim)
-        self.queries = torch.zeros(kept, dtype=shape.dtype, device=device)
-        self.memory = torch.zeros((len(weights), *by_place), device=device)
-        self.in_set = torch.zeros(by_place, dtype=torch.int8, device=device)
-        self.block_ids = torch.zeros(by_place[1:], dtype=torch.int32, device=device)
-        self._groups = torch.tensor(groups, dtype=torch.int32, device=device)
-        self._weights = torch.tensor(weights, device=device)
-        columns = HEADER + 2 * sizes.listed
-        self._list = torch.full((sizes.max_rows, sizes.num_groups, columns), NOBODY, dtype=torch.int32, device=device)
+        self.places = PlaceState(
+            queries,
+            block_ids,
+            torch.zeros((sizes.num_channels, *by_place), device=device),
+            torch.zeros(by_place, dtype=torch.int8, device=device),
+        )
+        self.known = torch.zeros(sizes.num_places, dtype=torch.int32, device=device)
+        self._weights = torch.tensor(kind.weights or (1.0,) * sizes.num_channels, device=device)
+        num_elems = sizes.max_rows * (1 + sizes.num_groups * sizes.columns)
+        self._out = torch.full((num_elems,), NOBODY, dtype=torch.int32, device=device)
 
-    def remember(self, rows: torch.Tensor, index: torch.Tensor, scales: torch.Tensor | None, num_tiles: int) -> None:
-        """Bring the memory of rows up to date with their newest queries.
+    def look_up(self, rows: torch.Tensor) -> None:
+        """Fill in what only the device knows.
 
         Args:
-            rows: int32 [n, len(Due)] on the device, prepared by `due_rows`.
-            index: [A, N, Hkv, R, E], index keys.
-            scales: float32 [A, N, Hkv] of fp8 keys; else None.
-            num_tiles: of all rows, as `due_rows` says.
+            rows: int32 `[n, len(Due)]` on the device. NUM_KNOWN is negative where a memory goes on, else 0; NUM_BLOCKS
+                counts all full blocks, and is made what the memory knows where blocks are not scored.
         """
-        if num_tiles == 0:
-            return
-        heads = self.sizes.num_anchors * self._shape.num_query_heads
-        mass = torch.empty((num_tiles, heads, self.sizes.num_kept, TILE), device=rows.device)
-        lse = torch.empty((len(rows), heads, self.sizes.num_kept), device=rows.device)
-        score_rows(self.queries, index, scales, self.block_ids, rows, self._shape.softmax_scale, mass)
-        row_lse(mass, rows, lse)
-        remember_shares(mass, lse, rows, self._groups, self._channels, self.memory)
+        known = torch.where(rows[:, Due.NUM_KNOWN] < 0, self.known[rows[:, Due.PLACE].long()], 0)
+        rows[:, Due.NUM_KNOWN] = known
+        full = rows[:, Due.NUM_BLOCKS]
+        rows[:, Due.NUM_BLOCKS] = torch.where(rows[:, Due.NUM_QUERIES] > 0, full, torch.minimum(known, full))
 
-    def choose(self, rows: torch.Tensor, long_list: torch.Tensor) -> torch.Tensor:
-        """Choose the sets of rows, int32 [n, len(Due)], and list what changes.
+    def choose(self, rows: torch.Tensor, failed: torch.Tensor | None, long_list: torch.Tensor) -> torch.Tensor:
+        """Choose the sets of rows, and list what changes.
+
+        Args:
+            rows: int32 `[n, len(Due)]`, looked up and scored.
+            failed: int32 `[n]`, not 0 for those whose memory is what it was before they were scored. None: nobody's.
+            long_list: int32 `[S]`, takes the changes of rows that say so.
 
         Returns:
-            int32 [n, G, 6 + 2 L], a view that the next call overwrites; what does not fit it is in `long_list`.
+            int32 `[n + n * G * (6 + 2 L)]`, a view that the next call overwrites: `failed`, and the list.
         """
-        listed = self._list[: len(rows)]
-        choose_sets(self.memory, self.in_set, rows, self._weights, self._policy, listed, long_list)
-        return listed
-
-
-def due_rows(rows: torch.Tensor) -> int:
-    """Fill in where the log-masses of rows, int32 [n, len(Due)] on the host, begin. Returns the tiles of all rows."""
-    assert rows.shape[1] == len(Due)
-    return fill_first_tiles(rows, TILE)
+        num_rows, size = len(rows), self.sizes
+        out = self._out[: num_rows * (1 + size.num_groups * size.columns)]
+        out[:num_rows] = 0
+        if failed is not None:
+            out[:num_rows] = failed
+            rows[:, Due.NUM_BLOCKS] = torch.where(failed != 0, rows[:, Due.NUM_KNOWN], rows[:, Due.NUM_BLOCKS])
+        self.known[rows[:, Due.PLACE].long()] = rows[:, Due.NUM_BLOCKS]
+        listed = out[num_rows:].view(num_rows, size.num_groups, size.columns)
+        memory, in_set = self.places.memory, self.places.in_set
+        choose_sets(memory, in_set, rows, self._weights, self._policy, listed, long_list)
+        return out

@@ -19,7 +19,7 @@ class QueryRing:
     def __init__(self, num_anchors: int, num_places: int, num_kept: int, shape: AttentionShape) -> None:
         size = (num_anchors, num_places * num_kept, shape.num_query_heads, shape.head_dim)
         self._queries = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        self._num_kept = num_kept
+        self._num_places, self._num_kept = num_places, num_kept
 
     def capture(self, anchor: int, query: torch.Tensor, query_row: torch.Tensor) -> None:
         """Keep what the tokens of a batch ask for in one anchor layer.
@@ -37,6 +37,11 @@ class QueryRing:
     def all_rows(self) -> torch.Tensor:
         """Queries [A, P * Q, Hq, D], always in the same memory."""
         return self._queries
+
+    @property
+    def by_place(self) -> torch.Tensor:
+        """The same as [A, P, Q, Hq, D]."""
+        return self._queries.view(-1, self._num_places, self._num_kept, *self._queries.shape[2:])
 
     def row_of(self, place: int, position: int) -> int:
         """Where the query of the token at a position of its request lies."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.indexer.base import Selector
+from flashmemory_vllm.indexer.base import Selector, WrongShapeError
+from flashmemory_vllm.indexer.places import DueRows, PlaceState
 from flashmemory_vllm.residency.types import FloatArray, IntArray
 
 # Below vLLM's logger, which alone has handlers.
@@ -44,6 +45,7 @@ class SelectorGuard:
         self._told: set[str] = set()
         # Blocks whose index keys are an earlier block's, because making theirs failed
         self._lacks_keys = np.zeros(selector.geometry.num_logical_blocks, np.bool_)
+        self._lacks_some = False
 
     @contextmanager
     def strict(self) -> Iterator[None]:
@@ -74,11 +76,43 @@ class SelectorGuard:
             self._selector.add_blocks(block_ids, keys, slots)
             return True
 
-        self._lacks_keys[blocks] = self._attempt("making index keys", work) is None
+        is_lost = self._attempt("making index keys", work) is None
+        if is_lost or self._lacks_some:
+            self._lacks_keys[blocks] = is_lost
+            self._lacks_some = bool(self._lacks_keys.any())
 
     def forget(self, req_id: str) -> None:
         """As the selector's."""
         self._attempt("forgetting a request", lambda: self._selector.forget(req_id))
+
+    def lacks_keys(self, blocks: IntArray) -> bool:
+        """Whether one of the blocks, int32 [n], has no index keys that the selector needs; counts it."""
+        lacks = self._selector.needs_keys and self._lacks_some and bool(self._lacks_keys[blocks].any())
+        self.failures[NOT_INDEXED] += lacks
+        return lacks
+
+    def remember(self, due: DueRows, state: PlaceState) -> bool:
+        """As the selector's; whether it did so."""
+
+        def work() -> bool:
+            try:
+                self._selector.remember(due, state)
+            except WrongShapeError as error:
+                if self._is_strict:
+                    raise
+                self._fail(WRONG_SHAPE, str(error), len(due))
+                return False
+            return True
+
+        done = self._attempt("scoring", work)
+        if done is None:
+            self.failures[EXCEPTION] += len(due)
+        return bool(done)
+
+    def note_not_finite(self, count: int) -> None:
+        """So many requests were given numbers that are none."""
+        if count:
+            self._fail(NOT_FINITE, "numbers that are NaN or infinite, allowed are finite ones", count)
 
     def score(self, blocks: IntArray, work: Callable[[], Result]) -> Result | None:
         """Run what asks the selector for scores; None if it failed.
@@ -105,8 +139,8 @@ class SelectorGuard:
             return False
         return True
 
-    def _fail(self, reason: str, what: str) -> None:
-        self.failures[reason] += 1
+    def _fail(self, reason: str, what: str, count: int = 1) -> None:
+        self.failures[reason] += count
         self._tell(reason, f"gave {what}", exc_info=False)
 
     def _attempt(self, what: str, call: Callable[[], Result]) -> Result | None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,11 @@ class SideStream:
             landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             landed.record()
         return Arrival(on_host, enqueued, landed)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Enqueue work that nobody waits for, after all that is enqueued here."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            work()
 
     def wait(self, arrival: Arrival) -> torch.Tensor:
         """The values on the host; counts how long the device was done with all before them and waited too."""

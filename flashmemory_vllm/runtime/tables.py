@@ -50,6 +50,7 @@ class TableSizes:
         max_rows: most rows of a batch, padding included.
         max_tokens: most tokens of a batch, padding included.
         width: most blocks of a request.
+        ids_width: most logical blocks of a request that are known on the device. Default: 0, none are.
     """
 
     num_groups: int
@@ -59,12 +60,14 @@ class TableSizes:
     max_rows: int
     max_tokens: int
     width: int
+    ids_width: int = 0
 
     @property
     def num_bytes(self) -> int:
         """What the tensors take."""
         tables = (self.num_places + self.max_rows) * self.width + self.max_rows
-        return 4 * self.num_groups * tables + (8 * self.num_groups + 4) * self.max_tokens
+        ids = self.num_places * self.ids_width
+        return 4 * (self.num_groups * tables + ids) + (8 * self.num_groups + 4) * self.max_tokens
 
 
 class StepTables:
@@ -89,8 +92,7 @@ class StepTables:
             return torch.full(size, value, dtype=dtype, device=device)
 
         self._tables = PlaceTables(
-            # Logical blocks are known to the host alone as long as the device chooses nothing
-            block_ids=filled(places, 0),
+            block_ids=filled(places, sizes.ids_width),
             entries=filled(groups, places, sizes.width),
             block_table=filled(groups, rows, sizes.width),
             seq_lens=filled(groups, rows),
@@ -111,6 +113,21 @@ class StepTables:
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         """Slot mapping int64 [T] of a layer group, a view of the persistent tensor."""
         return self._tables.slot_mapping[group, :num_tokens]
+
+    @property
+    def block_ids(self) -> torch.Tensor:
+        """Logical blocks of each place by position, int32 [P, W], always in the same memory."""
+        return self._tables.block_ids
+
+    def add_blocks(self, place: int, first: int, ids: IntArray) -> None:
+        """Have the next `write` say which logical blocks a place has from a position on.
+
+        Args:
+            place: once in a step.
+            first: position of the first one.
+            ids: int32 `[n]`.
+        """
+        self._changes.put(self.sizes.num_groups * self.sizes.num_places + place, first, ids)
 
     def write(self, rows: Sequence[Row], places: Sequence[int], seq_lens: torch.Tensor, num_tokens: int) -> None:
         """Write a step's batch.

@@ -101,3 +101,14 @@ def test_what_was_forgotten_is_uploaded_again() -> None:
     device.changes.set(0, wanted)
     device.upload()
     assert device.tables[0, :2].tolist() == [5, 6]
+
+
+def test_values_are_put_behind_those_that_are_there() -> None:
+    device = Device()
+    ids = table(5, 6)
+    device.changes.put(1, 0, ids)
+    ids[:] = 0  # what is given may change later
+    assert device.upload() == (1, 0)
+    device.changes.put(1, 2, table(7))
+    device.upload()
+    assert device.tables[1, :3].tolist() == [5, 6, 7]
