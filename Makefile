@@ -1,7 +1,7 @@
 # Every target is complete on a fresh machine: it creates .venv and installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := test
-.PHONY: environment demo test soak quality style docs clean
+.PHONY: environment demo test soak sanitize quality style docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,12 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m flashmemory_vllm.cli.docs --check
+
+# Needs a GPU and NVIDIA's compute-sanitizer; some minutes
+sanitize: $(VENV)/.installed
+	for tool in memcheck racecheck; do \
+	compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q tests/gpu/test_kernels_cuda.py \
+	-k "(case0 or case1) and not configuration and not tiles" --timeout 0 || exit; done
 
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
