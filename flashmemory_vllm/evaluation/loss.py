@@ -167,6 +167,11 @@ class LossPart:
                 f"the {target.side} server at {target.url} wrote other tokens than it was forced to; allowed is one "
                 f"started with --logits-processors {FORCED_TOKENS}"
             )
+        if all(told[token] == 0 for token, told in zip(forced, answer.logprobs, strict=True)):
+            raise ConfigError(
+                f"the {target.side} server at {target.url} says that all it was forced to write was certain: it tells "
+                "logprobs after the forcing; allowed is one with --logprobs-mode raw_logprobs, the default"
+            )
         for token, told in zip(forced, answer.logprobs, strict=True):
             into[0].append(-told[token])
             into[1].append(told[token] >= max(told.values()))

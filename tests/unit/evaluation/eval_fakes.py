@@ -22,6 +22,7 @@ class FakeEngine(FakeServer):
         share: blocks that decode attends to, over all; None for a server that does not tell, as stock vLLM.
         max_model_len: as told to clients.
         forces: whether it writes the tokens that a request forces.
+        logprob: of every token.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class FakeEngine(FakeServer):
         max_model_len: int = MAX_MODEL_LEN,
         *,
         forces: bool = True,
+        logprob: float = LOGPROB,
     ) -> None:
         super().__init__(str, max_model_len)
         self._forces = forces
+        self._logprob = logprob
         self._write = write
         self._share = share
 
@@ -60,8 +63,8 @@ class FakeEngine(FakeServer):
             names = [f"token_id:{token}" for token in ids]
             choice["logprobs"] = {
                 "tokens": names,
-                "token_logprobs": [LOGPROB] * len(ids),
-                "top_logprobs": [{name: LOGPROB} for name in names],
+                "token_logprobs": [self._logprob] * len(ids),
+                "top_logprobs": [{name: self._logprob} for name in names],
                 "text_offset": [0] * len(ids),
             }
         return answer

@@ -46,6 +46,13 @@ def test_a_server_that_forces_nothing_is_refused() -> None:
             LossPart(10, DOCUMENTS[1:], 1).measure(target)
 
 
+def test_a_server_that_tells_the_logprobs_of_what_was_forced_is_refused() -> None:
+    with FakeEngine(lambda ids: ids, share=0.2, logprob=0.0) as server:
+        target = Target.connect("sparse", server.url, MODEL)
+        with pytest.raises(ConfigError, match="allowed is one with --logprobs-mode raw_logprobs"):
+            LossPart(10, DOCUMENTS[:1], 1).measure(target)
+
+
 def test_documents_that_do_not_fit_are_refused() -> None:
     with FakeEngine(lambda ids: ids, max_model_len=29) as server:
         target = Target.connect("dense", server.url, MODEL)
