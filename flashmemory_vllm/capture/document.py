@@ -25,6 +25,7 @@ class Token:
         position: index of the token in its document.
         queries: float16 [A, Hq, D] after RoPE, of the anchor layers.
         largest: float16 [n], largest share of each block in the attention of any head of any layer.
+        of_anchors: float16 [n], the same of anchor layers alone, of what goes to full blocks.
         mass: float32 [n], share of each block, mean over all layers and heads.
         layer_mass: float16 [2, L, n], mean and maximum over the heads of each layer; None if not asked for.
     """
@@ -32,6 +33,7 @@ class Token:
     position: int
     queries: Half
     largest: Half
+    of_anchors: Half
     mass: npt.NDArray[np.float32]
     layer_mass: Half | None
 
@@ -43,11 +45,13 @@ class Recording:
     Attributes:
         keys: float16 [A, n, Hkv, 3, D], pooled keys of the chunks of its full blocks.
         prompt_queries: float16 [Q, A, Hq, D] after RoPE, of the newest prompt tokens before the last one, in order.
+        prompt_shares: float16 [Q, n], `of_anchors` of the same tokens.
         tokens: the recorded tokens in order.
     """
 
     keys: Half
     prompt_queries: Half
+    prompt_shares: Half
     tokens: Sequence[Token]
 
 
@@ -92,6 +96,7 @@ class Document:
             "keys": self.recording.keys,
             "prompt_queries": self.recording.prompt_queries,
             "queries": np.stack([token.queries for token in tokens]),
+            "anchor_share": padded_rows([*self.recording.prompt_shares, *(token.of_anchors for token in tokens)]),
             "positions": np.asarray([token.position for token in tokens], np.int32),
             "share_ptr": _pointers(shared),
             "share_ids": np.concatenate(shared),
@@ -131,6 +136,12 @@ def with_prefix(index: int, tensors: Mapping[str, Array]) -> Iterator[tuple[str,
 
 def _pointers(rows: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
     return np.cumsum([0, *map(len, rows)]).astype(np.int32)
+
+
+def padded_rows(rows: Sequence[Half]) -> Half:
+    """[T, N] of rows [n]: blocks that a token has not seen have nothing."""
+    width = max(map(len, rows))
+    return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
 def _pad_blocks(rows: Sequence[Half]) -> Half:

@@ -1,4 +1,4 @@
-"""What dense attention looked at: the share of each block."""
+"""What dense attention looked at: the share of each block, of all tokens or of what goes to full blocks."""
 
 import torch
 
@@ -26,3 +26,15 @@ def block_mass(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tenso
     # Not a sum: memory that no token was written to may hold NaN.
     shares = logits.masked_fill_(later.unsqueeze(1), -torch.inf).softmax(-1)
     return shares.view(*shares.shape[:-1], num_blocks, block_size).sum(-1).transpose(1, 2)
+
+
+def full_shares(shares: torch.Tensor, num_full: torch.Tensor) -> torch.Tensor:
+    """The same as shares of what a head pays to full blocks, as scores of index keys are; others have none.
+
+    Args:
+        shares: float32 [R, T, Hq, n] of `block_mass`.
+        num_full: int64 [R, T], full blocks.
+    """
+    is_full = torch.arange(shares.shape[-1], device=shares.device) < num_full[..., None, None]
+    of_full = shares.masked_fill(~is_full, 0.0)
+    return of_full / of_full.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 
-from flashmemory_vllm.capture.document import Recording, Token
-from flashmemory_vllm.capture.labels import block_mass
+from flashmemory_vllm.capture.document import Half, Recording, Token, padded_rows
+from flashmemory_vllm.capture.labels import block_mass, full_shares
+from flashmemory_vllm.capture.passes import BatchRow, Part, Pass
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.neural_model import pooled_keys
 
@@ -57,66 +59,19 @@ class RecorderSettings:
     choices: Choices
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchRow:
-    """One request in one forward pass.
-
-    Attributes:
-        req_id: the request.
-        prompt_len: tokens of its prompt.
-        num_computed_tokens: tokens that have keys before the pass.
-        num_tokens: tokens of the pass.
-        slots: int32 [W] on the device, pages of its blocks in logical order; W may be more than there are.
-    """
-
-    req_id: str
-    prompt_len: int
-    num_computed_tokens: int
-    num_tokens: int
-    slots: torch.Tensor
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens that have keys once a layer has written its own."""
-        return self.num_computed_tokens + self.num_tokens
-
-
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What is known of a request: pooled keys [A, m, Hkv, 3, D] of some blocks each, queries of some tokens each."""
-
-    keys: list[torch.Tensor] = field(default_factory=list)
-    prompt_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    tokens: list[Token] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Pass:
-    """T recorded tokens of each of R rows, which go through every layer together.
+    """What is known of a request.
 
     Attributes:
-        req_ids: requests of the rows.
-        positions: their tokens' positions, R lists of T.
-        places: int64 [R, T], where they lie in the batch.
-        at: int64 [R, T], the positions on the device.
-        slots: [R, n], pages of the rows, those of the longest in number.
-        largest: float32 [R, T, n], largest share of any head of the layers so far.
-        mass: float32 [R, T, n], sum over the layers so far.
-        num_layers: layers so far.
-        queries: [R, T, Hq, D] of each anchor layer.
-        by_layer: [2, R, T, n] of each layer, if asked for.
+        keys: pooled keys [A, m, Hkv, 3, D] of some blocks each.
+        asked: of each of the prompt's newest tokens but the last, queries [A, Hq, D] and anchor shares [n].
+        tokens: the recorded ones.
     """
 
-    req_ids: list[str]
-    positions: list[list[int]]
-    places: torch.Tensor
-    at: torch.Tensor
-    slots: torch.Tensor
-    largest: torch.Tensor
-    mass: torch.Tensor
-    num_layers: int = 0
-    queries: list[torch.Tensor] = field(default_factory=list)
-    by_layer: list[torch.Tensor] = field(default_factory=list)
+    keys: list[torch.Tensor] = field(default_factory=list)
+    asked: list[tuple[Half, Half]] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
 
 
 class Recorder:
@@ -135,9 +90,7 @@ class Recorder:
         self.settings = settings
         self._read_keys = read_keys
         self._requests: dict[str, _Request] = {}
-        self._passes: list[_Pass] = []
-        # Rows that hold some of their prompt's newest tokens but the last: request, and where they lie in the batch
-        self._asking: list[tuple[str, slice]] = []
+        self._passes: list[Pass] = []
         # Rows with blocks that become full: request and number of blocks; all their pages, and what is pooled of them
         self._filling: list[tuple[str, int]] = []
         self._full: torch.Tensor | None = None
@@ -150,8 +103,10 @@ class Recorder:
             IntegrityError: a request goes on that was not seen from its beginning.
         """
         self._clear()
-        size, window = self.settings.block_size, self.settings.choices.query_window
-        full, recorded = [], []
+        size = self.settings.block_size
+        full: list[torch.Tensor] = []
+        asked: list[Part] = []
+        recorded: list[Part] = []
         starts = accumulate((row.num_tokens for row in rows), initial=0)
         for row, start in zip(rows, starts, strict=False):
             if row.num_computed_tokens == 0:
@@ -159,18 +114,16 @@ class Recorder:
             elif row.req_id not in self._requests:
                 raise IntegrityError(f"request {row.req_id}: recording begins with its first token, not in its middle")
             offset = start - row.num_computed_tokens
-            recorded += [(row, offset, some) for some in self._recorded(row)]
-            first = max(row.num_computed_tokens, row.prompt_len - window)
-            last = min(row.seq_len, row.prompt_len - 1)
-            if first < last:
-                self._asking.append((row.req_id, slice(first + offset, last + offset)))
+            asked += [Part(row, offset, some) for some in self._parts(row, self._question(row))]
+            recorded += [Part(row, offset, some) for some in self._parts(row, self._recorded(row))]
             filled = row.slots[row.num_computed_tokens // size : row.seq_len // size]
             if len(filled):
                 full.append(filled)
                 self._filling.append((row.req_id, len(filled)))
         self._full = torch.cat(full) if full else None
-        for _, alike in groupby(recorded, key=lambda one: len(one[2])):
-            self._passes += self._make_passes(list(alike))
+        for parts in (asked, recorded):
+            for _, alike in groupby(parts, key=lambda part: len(part.positions)):
+                self._passes += self._make_passes(list(alike), is_question=parts is asked)
 
     def layer(self, layer: int, query: torch.Tensor) -> None:
         """A layer has written its keys and attended.
@@ -181,13 +134,11 @@ class Recorder:
         """
         is_anchor = layer in self.settings.anchor_layers
         for one in self._passes:
-            self._look(one, layer, query[one.places], is_anchor=is_anchor)
-        if is_anchor:
-            for req_id, tokens in self._asking:
-                self._requests[req_id].prompt_queries.setdefault(layer, []).append(query[tokens].half())
-            if self._full is not None:
-                pooled = pooled_keys(self._read_keys(layer, self._full), self.settings.choices.chunk_size)
-                self._pooled.append(pooled.half())
+            if is_anchor or not one.is_question:
+                self._look(one, layer, query[one.places], is_anchor=is_anchor)
+        if is_anchor and self._full is not None:
+            pooled = pooled_keys(self._read_keys(layer, self._full), self.settings.choices.chunk_size)
+            self._pooled.append(pooled.half())
 
     def end(self) -> None:
         """The forward pass is over.
@@ -196,7 +147,7 @@ class Recorder:
             IntegrityError: layers are missing, as in a pass that was replayed from a graph.
         """
         for one in self._passes:
-            if one.num_layers != self.settings.num_layers:
+            if not one.is_question and one.num_layers != self.settings.num_layers:
                 raise IntegrityError(
                     f"request {one.req_ids[0]}: {one.num_layers} of {self.settings.num_layers} layers were recorded"
                 )
@@ -214,75 +165,100 @@ class Recorder:
         request = self._requests.pop(req_id)
         if not request.keys:
             raise IntegrityError(f"request {req_id}: it never filled a block, there is nothing to choose from")
-        first = request.tokens[0].queries
-        asked = [torch.cat(parts) for parts in request.prompt_queries.values()]
-        prompt_queries = torch.stack(asked, dim=1).cpu().numpy() if asked else first[None][:0]
-        return Recording(torch.cat(request.keys, dim=1).numpy(), prompt_queries, request.tokens)
+        first, keys = request.tokens[0], torch.cat(request.keys, dim=1).numpy()
+        if not request.asked:
+            return Recording(keys, first.queries[None][:0], first.of_anchors[None][:0], request.tokens)
+        queries, shares = zip(*request.asked, strict=True)
+        return Recording(keys, np.stack(queries), padded_rows(shares), request.tokens)
 
     def _clear(self) -> None:
-        self._passes, self._asking, self._filling, self._full, self._pooled = [], [], [], None, []
+        self._passes, self._filling, self._full, self._pooled = [], [], None, []
 
-    def _recorded(self, row: BatchRow) -> list[list[int]]:
-        """Positions of a row's tokens to be recorded, in parts that one pass can take."""
+    def _question(self, row: BatchRow) -> range:
+        """Positions of those of the prompt's newest tokens but the last that the pass has."""
+        first = max(row.num_computed_tokens, row.prompt_len - self.settings.choices.query_window)
+        return range(first, min(row.seq_len, row.prompt_len - 1))
+
+    def _recorded(self, row: BatchRow) -> range:
+        """Positions of a row's tokens to be recorded."""
         every = self.settings.choices.every
         first = max(row.num_computed_tokens, row.prompt_len - 1)
-        first += -(first - row.prompt_len + 1) % every
-        positions = list(range(first, row.seq_len, every))
+        return range(first + -(first - row.prompt_len + 1) % every, row.seq_len, every)
+
+    def _parts(self, row: BatchRow, positions: range) -> list[list[int]]:
+        """Positions in parts that one pass can take."""
         most = max(1, PASS_ELEMENTS // (row.seq_len * self.settings.num_query_heads))
-        return [positions[at : at + most] for at in range(0, len(positions), most)]
+        return [list(positions[at : at + most]) for at in range(0, len(positions), most)]
 
-    def _make_passes(self, alike: Sequence[tuple[BatchRow, int, list[int]]]) -> list[_Pass]:
-        """Passes of rows with as many tokens each: row, what leads from positions to places in the batch, positions."""
-        width = max(len(alike[0][2]) * self.settings.num_query_heads, self.settings.key_width)
-        longest = max(row.seq_len for row, _, _ in alike)
+    def _make_passes(self, alike: Sequence[Part], *, is_question: bool) -> list[Pass]:
+        """Passes of parts with as many tokens each."""
+        width = max(len(alike[0].positions) * self.settings.num_query_heads, self.settings.key_width)
+        longest = max(part.row.seq_len for part in alike)
         at_once = max(1, PASS_ELEMENTS // (longest * width))
-        return [self._make_pass(alike[at : at + at_once]) for at in range(0, len(alike), at_once)]
+        parts = [alike[at : at + at_once] for at in range(0, len(alike), at_once)]
+        return [self._make_pass(part, is_question=is_question) for part in parts]
 
-    def _make_pass(self, alike: Sequence[tuple[BatchRow, int, list[int]]]) -> _Pass:
-        device, positions = alike[0][0].slots.device, [some for _, _, some in alike]
-        num_blocks = [-(-row.seq_len // self.settings.block_size) for row, _, _ in alike]
+    def _make_pass(self, alike: Sequence[Part], *, is_question: bool) -> Pass:
+        rows, positions = [part.row for part in alike], [part.positions for part in alike]
+        device = rows[0].slots.device
+        num_blocks = [-(-row.seq_len // self.settings.block_size) for row in rows]
         at = torch.tensor(positions, device=device)
-        slots = torch.stack([row.slots[: max(num_blocks)] for row, _, _ in alike])
+        slots = torch.stack([row.slots[: max(num_blocks)] for row in rows])
         # Whatever the table holds behind a row's blocks: any page will do, its keys are later than the token
         is_own = torch.arange(slots.shape[1], device=device) < torch.tensor(num_blocks, device=device).unsqueeze(1)
         shape = (*at.shape, slots.shape[1])
-        return _Pass(
-            req_ids=[row.req_id for row, _, _ in alike],
+        return Pass(
+            is_question=is_question,
+            req_ids=[row.req_id for row in rows],
             positions=positions,
-            places=at + torch.tensor([offset for _, offset, _ in alike], device=device).unsqueeze(1),
+            places=at + torch.tensor([part.offset for part in alike], device=device).unsqueeze(1),
             at=at,
             slots=slots.masked_fill(~is_own, 0),
             largest=torch.zeros(shape, device=device),
+            of_anchors=torch.zeros(shape, device=device),
             mass=torch.zeros(shape, device=device),
         )
 
-    def _look(self, one: _Pass, layer: int, queries: torch.Tensor, *, is_anchor: bool) -> None:
+    def _look(self, one: Pass, layer: int, queries: torch.Tensor, *, is_anchor: bool) -> None:
         """Add what a layer's queries [R, T, Hq, D] attend to."""
         keys = self._read_keys(layer, one.slots.flatten())
         by_row = keys.view(*one.slots.shape, *keys.shape[1:])
         shares = block_mass(queries, by_row, one.at, self.settings.softmax_scale)
+        if is_anchor:
+            one.queries.append(queries.half())
+            # A memory is brought up to date at the end of the step: the block that the token fills is among the full
+            of_full = full_shares(shares, (one.at + 1) // self.settings.block_size)
+            torch.maximum(one.of_anchors, of_full.amax(2), out=one.of_anchors)
+        if one.is_question:
+            return
         mass, largest = shares.mean(2), shares.amax(2)
         one.num_layers += 1
         one.mass += mass
         torch.maximum(one.largest, largest, out=one.largest)
         if self.settings.choices.layer_mass:
             one.by_layer.append(torch.stack((mass, largest)).half())
-        if is_anchor:
-            one.queries.append(queries.half())
 
-    def _keep(self, one: _Pass) -> None:
+    def _keep(self, one: Pass) -> None:
         """Fetch what a pass has found, and give each token its part."""
         queries = torch.stack(one.queries, dim=2).cpu().numpy()  # [R, T, A, Hq, D]
-        largest, mass = one.largest.half().cpu().numpy(), (one.mass / one.num_layers).cpu().numpy()
-        by_layer = torch.stack(one.by_layer, dim=1).cpu().numpy() if one.by_layer else None  # [2, L, R, T, n]
+        of_anchors = one.of_anchors.half().cpu().numpy()
+        if not one.is_question:
+            largest, mass = one.largest.half().cpu().numpy(), (one.mass / one.num_layers).cpu().numpy()
+            by_layer = torch.stack(one.by_layer, dim=1).cpu().numpy() if one.by_layer else None  # [2, L, R, T, n]
         for row, (req_id, positions) in enumerate(zip(one.req_ids, one.positions, strict=True)):
+            request = self._requests[req_id]
             for place, position in enumerate(positions):
-                num_blocks = position // self.settings.block_size + 1
+                known = slice(position // self.settings.block_size + 1)
+                own = queries[row, place], of_anchors[row, place, known]
+                if one.is_question:
+                    request.asked.append(own)
+                    continue
                 token = Token(
                     position=position,
-                    queries=queries[row, place],
-                    largest=largest[row, place, :num_blocks],
-                    mass=mass[row, place, :num_blocks],
-                    layer_mass=None if by_layer is None else by_layer[:, :, row, place, :num_blocks],
+                    queries=own[0],
+                    of_anchors=own[1],
+                    largest=largest[row, place, known],
+                    mass=mass[row, place, known],
+                    layer_mass=None if by_layer is None else by_layer[:, :, row, place, known],
                 )
-                self._requests[req_id].tokens.append(token)
+                request.tokens.append(token)

@@ -18,7 +18,7 @@ from flashmemory_vllm.capture.document import Array, with_prefix
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.files import whole_file, write_json
 
-FORMAT = 3
+FORMAT = 4
 SHARD_BYTES = 512 << 20
 GIB = 1 << 30
 # Room for the header of a shard, which names every tensor, and for one document's part of it.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashmemory_vllm.capture.document import Recording
-from flashmemory_vllm.capture.recorder import BatchRow, Choices, Recorder, RecorderSettings
+from flashmemory_vllm.capture.passes import BatchRow
+from flashmemory_vllm.capture.recorder import Choices, Recorder, RecorderSettings
 from flashmemory_vllm.capture.writer import ModelShape
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.oracle import OracleSelector

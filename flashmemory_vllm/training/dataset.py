@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from flashmemory_vllm.errors import ConfigError
 
-FORMAT = 3
+FORMAT = 4
 META_NAME = "meta.json"
 INDEX_NAME = "index.json"
 
@@ -112,12 +112,15 @@ class Document:
         keys: float16 [A, n_blocks * C, Hkv, 3, D].
         queries: float16 [T, A, Hq, D].
         prompt_queries: float16 [w, A, Hq, D], of the prompt's newest tokens before its last.
+        anchor_share: float16 [w + T, N], largest share that any head of the anchor layers pays to each full block, of
+            what it pays to full blocks: of the same tokens, then of the recorded ones.
         answer: first recorded token that writes the answer; -1 if it is not known.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], block_size: int, chunk_size: int) -> None:
         self.block_size, self.chunks_per_block = block_size, block_size // chunk_size
         self.keys, self.queries, self.prompt_queries = (tensors[n] for n in ("keys", "queries", "prompt_queries"))
+        self.anchor_share = tensors["anchor_share"]
         self.positions: IntArray = _integers(tensors["positions"])
         self.share, self.mass = (_ragged(tensors, name) for name in ("share", "mass"))
         self.answer = int(tensors["answer"][0])
@@ -210,7 +213,7 @@ class TrainingData:
         """
         path, place = self._places[number]
         ragged = ("share_ptr", "share_ids", "share", "mass_ptr", "mass_ids", "mass")
-        names = ("keys", "queries", "prompt_queries", "positions", "answer", *ragged)
+        names = ("keys", "queries", "prompt_queries", "anchor_share", "positions", "answer", *ragged)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(f"doc{place}.{name}") for name in names}
@@ -228,6 +231,7 @@ class TrainingData:
             "keys": (anchors, num_chunks, meta.num_kv_heads, 3, meta.head_dim),
             "queries": (num_tokens, *one),
             "prompt_queries": (len(tensors["prompt_queries"]), *one),
+            "anchor_share": (len(tensors["prompt_queries"]) + num_tokens, tensors["anchor_share"].shape[-1]),
             "answer": (2,),
             "share_ptr": (num_tokens + 1,),
             "share": tuple(tensors["share_ids"].shape),
@@ -279,7 +283,9 @@ def _read_meta(folder: Path) -> DataMeta:
     path = folder / META_NAME
     content = _read_json(path)
     if content.get("format") != FORMAT:
-        raise ConfigError(f"--data: {path} has format {content.get('format')!r}: allowed is {FORMAT}")
+        raise ConfigError(
+            f"--data: {path} has format {content.get('format')!r}: allowed is {FORMAT}, of a capture by this version"
+        )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     content |= {"digest": digest, "anchor_layers": tuple(content["anchor_layers"])}
     return DataMeta(**{name: content[name] for name in DataMeta.__dataclass_fields__})

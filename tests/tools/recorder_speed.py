@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from flashmemory_vllm.capture.recorder import BatchRow, Choices, Recorder, RecorderSettings
+from flashmemory_vllm.capture.passes import BatchRow
+from flashmemory_vllm.capture.recorder import Choices, Recorder, RecorderSettings
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, ANCHORS = 30, 9, 3, 64, 32, (10, 15, 20)
 STEPS = 3

@@ -30,9 +30,11 @@ def make_document(
     num_chunks = (prompt_len + num_outputs - 1) // BLOCK_SIZE * (BLOCK_SIZE // CHUNK_SIZE)
     keys = rng.normal(size=(2, num_chunks, 2, 3, 8)).astype(np.float16)
     prompt_queries = rng.normal(size=(2, 2, 4, 8)).astype(np.float16)
+    prompt_shares = rng.random((2, 4)).astype(np.float16)
     ids = tuple(int(token) for token in rng.integers(0, 100, prompt_len))
     outputs = [int(token) for token in rng.integers(0, 100, num_outputs)]
-    return Document(Prompt(ids, num_outputs, number, answer), outputs, Recording(keys, prompt_queries, tokens), every)
+    recording = Recording(keys, prompt_queries, prompt_shares, tokens)
+    return Document(Prompt(ids, num_outputs, number, answer), outputs, recording, every)
 
 
 def _token(rng: np.random.Generator, position: int) -> Token:
@@ -41,6 +43,7 @@ def _token(rng: np.random.Generator, position: int) -> Token:
         position=position,
         queries=rng.normal(size=(2, 4, 8)).astype(np.float16),
         largest=(rng.random(num_blocks) ** 9).astype(np.float16),
+        of_anchors=rng.random(num_blocks).astype(np.float16),
         mass=rng.dirichlet(np.full(num_blocks, 0.1)).astype(np.float32),
         layer_mass=rng.random((2, NUM_LAYERS, num_blocks)).astype(np.float16),
     )

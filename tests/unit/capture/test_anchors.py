@@ -20,9 +20,11 @@ def make_recording(telling: dict[int, int], seed: int, tokens: int = TOKENS) -> 
         largest = (rng.random(BLOCKS + 1) * 0.3).astype(np.float16)
         largest[future[:, index // 16]] = 1.0
         position = (BLOCKS - 3) * BLOCK_SIZE + index
-        found.append(Token(position, np.zeros((1, 1, 1), np.float16), largest, np.zeros(1, np.float32), by_layer))
+        found.append(
+            Token(position, np.zeros((1, 1, 1), np.float16), largest, largest, np.zeros(1, np.float32), by_layer)
+        )
     empty = np.zeros((0,), np.float16)
-    return Recording(empty, empty, found)
+    return Recording(empty, empty, empty, found)
 
 
 def test_layers_that_tell_are_found() -> None:

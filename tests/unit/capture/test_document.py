@@ -24,15 +24,21 @@ def test_rows_come_back_out_of_the_joined_arrays() -> None:
         dense = np.zeros(len(token.mass))
         dense[tensors["mass_ids"][mass]] = tensors["mass"][mass]
         np.testing.assert_allclose(dense, token.mass, rtol=1e-3, atol=LEAST_MASS)
+        own = tensors["anchor_share"][len(document.recording.prompt_shares) + index]
+        assert np.array_equal(own[: len(token.of_anchors)], token.of_anchors)
+        assert not own[len(token.of_anchors) :].any()
         assert token.layer_mass is not None
         width = token.layer_mass.shape[2]
         assert np.array_equal(tensors["layer_mass"][:, index, :, :width], token.layer_mass)
         assert not tensors["layer_mass"][:, index, :, width:].any()
+    asked = tensors["anchor_share"][: len(document.recording.prompt_shares), :4]
+    assert np.array_equal(asked, document.recording.prompt_shares)
     types = {name: str(tensor.dtype) for name, tensor in tensors.items()}
     assert types == {
         "keys": "float16",
         "prompt_queries": "float16",
         "queries": "float16",
+        "anchor_share": "float16",
         "positions": "int32",
         "share_ptr": "int32",
         "share_ids": "int32",

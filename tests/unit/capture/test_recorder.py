@@ -9,7 +9,8 @@ import torch
 from flashmemory_vllm.capture import recorder
 from flashmemory_vllm.capture.document import Recording
 from flashmemory_vllm.capture.labels import block_mass
-from flashmemory_vllm.capture.recorder import BatchRow, Choices, Recorder, RecorderSettings
+from flashmemory_vllm.capture.passes import BatchRow
+from flashmemory_vllm.capture.recorder import Choices, Recorder, RecorderSettings
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.neural_model import pooled_keys
 
@@ -71,6 +72,12 @@ class Model:
         asked = range(max(0, expected[0] + 1 - self.window), expected[0])
         earlier = self.queries[index][list(ANCHORS)][:, asked].transpose(0, 1).half()
         assert np.array_equal(recording.prompt_queries, earlier.numpy())
+        seen = [*recording.prompt_shares, *(token.of_anchors for token in recording.tokens)]
+        for position, own in zip([*asked, *expected], seen, strict=True):
+            shares, num_full = self.shares(index, position)[list(ANCHORS)], (position + 1) // BS
+            of_full = shares[..., :num_full] / shares[..., :num_full].sum(-1, keepdim=True)
+            np.testing.assert_allclose(own[:num_full], of_full.amax((0, 1)).half(), rtol=1e-3, atol=1e-6)
+            assert not own[num_full:].any()
         num_full = recording.keys.shape[1] * CHUNK // BS
         assert num_full >= (expected[-1] + 1) // BS
         full = self.keys[index][list(ANCHORS), : num_full * BS].view(len(ANCHORS), num_full, BS, HKV, D)

@@ -68,7 +68,7 @@ def test_a_capture_that_was_begun_names_its_anchors_or_is_refused(tmp_path: Path
 def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
     CaptureWriter(tmp_path, make_meta(seed=3), PLENTY).finish()
     assert json.loads((tmp_path / "meta.json").read_text()) == {
-        "format": 3,
+        "format": 4,
         "model": "m",
         "model_type": "llama",
         "num_layers": 3,

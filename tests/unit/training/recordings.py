@@ -44,7 +44,7 @@ def write_recordings(folder: Path, toy: Toy) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(toy.seed)
     meta = {
-        "format": 3,
+        "format": 4,
         "model": "toy",
         "model_type": "toy",
         "num_layers": 6,
@@ -114,11 +114,16 @@ def make_document(toy: Toy, bias: torch.Tensor, generator: torch.Generator) -> d
     mass_ids = [[0, *([block] if block else []), num_prompt // toy.block_size - 1] for block in found]
     # every fourth token looks nothing up, every token pays to the first block
     share_ids = [[0] if token % 4 == 3 else [0, block] if block else [0] for token, block in enumerate(found)]
+    # What is looked up is so by an anchor layer, as the prompt's newest tokens do
+    seen = torch.zeros(len(positions), num_prompt // toy.block_size)
+    of_tokens = torch.cat((asked, targets)) // toy.block_size
+    seen[torch.arange(len(positions)), of_tokens] = FOUND_SHARE
     mass = [[0.2, *([FOUND_MASS] if len(ids) > 2 else []), 0.1] for ids in mass_ids]
     return {
         "keys": pooled.transpose(1, 2).half(),
         "queries": queries[earlier:].half(),
         "prompt_queries": queries[:earlier].half(),
+        "anchor_share": seen.half(),
         "positions": positions[earlier:].int(),
         **_ragged("share", share_ids),
         "share": torch.full((sum(map(len, share_ids)),), FOUND_SHARE, dtype=torch.float16),

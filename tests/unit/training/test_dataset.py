@@ -29,6 +29,7 @@ def _document(positions: list[int], paid: list[list[int]], answer: tuple[int, in
     tensors = {
         "keys": torch.arange(num_blocks * 2.0).view(1, -1, 1, 1, 1).expand(1, -1, 1, 3, 2),
         "prompt_queries": torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2),
+        "anchor_share": torch.zeros(3 + len(positions), num_blocks),
         "answer": torch.tensor(answer, dtype=torch.int32),
         "queries": torch.full((len(positions), 1, 1, 2), 9.0),
         "positions": torch.tensor(positions, dtype=torch.int32),
@@ -138,7 +139,7 @@ def test_a_wrong_shard_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "has format 1: allowed is 3"),
+        ({"format": 3}, "has format 3: allowed is 4, of a capture by this version"),
         ({"documents": 4}, "has 3 documents, its meta says 4"),
     ],
 )
