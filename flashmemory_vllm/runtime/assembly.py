@@ -237,12 +237,12 @@ def _prefill(
     staging_blocks: int,
 ) -> StreamedPrefill:
     layout = engine.layout
-    page_elems = layout.page_view(0).shape[1]
-    size = (NUM_STAGING_BUFFERS, staging_blocks, page_elems)
+    largest = max(map(layout.layer_bytes, range(layout.num_layers)))
+    size = (NUM_STAGING_BUFFERS, staging_blocks, largest)
     return StreamedPrefill(
         engine,
         page_format,
-        torch.zeros(size, dtype=layout.dtype, device=layout.device),
+        torch.zeros(size, dtype=torch.uint8, device=layout.device),
         shape.softmax_scale,
         attend,
         poison=config.poison_free_slots,

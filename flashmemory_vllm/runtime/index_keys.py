@@ -32,7 +32,7 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
 
 
 def _keys(parts: RuntimeParts, layer: int, pages: torch.Tensor) -> torch.Tensor:
-    """Keys [n, Hkv, block_size, D] of a layer's pages [n, page_elems]."""
+    """Keys [n, Hkv, block_size, D] of a layer's pages uint8 [n, page_bytes]."""
     return parts.page_format.keys(parts.engine.layout.unflatten(layer, pages))
 
 

@@ -6,6 +6,7 @@ import torch
 from flashmemory_vllm.residency.types import Copies, IntArray, StepPlan
 from flashmemory_vllm.runtime.parts import RuntimeParts
 from flashmemory_vllm.runtime.uploads import upload
+from flashmemory_vllm.transfer.layout import POISON
 
 
 def poisoned(parts: RuntimeParts) -> list[Copies]:
@@ -26,9 +27,9 @@ def poison_free_slots(parts: RuntimeParts, plan: StepPlan) -> None:
         fresh = [_upload(parts, one.slots) for one in plan.fresh if one.group == copies.group]
         for layer in parts.groups[copies.group]:
             pages = parts.engine.layout.page_view(layer)
-            pages[free] = float("nan")
+            pages[free] = POISON
             for slots in fresh:
-                pages[slots] = 0.0
+                pages[slots] = 0
 
 
 def _upload(parts: RuntimeParts, slots: IntArray) -> torch.Tensor:

@@ -37,7 +37,7 @@ class StreamedPrefill:
     Args:
         engine: moves the pages.
         page_format: what lies inside a page.
-        staging: [K, staging_blocks, page_elems] on the device, K buffers.
+        staging: uint8 [K, staging_blocks, page_bytes] on the device, K buffers.
         scale: factor on `q . k`.
         attend: attention over a part of the keys.
         poison: fill staging with NaN before each fetch. Default: False.

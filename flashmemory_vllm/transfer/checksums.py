@@ -67,7 +67,7 @@ class PageSums(ABC):
 
     @abstractmethod
     def compare_staged(self, layer: int, blocks: Ids, staged: torch.Tensor, rows: Ids) -> torch.Tensor:
-        """As `compare` for one layer: uint8 [1, n], of rows of a staging buffer [m, page_elems]."""
+        """As `compare` for one layer: uint8 [1, n], of rows of a staging buffer uint8 [m, page_bytes]."""
 
 
 class CrcSums(PageSums):
@@ -75,7 +75,7 @@ class CrcSums(PageSums):
 
     def __init__(self, layout: PageLayout, num_blocks: int) -> None:
         self._groups = layout.groups
-        self._pages = [_bytes_of(layout.page_view(layer)) for layer in range(layout.num_layers)]
+        self._pages = [layout.page_view(layer).numpy() for layer in range(layout.num_layers)]
         self._sums = np.zeros((layout.num_layers, num_blocks), np.uint32)
 
     def store(self, group: int, blocks: Ids, slots: Ids) -> None:
@@ -90,7 +90,7 @@ class CrcSums(PageSums):
 
     def compare_staged(self, layer: int, blocks: Ids, staged: torch.Tensor, rows: Ids) -> torch.Tensor:
         """Sum each row up."""
-        wrong = self._compare(layer, _bytes_of(staged), rows, blocks)
+        wrong = self._compare(layer, staged.numpy(), rows, blocks)
         return torch.from_numpy(wrong[None].astype(np.uint8))
 
     def _compare(self, layer: int, pages: npt.NDArray[np.uint8], places: Ids, blocks: Ids) -> npt.NDArray[np.bool_]:
@@ -167,11 +167,6 @@ class PageChecks:
         shift = np.uint32(self._num_calls * _NEXT_CALL & 0xFFFFFFFF)
         spread = (blocks.astype(np.uint32) + shift) * np.uint32(_SPREAD)
         return np.flatnonzero(spread.astype(np.uint64) * np.uint64(self._every) < np.uint64(1 << 32))
-
-
-def _bytes_of(pages: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Pages [n, page_elems] of a CPU tensor as bytes, without a copy."""
-    return pages.view(torch.uint8).numpy()
 
 
 def _crcs(pages: npt.NDArray[np.uint8], ids: Ids) -> npt.NDArray[np.uint32]:

@@ -174,5 +174,5 @@ class CudaTransferEngine(TransferEngine):
 
 
 def copies_by_dma(pages: torch.Tensor) -> bool:
-    """Whether pages [N, page_elems] are moved by the copy engines rather than by a kernel."""
-    return pages.shape[1] * pages.element_size() >= MIN_DMA_PAGE_BYTES and has_batched_copy()
+    """Whether pages uint8 [N, page_bytes] are moved by the copy engines rather than by a kernel."""
+    return pages.shape[1] >= MIN_DMA_PAGE_BYTES and has_batched_copy()

@@ -99,7 +99,7 @@ class TransferEngine(ABC):
             layer: attention layer.
             blocks: int64 [n], the blocks, from `upload`.
             host_blocks: [n], the same blocks on the host.
-            out: [n or more, page_elems] on the device.
+            out: uint8 [n or more, page_bytes] on the device.
             after: the last use of what `out` holds. None if it was not used.
 
         Returns:

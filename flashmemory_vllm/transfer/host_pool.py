@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.transfer.layout import PageLayout, PageRun
+from flashmemory_vllm.transfer.layout import POISON, PageLayout, PageRun
 
 # Below vLLM's logger, which alone has handlers.
 logger = logging.getLogger("vllm.flashmemory")
@@ -26,7 +26,7 @@ MAX_TOUCHING_THREADS = 8
 
 
 class HostPool:
-    """Host memory [N, block_elems], block-outermost: all layers of a block contiguous.
+    """Host memory uint8 [N, block_bytes], block-outermost: all layers of a block contiguous.
 
     The memory is mapped once and pinned piece by piece with `cudaHostRegister`: torch's own pinned allocator
     rounds a request up to a power of two, which would double a pool of tens of GiB. Most of the time to pin a
@@ -53,7 +53,7 @@ class HostPool:
                 f"cannot map the host pool: {num_blocks} blocks of {layout.block_bytes} bytes "
                 f"({self.num_bytes / GIB:.2f} GiB): {error}; ask for less host memory"
             ) from error
-        self.pages = torch.frombuffer(memory, dtype=layout.dtype).view(num_blocks, layout.block_elems)
+        self.pages = torch.frombuffer(memory, dtype=torch.uint8).view(num_blocks, layout.block_bytes)
         self._pinned: list[int] = []
         if pin:
             _advise(memory)
@@ -67,26 +67,26 @@ class HostPool:
         Raises:
             ConfigError: a row of that layout has another size.
         """
-        if (layout.dtype, layout.block_elems) != (self.layout.dtype, self.layout.block_elems):
+        if layout.block_bytes != self.layout.block_bytes:
             raise ConfigError(
-                f"host pool: rows of {layout.block_elems} elements ({layout.dtype}) given, allowed are "
-                f"{self.layout.block_elems} ({self.layout.dtype}), as it was mapped with"
+                f"host pool: rows of {layout.block_bytes} bytes given, allowed are {self.layout.block_bytes}, "
+                "as it was mapped with"
             )
         other = copy.copy(self)
         other.layout = layout
         return other
 
     def layer_view(self, layer: int) -> torch.Tensor:
-        """One layer's pages [N, page_elems], strided, in the cache dtype."""
+        """One layer's pages uint8 [N, page_bytes], strided."""
         return self.pages[:, self.layout.host_range(layer)]
 
     def run_view(self, run: PageRun) -> torch.Tensor:
-        """The pages of a run [N, num_elems], strided, in the cache dtype."""
-        return self.pages[:, run.host_start : run.host_start + run.num_elems]
+        """The pages of a run uint8 [N, num_bytes], strided."""
+        return self.pages[:, run.host_start : run.host_start + run.num_bytes]
 
     def poison(self) -> None:
-        """Fill the pool with 0xFF bytes, NaN in every float format of a cache (for tests)."""
-        self.pages.view(torch.uint8).fill_(0xFF)
+        """Fill the pool with what nobody wrote (for tests)."""
+        self.pages.fill_(POISON)
 
     def close(self) -> None:
         """Unpin; the pool must not be used afterwards."""
@@ -96,7 +96,7 @@ class HostPool:
 
     def _pin(self) -> None:
         runtime, started = _cuda_runtime(), time.perf_counter()
-        memory = self.pages.view(torch.uint8).view(-1)
+        memory = self.pages.view(-1)
         # Whole rows: the copy engines refuse a copy that crosses from one registered piece into the next.
         unit = lcm(self.layout.block_bytes, mmap.PAGESIZE)
         step = max(1, PIN_CHUNK_BYTES // unit) * unit

@@ -1,4 +1,4 @@
-"""Where the bytes of a block lie: device pages per layer, and their order in a host row."""
+"""Where the bytes of a block lie: device pages per layer, and their order in a host row; not what they mean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 from flashmemory_vllm.errors import ConfigError
 
+# A byte of which every float format of a cache makes NaN
+POISON = 0xFF
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageRun:
@@ -17,14 +20,14 @@ class PageRun:
 
     Attributes:
         layers: the layers, in device order.
-        host_start: first element inside a row of the host pool.
-        num_elems: elements of one block's run.
-        device_pages: [S, num_elems], strided view of the device cache.
+        host_start: first byte inside a row of the host pool.
+        num_bytes: bytes of one block's run.
+        device_pages: uint8 [S, num_bytes], strided view of the device cache.
     """
 
     layers: tuple[int, ...]
     host_start: int
-    num_elems: int
+    num_bytes: int
     device_pages: torch.Tensor
 
 
@@ -37,12 +40,11 @@ class PageLayout:
 
     Args:
         caches: per layer a device tensor [S, ...page], dim 0 the slot with any stride. The page must fill one
-            run of memory without holes; its dims may be permuted.
+            run of memory without holes; its dims may be permuted. Layers may differ in dtype and size of a page.
         groups: layer indices of each layer group. Default: one group of all layers.
 
     Raises:
-        ConfigError: caches disagree in slots, dtype or device, a page has holes, or groups do not partition
-            the layers.
+        ConfigError: caches disagree in slots or device, a page has holes, or groups do not partition the layers.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor], groups: Sequence[Sequence[int]] | None = None) -> None:
@@ -56,24 +58,19 @@ class PageLayout:
         first = caches[0]
         self.num_layers = len(caches)
         self.num_slots = first.shape[0]
-        self.dtype = first.dtype
         self.device = first.device
         self._caches = tuple(caches)
         self._pages = tuple(self._flat_pages(layer, cache) for layer, cache in enumerate(caches))
         self._runs = self._merge_runs()
-        self.block_elems = sum(pages.shape[1] for pages in self._pages)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block, all layers: a row of the host pool."""
-        return self.block_elems * self.dtype.itemsize
+        # Of one block, all layers: a row of the host pool
+        self.block_bytes = sum(pages.shape[1] for pages in self._pages)
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one layer's page."""
-        return self._pages[layer].shape[1] * self.dtype.itemsize
+        return self._pages[layer].shape[1]
 
     def page_view(self, layer: int) -> torch.Tensor:
-        """The layer's device pages as [S, page_elems], in memory order, without a copy."""
+        """The layer's device pages as uint8 [S, page_bytes], in memory order, without a copy."""
         return self._pages[layer]
 
     def cache(self, layer: int) -> torch.Tensor:
@@ -85,7 +82,7 @@ class PageLayout:
         return self._runs[group]
 
     def host_range(self, layer: int) -> slice:
-        """Elements of a host row that hold the layer's page."""
+        """Bytes of a host row that hold the layer's page."""
         start = 0
         for group in self.groups:
             for other in group:
@@ -95,15 +92,16 @@ class PageLayout:
         raise AssertionError(f"layer {layer} is in no group of {self.groups}")
 
     def unflatten(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
-        """View staged pages [n, page_elems] as [n, ...page], strided inside as the device cache is."""
+        """View pages uint8 [n, page_bytes] as [n, ...page], of the cache's dtype and strided inside as it is."""
         cache = self._caches[layer]
-        return pages.as_strided((pages.shape[0], *cache.shape[1:]), (pages.stride(0), *cache.stride()[1:]))
+        elems = pages.view(cache.dtype)
+        return elems.as_strided((elems.shape[0], *cache.shape[1:]), (elems.stride(0), *cache.stride()[1:]))
 
     def _flat_pages(self, layer: int, cache: torch.Tensor) -> torch.Tensor:
-        given = (cache.shape[0], cache.dtype, cache.device)
-        expected = (self.num_slots, self.dtype, self.device)
+        given = (cache.shape[0], cache.device)
+        expected = (self.num_slots, self.device)
         if given != expected:
-            raise ConfigError(f"layer {layer}: KV cache has (slots, dtype, device) {given}; layer 0 has {expected}")
+            raise ConfigError(f"layer {layer}: KV cache has (slots, device) {given}; layer 0 has {expected}")
         page_elems = prod(cache.shape[1:])
         inner = sorted(
             (stride, size) for size, stride in zip(cache.shape[1:], cache.stride()[1:], strict=True) if size > 1
@@ -118,7 +116,13 @@ class PageLayout:
                 f"layer {layer}: a page must fill one run of memory; got shape {tuple(cache.shape)}, "
                 f"strides {cache.stride()}"
             )
-        return cache.as_strided((self.num_slots, page_elems), (cache.stride(0), 1))
+        size = cache.element_size()
+        return torch.empty(0, dtype=torch.uint8, device=cache.device).set_(
+            cache.untyped_storage(),
+            cache.storage_offset() * size,
+            (self.num_slots, page_elems * size),
+            (cache.stride(0) * size, 1),
+        )
 
     def _merge_runs(self) -> tuple[tuple[PageRun, ...], ...]:
         merged, host_start = [], 0
@@ -128,9 +132,9 @@ class PageLayout:
                 pages = self._pages[layer]
                 if runs and _follows(runs[-1].device_pages, pages):
                     last = runs.pop()
-                    num_elems = last.num_elems + pages.shape[1]
-                    wide = last.device_pages.as_strided((self.num_slots, num_elems), (pages.stride(0), 1))
-                    runs.append(PageRun((*last.layers, layer), last.host_start, num_elems, wide))
+                    num_bytes = last.num_bytes + pages.shape[1]
+                    wide = last.device_pages.as_strided((self.num_slots, num_bytes), (pages.stride(0), 1))
+                    runs.append(PageRun((*last.layers, layer), last.host_start, num_bytes, wide))
                 else:
                     runs.append(PageRun((layer,), host_start, pages.shape[1], pages))
                 host_start += pages.shape[1]
@@ -143,7 +147,7 @@ def _follows(left: torch.Tensor, right: torch.Tensor) -> bool:
     return (
         left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
         and left.stride(0) == right.stride(0)
-        and left.data_ptr() + left.shape[1] * left.element_size() == right.data_ptr()
+        and left.data_ptr() + left.shape[1] == right.data_ptr()
         # Layer-outermost caches touch too (last slot of one layer, first of the next) but only a stride that
         # spans both pages makes them one run in every slot.
         and left.stride(0) >= left.shape[1] + right.shape[1]

@@ -12,6 +12,7 @@ import torch
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.transfer.engine import Ids, Marker, TransferEngine
+from flashmemory_vllm.transfer.layout import POISON
 
 # One is read, one is ready, one is being filled.
 NUM_STAGING_BUFFERS = 3
@@ -49,7 +50,7 @@ class _Buffer:
     """One staging buffer.
 
     Attributes:
-        pages: [staging_blocks, page_elems].
+        pages: uint8 [staging_blocks, page_bytes].
         drained: the last use of what it holds; at first what came before the ring, when the memory was another's.
         filled: what it is filled with has landed.
         holds: layer and part that it is filled with.
@@ -69,7 +70,7 @@ class StagingRing:
 
     Args:
         engine: moves the pages.
-        staging: [K, staging_blocks, page_elems] on the device, K buffers.
+        staging: uint8 [K, staging_blocks, page_bytes] on the device, K buffers for the largest pages.
         poison: fill a buffer with NaN before each fetch. Default: False.
     """
 
@@ -97,7 +98,7 @@ class StagingRing:
 
     @contextmanager
     def part(self, layer: int, part: HistoryPart) -> Iterator[torch.Tensor]:
-        """The next part's pages [n, page_elems]; device work enqueued inside may read them.
+        """The next part's pages uint8 [n, page_bytes]; device work enqueued inside may read them.
 
         Args:
             layer: attention layer.
@@ -114,7 +115,7 @@ class StagingRing:
             )
         buffer = self._filled.popleft()
         self._engine.wait(buffer.filled)
-        yield buffer.pages[: len(part.host_blocks)]
+        yield self._of_layer(buffer, layer)[: len(part.host_blocks)]
         buffer.drained = self._engine.marker()
         self._fill(buffer)
 
@@ -123,8 +124,12 @@ class StagingRing:
         if buffer.holds is None:
             return
         if self._poison:
-            buffer.pages.fill_(torch.nan)
+            buffer.pages.fill_(POISON)
             buffer.drained = self._engine.marker()
         layer, part = buffer.holds
-        buffer.filled = self._engine.gather_layer(layer, part.blocks, part.host_blocks, buffer.pages, buffer.drained)
+        pages = self._of_layer(buffer, layer)
+        buffer.filled = self._engine.gather_layer(layer, part.blocks, part.host_blocks, pages, buffer.drained)
         self._filled.append(buffer)
+
+    def _of_layer(self, buffer: _Buffer, layer: int) -> torch.Tensor:
+        return buffer.pages[:, : self._engine.layout.layer_bytes(layer)]

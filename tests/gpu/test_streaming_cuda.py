@@ -104,7 +104,7 @@ def test_streamed_attention_is_dense(num_history: int, poison: bool) -> None:
     parts = split_history(engine.upload(host_ids), host_ids, 4) if num_full else ()
     slots = torch.full((min(num_tail, 1),), 3, dtype=torch.int32, device="cuda")
     history = StreamedHistory(num_history, parts, slots, BLOCK_SIZE)
-    staging = torch.zeros(NUM_STAGING_BUFFERS, 4, layout.page_view(0).shape[1], device="cuda")
+    staging = torch.zeros(NUM_STAGING_BUFFERS, 4, layout.layer_bytes(0), dtype=torch.uint8, device="cuda")
     ring = StagingRing(engine, staging, poison)
     page_format = InterleavedPages(heads, BLOCK_SIZE, head_dim)
     attention = StreamedAttention(layout, page_format, ring, 0.2, partial_attention)

@@ -21,7 +21,7 @@ from flashmemory_vllm.transfer import cuda_engine
 from flashmemory_vllm.transfer.batched_copy import batched_copy, has_batched_copy
 from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
-from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.layout import POISON, PageLayout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +89,11 @@ def keep_busy() -> torch.Tensor:
     return product
 
 
+def floats(pages: torch.Tensor) -> torch.Tensor:
+    """Bytes of pages as float32."""
+    return pages.view(torch.float32)
+
+
 def delay(*streams: torch.cuda.Stream) -> None:
     """Keep copy streams from going on for a second."""
     for stream in streams:
@@ -121,7 +126,7 @@ def test_round_trip_behind_a_busy_compute_stream(dtype: torch.dtype, block_outer
         written = engine.pool.layer_view(1)[blocks]
         assert torch.equal(engine.layout.unflatten(1, written), content[1].cpu()[slots])
         others = np.setdiff1d(np.arange(BLOCKS), blocks)
-        assert bool(engine.pool.pages[others].isnan().all())
+        assert bool(engine.pool.pages[others].eq(POISON).all())
         assert engine.counters.bytes_d2h == engine.counters.bytes_h2d == 3 * 3 * engine.layout.block_bytes
 
 
@@ -129,7 +134,7 @@ def test_round_trip_behind_a_busy_compute_stream(dtype: torch.dtype, block_outer
 def test_slots_are_saved_before_the_model_or_a_recall_overwrites_them() -> None:
     caches = make_caches(True, torch.float32)
     with engine_over(caches) as engine:
-        engine.pool.pages[5] = 5.0
+        floats(engine.pool.pages)[5] = 5.0
         for cache in caches:
             cache[1], cache[2] = 1.0, 2.0
         delay(*engine._write_backs)
@@ -140,8 +145,8 @@ def test_slots_are_saved_before_the_model_or_a_recall_overwrites_them() -> None:
             cache[2] = 20.0
         seen = [cache[1:3].clone() for cache in caches]
         engine.synchronize()
-        assert bool((engine.pool.pages[11] == 1.0).all())
-        assert bool((engine.pool.pages[12] == 2.0).all())
+        assert bool((floats(engine.pool.pages)[11] == 1.0).all())
+        assert bool((floats(engine.pool.pages)[12] == 2.0).all())
         for pages in seen:
             assert bool((pages[0] == 5.0).all())
             assert bool((pages[1] == 20.0).all())
@@ -150,38 +155,38 @@ def test_slots_are_saved_before_the_model_or_a_recall_overwrites_them() -> None:
 @pytest.mark.usefixtures("way")
 def test_a_gather_reads_what_a_pending_write_back_writes() -> None:
     caches = make_caches(True, torch.bfloat16)
-    staging = torch.full((4, PAGE_ELEMS), torch.nan, dtype=torch.bfloat16, device="cuda")
+    staging = torch.full((4, 2 * PAGE_ELEMS), POISON, dtype=torch.uint8, device="cuda")
     with engine_over(caches) as engine:
         caches[1][3], caches[1][4] = 3.0, 4.0
         blocks = ids(8, 9)
         delay(*engine._write_backs)
         engine.write_back(0, blocks, ids(3, 4))
         engine.wait(engine.gather_layer(1, engine.upload(blocks), blocks, staging, None))
-        assert staging[:, 0].tolist()[:2] == [3.0, 4.0]
-        assert bool(staging[2:].isnan().all())
+        assert staging.view(torch.bfloat16)[:2, 0].tolist() == [3.0, 4.0]
+        assert bool(staging[2:].eq(POISON).all())
         assert engine.counters.bytes_streamed == 2 * engine.layout.layer_bytes(1)
 
 
 @pytest.mark.usefixtures("way")
 def test_a_gather_waits_until_its_buffer_is_drained() -> None:
-    staging = torch.zeros(1, PAGE_ELEMS, device="cuda")
+    staging = torch.zeros(1, 4 * PAGE_ELEMS, dtype=torch.uint8, device="cuda")
     with engine_over(make_caches(True, torch.float32)) as engine:
-        engine.pool.pages[7] = 7.0
+        floats(engine.pool.pages)[7] = 7.0
         busy = keep_busy()
         seen = staging.clone()
         drained = engine.marker()
         engine.wait(engine.gather_layer(0, engine.upload(ids(7)), ids(7), staging, drained))
-        assert bool((staging == 7.0).all())
-        assert bool((seen == 0.0).all())
+        assert bool((floats(staging) == 7.0).all())
+        assert bool((seen == 0).all())
         assert bool(busy.isfinite().all())
 
 
 @pytest.mark.usefixtures("way")
 def test_neither_a_fence_nor_a_gather_waits_for_write_backs_of_others() -> None:
     """If one did, the write-back would be done once the compute stream is."""
-    staging = torch.zeros(1, PAGE_ELEMS, device="cuda")
+    staging = torch.zeros(1, 4 * PAGE_ELEMS, dtype=torch.uint8, device="cuda")
     with engine_over(make_caches(True, torch.float32)) as engine:
-        engine.pool.pages[7] = 7.0
+        floats(engine.pool.pages)[7] = 7.0
         delay(*engine._write_backs)
         engine.write_back(0, ids(11), ids(1))
         engine.recall(0, ids(7), ids(3), engine.marker())
@@ -189,7 +194,7 @@ def test_neither_a_fence_nor_a_gather_waits_for_write_backs_of_others() -> None:
         engine.wait(engine.gather_layer(0, engine.upload(ids(7)), ids(7), staging, engine.marker()))
         torch.cuda.current_stream().synchronize()
         assert len(engine._pending) == 1
-        assert bool((staging == 7.0).all())
+        assert bool((floats(staging) == 7.0).all())
         engine.synchronize()
         assert len(engine._pending) == 0
 
@@ -233,4 +238,4 @@ def test_pageable_host_memory_is_refused() -> None:
         CudaTransferEngine(layout, HostPool(2, layout))
     pages, numbers = layout.page_view(0), torch.zeros(1, dtype=torch.int64, device="cuda")
     with pytest.raises(ValueError, match="source: expected pinned host memory"):
-        copy_pages(torch.zeros(2, PAGE_ELEMS), numbers, pages, numbers)
+        copy_pages(torch.zeros(2, 4 * PAGE_ELEMS, dtype=torch.uint8), numbers, pages, numbers)

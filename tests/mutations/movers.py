@@ -112,8 +112,8 @@ MOVERS = (
     Mutation(
         "poison that is none: free slots are filled with zeros",
         f"{_RUNTIME}poison.py",
-        'pages[free] = float("nan")',
-        "pages[free] = 0.0",
+        "pages[free] = POISON",
+        "pages[free] = 0",
         f"{_RUNTIME_TEST}test_runtime.py::test_poison_is_in_every_slot_that_holds_nothing",
     ),
     Mutation(
@@ -198,13 +198,13 @@ MOVERS = (
         f"{_TRANSFER}cuda_engine.py",
         "self._copying(self._gathers, after, written)",
         "self._copying(self._gathers, written)",
-        _OVERLAP,
+        f"{_TRANSFER_TEST}test_cuda_engine.py::test_a_gather_waits_for_the_reader_of_its_buffer",
     ),
     Mutation(
         "staging buffer reused too early, by the ring",
         f"{_TRANSFER}staging.py",
-        "        yield buffer.pages[: len(part.host_blocks)]\n        buffer.drained = self._engine.marker()\n",
-        "        yield buffer.pages[: len(part.host_blocks)]\n",
+        "[: len(part.host_blocks)]\n        buffer.drained = self._engine.marker()\n",
+        "[: len(part.host_blocks)]\n",
         f"{_TRANSFER_TEST}test_staging.py::test_each_part_is_read_once_in_order_from_a_drained_buffer",
     ),
     Mutation(

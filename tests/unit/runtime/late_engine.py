@@ -15,7 +15,7 @@ import torch
 from flashmemory_vllm.residency.types import NOTHING, Copies
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
-from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.layout import POISON, PageLayout
 
 
 class _Copies(NamedTuple):
@@ -50,7 +50,7 @@ class LateEngine(CpuTransferEngine):
     def _recall(self, group: int, blocks: Ids, slots: Ids, after: Marker | None) -> None:  # noqa: ARG002 - is over
         self._make_those_of(group, blocks, slots)
         for layer in self.layout.groups[group]:
-            self.layout.page_view(layer)[torch.from_numpy(slots.astype(np.int64))] = torch.nan
+            self.layout.page_view(layer)[torch.from_numpy(slots.astype(np.int64))] = POISON
         self._recalls.append(_Copies(group, blocks, slots))
 
     def _write_back(self, group: int, blocks: Ids, slots: Ids) -> None:

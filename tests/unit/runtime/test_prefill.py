@@ -11,7 +11,7 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import InterleavedPages
-from tests.unit.transfer.pools import BLOCK_SIZE, HEAD_DIM, NUM_HEADS, NUM_SLOTS, PAGE_ELEMS, layer_outermost
+from tests.unit.transfer.pools import BLOCK_SIZE, HEAD_DIM, NUM_HEADS, NUM_SLOTS, PAGE_BYTES, layer_outermost
 from tests.unit.transfer.test_streaming import MAX_RELATIVE_ERROR
 
 QUERY_HEADS, CHUNK, SCALE = 4, 3, 0.4
@@ -34,8 +34,9 @@ def _complete(engine_cls: type[CpuTransferEngine], *, poison: bool) -> tuple[tor
     generator = torch.Generator().manual_seed(0)
     layout = PageLayout(layer_outermost(1))
     pool = HostPool(8, layout)
-    pool.pages.copy_(torch.randn(pool.pages.shape, generator=generator))
-    staging = torch.zeros(3, STAGING_BLOCKS, PAGE_ELEMS)
+    numbers = pool.pages.view(torch.float32)
+    numbers.copy_(torch.randn(numbers.shape, generator=generator))
+    staging = torch.zeros(3, STAGING_BLOCKS, PAGE_BYTES, dtype=torch.uint8)
     page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
     prefill = StreamedPrefill(engine_cls(layout, pool), page_format, staging, SCALE, partial_attention, poison=poison)
     num_history_tokens = len(STREAMED) * BLOCK_SIZE
@@ -92,7 +93,7 @@ def _batch(content: torch.Tensor, pool: HostPool, caches: list[torch.Tensor]) ->
         for layer, group in ((layer, group) for group, layers in enumerate(LAYERS) for layer in layers):
             count = num_streamed[group]
             pages = content[index, layer, : num_blocks + tail]
-            pool.layer_view(layer)[blocks[:count]] = pages[:count].flatten(1)
+            pool.layer_view(layer).view(torch.float32)[blocks[:count]] = pages[:count].flatten(1)
             caches[layer][slots[group]] = pages[count:]
         evicted = tuple(count * BLOCK_SIZE for count in num_streamed)
         streamed = tuple(blocks[:count] for count in num_streamed)
@@ -118,7 +119,7 @@ def test_rows_layers_and_groups_are_dense_attention(num_buffers: int, poison: bo
     prefill = StreamedPrefill(
         CpuTransferEngine(layout, pool),
         page_format,
-        torch.zeros(num_buffers, STAGING_BLOCKS, PAGE_ELEMS),
+        torch.zeros(num_buffers, STAGING_BLOCKS, PAGE_BYTES, dtype=torch.uint8),
         SCALE,
         partial_attention,
         poison=poison,

@@ -8,6 +8,8 @@ import torch
 
 NUM_SLOTS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM = 7, 2, 4, 6
 PAGE_ELEMS = NUM_HEADS * BLOCK_SIZE * 2 * HEAD_DIM
+# Of a float32 page
+PAGE_BYTES = 4 * PAGE_ELEMS
 
 
 def layer_outermost(num_layers: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from tests.unit.transfer.pools import CACHES, NUM_SLOTS, PAGE_ELEMS
+from tests.unit.transfer.pools import CACHES, NUM_SLOTS, PAGE_BYTES
 from tests.unit.transfer.streams import simulated
 
 NUM_BLOCKS = 40
@@ -53,7 +53,7 @@ def make_engine(engine_cls: type[TransferEngine], kind: str, compared: int | Non
 
 def flip(engine: TransferEngine, block: int, layer: int) -> None:
     """Flip the lowest bit of the last element of one page."""
-    engine.pool.layer_view(layer)[block, -1:].view(torch.int32)[:] ^= 1
+    engine.pool.layer_view(layer)[block, -1:] ^= 1
 
 
 def wrong(comparisons: tuple[Comparison, ...]) -> set[tuple[int, int]]:
@@ -88,13 +88,13 @@ def test_a_recall_finds_the_page_that_was_changed(engine_cls: type[TransferEngin
 def test_streamed_history_finds_it_too(engine_cls: type[TransferEngine], kind: str) -> None:
     engine = make_engine(engine_cls, kind, 1)
     flip(engine, 2, layer=3)
-    staging = torch.zeros(6, PAGE_ELEMS)
+    staging = torch.zeros(6, PAGE_BYTES, dtype=torch.uint8)
     for layer in range(4):
         engine.wait(engine.gather_layer(layer, engine.upload(BLOCKS), BLOCKS, staging, engine.marker()))
         expected = {(0, 2)} if layer == 3 else set()
         assert wrong(engine.take_comparisons()) == expected
         engine.synchronize()
-        assert (staging[:3, :PAGE_ELEMS] == 0).all(dim=1).tolist() == [False, layer == 3, False]
+        assert (staging[:3] == 0).all(dim=1).tolist() == [False, layer == 3, False]
 
 
 def test_a_stale_page_and_one_of_another_block_are_wrong(engine_cls: type[TransferEngine]) -> None:
@@ -133,7 +133,7 @@ def test_pages_of_low_precision_have_sums() -> None:
     layout = PageLayout(CACHES["block_outermost"](2, torch.bfloat16))
     engine = CpuTransferEngine(layout, HostPool(NUM_BLOCKS, layout), 1)
     engine.write_back(0, BLOCKS, SLOTS)
-    engine.pool.pages[2, 0] = -0.0
+    engine.pool.pages[2, 1] = 0x80  # -0.0
     engine.recall(0, BLOCKS, SLOTS, engine.marker())
     engine.fence([])
     assert wrong(engine.take_comparisons()) == {(0, 2)}, "zero with another sign is another page"

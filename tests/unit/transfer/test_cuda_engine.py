@@ -21,7 +21,7 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, TransferCou
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.step_ends import StepEnds
-from tests.unit.transfer.pools import NUM_SLOTS, PAGE_ELEMS, block_outermost
+from tests.unit.transfer.pools import NUM_SLOTS, PAGE_BYTES, block_outermost
 from tests.unit.transfer.streams import Device, Stream, simulated
 
 NUM_BLOCKS, NUM_STEPS = 9, 6
@@ -35,7 +35,7 @@ class Worker:
         layout = PageLayout(block_outermost(len(GROUPS)), GROUPS)
         self.engine = engine_cls(layout, HostPool(NUM_BLOCKS, layout), compared)
         self._device = device
-        self._staging = torch.zeros(2, NUM_BLOCKS, PAGE_ELEMS)
+        self._staging = torch.zeros(2, NUM_BLOCKS, PAGE_BYTES, dtype=torch.uint8)
         self._drained = [self.engine.marker(), self.engine.marker()]
         self._ends = StepEnds(self.engine)
         self._last_use = np.zeros((len(GROUPS), NUM_SLOTS), np.int64)
@@ -50,12 +50,12 @@ class Worker:
             self._device.enqueue(kernel)
 
     def read(self, pages: torch.Tensor) -> None:
-        self.compute(lambda: self.seen.append(pages[:, 0].tolist()))
+        self.compute(lambda: self.seen.append(pages.view(torch.float32)[:, 0].tolist()))
 
     def write(self, group: int, slots: Ids, value: float) -> None:
         pages = self.engine.layout.page_view(group)
         for offset, slot in enumerate(slots):
-            self.compute(lambda page=pages[slot], number=value + offset: page.fill_(number))
+            self.compute(lambda page=pages[slot], number=value + offset: page.view(torch.float32).fill_(number))
 
     def step(self, random: Random, number: int) -> None:
         """Recalls, fence, attention over slots and streamed history, write-backs."""
@@ -214,3 +214,22 @@ def test_a_recall_into_slots_that_have_rested_waits_for_nobody() -> None:
         engine.recall(0, np.array([1]), np.array([2]), ends.before(0))
         engine.synchronize()
         assert len(worker.seen) == 3, "the copy has not waited for the reader of its slot"
+
+
+@pytest.mark.parametrize("by_dma", [False, True])
+def test_a_gather_waits_for_the_reader_of_its_buffer(by_dma: bool) -> None:
+    with simulated(Idle(0), by_dma=by_dma) as device:
+        worker = Worker(CudaTransferEngine, device, compared=None)
+        engine, buffer, blocks = worker.engine, torch.zeros(1, PAGE_BYTES, dtype=torch.uint8), np.array([1], np.int32)
+        assert isinstance(engine, CudaTransferEngine)
+        engine.pool.pages.view(torch.float32).fill_(7.0)
+        device.current.synchronize()
+        worker.read(buffer)
+        filled = engine.gather_layer(0, engine.upload(blocks), blocks, buffer, engine.marker())
+        gathers = cast("Stream", engine._gathers)
+        while gathers.is_ready:
+            gathers.advance()
+        engine.wait(filled)
+        worker.read(buffer)
+        device.current.synchronize()
+    assert worker.seen == [[0.0], [7.0]]

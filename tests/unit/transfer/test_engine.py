@@ -8,8 +8,8 @@ import torch
 
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
-from flashmemory_vllm.transfer.layout import PageLayout
-from tests.unit.transfer.pools import CACHES, NUM_SLOTS, PAGE_ELEMS
+from flashmemory_vllm.transfer.layout import POISON, PageLayout
+from tests.unit.transfer.pools import CACHES, NUM_SLOTS, PAGE_BYTES
 
 NUM_BLOCKS = 11
 GROUPS = [[0, 1, 3], [2]]
@@ -42,11 +42,11 @@ def test_write_back_then_recall_elsewhere(kind: str, group: int) -> None:
         if layer in GROUPS[group]:
             expected[moved] = before[layer][slots]
             untouched = np.setdiff1d(np.arange(NUM_BLOCKS), blocks)
-            assert bool(engine.pool.layer_view(layer)[untouched].isnan().all())
+            assert bool(engine.pool.layer_view(layer)[untouched].eq(POISON).all())
         else:
-            assert bool(engine.pool.layer_view(layer).isnan().all())
+            assert bool(engine.pool.layer_view(layer).eq(POISON).all())
         assert torch.equal(cache, expected)
-    group_bytes = len(GROUPS[group]) * PAGE_ELEMS * 4
+    group_bytes = len(GROUPS[group]) * PAGE_BYTES
     assert engine.counters.bytes_h2d == engine.counters.bytes_d2h == 3 * group_bytes
 
 
@@ -55,12 +55,12 @@ def test_gather_layer_fills_staging(kind: str) -> None:
     engine, caches = make_engine(kind)
     everything = np.arange(NUM_SLOTS)
     engine.write_back(0, everything + 2, everything)
-    staging = torch.full((6, PAGE_ELEMS), torch.nan)
+    staging = torch.full((6, PAGE_BYTES), POISON, dtype=torch.uint8)
     blocks = np.array([7, 3, 4], np.int32)
     engine.wait(engine.gather_layer(3, engine.upload(blocks), blocks, staging, engine.marker()))
     assert torch.equal(engine.layout.unflatten(3, staging[:3]), caches[3][[5, 1, 2]])
-    assert bool(staging[3:].isnan().all())
-    assert (engine.counters.bytes_streamed, engine.counters.bytes_h2d) == (3 * PAGE_ELEMS * 4, 0)
+    assert bool(staging[3:].eq(POISON).all())
+    assert (engine.counters.bytes_streamed, engine.counters.bytes_h2d) == (3 * PAGE_BYTES, 0)
 
 
 def test_no_copies_are_fine() -> None:

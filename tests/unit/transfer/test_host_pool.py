@@ -11,7 +11,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.transfer import host_pool as module
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from tests.unit.transfer.pools import CACHES, PAGE_ELEMS, MakeCaches, block_outermost
+from tests.unit.transfer.pools import CACHES, PAGE_BYTES, PAGE_ELEMS, MakeCaches, block_outermost
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,16 +20,17 @@ def test_layers_partition_a_contiguous_row(caches: MakeCaches, dtype: torch.dtyp
     layout = PageLayout(caches(3, dtype), groups=[[0, 2], [1]])
     pool = HostPool(5, layout)
     assert pool.num_bytes == pool.pages.untyped_storage().nbytes() == 5 * layout.block_bytes
-    assert (pool.pages.dtype, pool.pages.stride(0)) == (dtype, layout.block_elems)
+    assert (pool.pages.dtype, pool.pages.stride(0)) == (torch.uint8, layout.block_bytes)
+    page_bytes = PAGE_ELEMS * dtype.itemsize
     for layer in range(3):
-        assert pool.layer_view(layer).shape == (5, PAGE_ELEMS)
+        assert pool.layer_view(layer).shape == (5, page_bytes)
         pool.layer_view(layer).fill_(layer + 1)
-    row = torch.tensor([1, 3, 2], dtype=dtype).repeat_interleave(PAGE_ELEMS)
+    row = torch.tensor([1, 3, 2], dtype=torch.uint8).repeat_interleave(page_bytes)
     assert torch.equal(pool.pages, row.expand(5, -1))
     for group in (0, 1):
         for run in layout.runs(group):
-            assert pool.run_view(run).shape == (5, run.num_elems)
-            assert torch.equal(pool.run_view(run)[:, :PAGE_ELEMS], pool.layer_view(run.layers[0]))
+            assert pool.run_view(run).shape == (5, run.num_bytes)
+            assert torch.equal(pool.run_view(run)[:, :page_bytes], pool.layer_view(run.layers[0]))
 
 
 def test_memory_is_page_aligned_so_that_it_can_be_pinned() -> None:
@@ -37,10 +38,10 @@ def test_memory_is_page_aligned_so_that_it_can_be_pinned() -> None:
 
 
 def test_poison_is_nan() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
         pool = HostPool(2, PageLayout(block_outermost(1, dtype)))
         pool.poison()
-        assert bool(pool.pages.isnan().all())
+        assert bool(pool.pages.view(dtype).float().isnan().all())
 
 
 def test_impossible_size_is_refused_with_its_figures() -> None:
@@ -105,7 +106,8 @@ def test_the_same_memory_takes_another_order_of_layers_and_is_unpinned_once(monk
     other = pool.laid_out(PageLayout(caches, groups=[[2], [0, 1]]))
     assert other.pages is pool.pages
     other.layer_view(2).fill_(7)
-    assert bool((pool.pages[:, :PAGE_ELEMS] == 7).all())
+    assert bool((pool.pages[:, :PAGE_BYTES] == 7).all())
+    assert not bool(pool.pages[:, PAGE_BYTES:].any())
     other.close()
     pool.close()
     assert runtime.pinned == {}
@@ -113,5 +115,5 @@ def test_the_same_memory_takes_another_order_of_layers_and_is_unpinned_once(monk
 
 def test_a_layout_with_other_rows_is_refused() -> None:
     pool = HostPool(5, PageLayout(block_outermost(1)))
-    with pytest.raises(ConfigError, match=r"rows of 192 elements \(torch.float32\) given, allowed are 96"):
+    with pytest.raises(ConfigError, match=r"rows of 768 bytes given, allowed are 384, as it was mapped"):
         pool.laid_out(PageLayout(block_outermost(2)))

@@ -16,7 +16,7 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.staging import HistoryPart, StagingRing, split_history
-from tests.unit.transfer.pools import PAGE_ELEMS, layer_outermost
+from tests.unit.transfer.pools import PAGE_BYTES, layer_outermost
 
 NUM_BLOCKS, NUM_LAYERS = 40, 3
 
@@ -44,7 +44,8 @@ class RecordingEngine(CpuTransferEngine):
     def __init__(self, num_layers: int = NUM_LAYERS) -> None:
         layout = PageLayout(layer_outermost(num_layers))
         super().__init__(layout, HostPool(NUM_BLOCKS, layout))
-        self.pool.pages.copy_(torch.arange(self.pool.pages.numel()).view(self.pool.pages.shape))
+        numbers = self.pool.pages.view(torch.float32)
+        numbers.copy_(torch.arange(numbers.numel()).view(numbers.shape))
         self.gathers: list[tuple[int, list[int]]] = []
         # What was enqueued before a ring was made: the memory of its buffers may have been in use
         self.before_ring = Ticket("before")
@@ -94,7 +95,7 @@ def test_each_part_is_read_once_in_order_from_a_drained_buffer(
     passes: list[list[int]], num_buffers: int, staging_blocks: int
 ) -> None:
     engine = RecordingEngine()
-    ring = StagingRing(engine, torch.zeros(num_buffers, staging_blocks, PAGE_ELEMS))
+    ring = StagingRing(engine, torch.zeros(num_buffers, staging_blocks, PAGE_BYTES, dtype=torch.uint8))
     for sizes in passes:
         parts = make_parts(engine, sizes, staging_blocks)
         schedule = [(layer, part) for layer in range(NUM_LAYERS) for part in parts]
@@ -123,7 +124,7 @@ def test_history_is_split_into_few_even_parts(num_blocks: int, staging_blocks: i
 def test_what_the_schedule_does_not_have_next_is_refused() -> None:
     layout = PageLayout(layer_outermost(2))
     engine = CpuTransferEngine(layout, HostPool(NUM_BLOCKS, layout))
-    ring = StagingRing(engine, torch.zeros(2, 4, PAGE_ELEMS))
+    ring = StagingRing(engine, torch.zeros(2, 4, PAGE_BYTES, dtype=torch.uint8))
     first, second = make_parts(engine, [3, 4], 4)
     ring.begin([(0, first), (0, second)])
     with (
@@ -142,8 +143,8 @@ def test_what_the_schedule_does_not_have_next_is_refused() -> None:
 def test_a_pass_that_was_cut_short_leaves_nothing_behind() -> None:
     layout = PageLayout(layer_outermost(1))
     engine = CpuTransferEngine(layout, HostPool(NUM_BLOCKS, layout))
-    engine.pool.pages.copy_(torch.arange(NUM_BLOCKS)[:, None].expand(-1, PAGE_ELEMS))
-    ring = StagingRing(engine, torch.zeros(2, 4, PAGE_ELEMS))
+    engine.pool.pages.copy_(torch.arange(NUM_BLOCKS)[:, None].expand(-1, PAGE_BYTES))
+    ring = StagingRing(engine, torch.zeros(2, 4, PAGE_BYTES, dtype=torch.uint8))
     parts = make_parts(engine, [3, 4, 2], 4)
     ring.begin((0, part) for part in parts)
     with ring.part(0, parts[0]):

@@ -10,7 +10,7 @@ from flashmemory_kernels.partial_attention import partial_attention
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
-from flashmemory_vllm.transfer.layout import PageLayout
+from flashmemory_vllm.transfer.layout import POISON, PageLayout
 from flashmemory_vllm.transfer.page_format import CpuVectorPages, InterleavedPages, PageFormat
 from flashmemory_vllm.transfer.staging import StagingRing, split_history
 from flashmemory_vllm.transfer.streaming import Chunk, PartialAttention, StreamedAttention, StreamedHistory
@@ -19,7 +19,7 @@ from tests.unit.transfer.pools import (
     HEAD_DIM,
     NUM_HEADS,
     NUM_SLOTS,
-    PAGE_ELEMS,
+    PAGE_BYTES,
     block_outermost,
     layer_outermost,
 )
@@ -79,7 +79,7 @@ def stream(
     staging_blocks: int,
     attend: PartialAttention = partial_attention,
 ) -> None:
-    ring = StagingRing(engine, torch.full((2, staging_blocks, PAGE_ELEMS), torch.nan))
+    ring = StagingRing(engine, torch.full((2, staging_blocks, PAGE_BYTES), POISON, dtype=torch.uint8))
     ring.begin((LAYER, part) for part in history.parts)
     StreamedAttention(engine.layout, page_format, ring, SCALE, attend).complete(LAYER, chunk, history)
 
