@@ -156,14 +156,14 @@ MOVERS = (
         f"{_TRANSFER}cuda_engine.py",
         "self._copying(self._recalls, after, *saved)",
         "self._copying(self._recalls, *saved)",
-        _OVERLAP,
+        f"{_TRANSFER_TEST}test_cuda_engine.py::test_a_recall_into_slots_that_have_rested_waits_for_nobody",
     ),
     Mutation(
         "a copy waits for a step before the last reader of its slots",
         f"{_TRANSFER}step_ends.py",
         "self._ends[-1 - min(rested, len(self._ends) - 1)]",
         "self._ends[-1 - min(rested + 1, len(self._ends) - 1)]",
-        _OVERLAP,
+        f"{_TRANSFER_TEST}test_cuda_engine.py::test_a_recall_into_slots_that_have_rested_waits_for_nobody",
     ),
     Mutation(
         "a block is recalled while it is still being written back",

@@ -133,6 +133,13 @@ class Idle(Random):
         return seq[0]
 
 
+def _waits(stream: Stream) -> bool:
+    """Whether a stream, having done all that it may, waits for another one."""
+    while stream.is_ready:
+        stream.advance()
+    return bool(stream.queue)
+
+
 def test_a_fence_waits_for_the_write_backs_that_it_is_told_of_and_no_other() -> None:
     with simulated(Idle(0), by_dma=True) as device:
         worker = Worker(CudaTransferEngine, device)
@@ -202,9 +209,7 @@ def test_a_recall_into_slots_that_have_rested_waits_for_nobody() -> None:
         engine.recall(0, np.array([1]), np.array([1]), ends.before(1))
         engine.fence([])
         recalls = cast("Stream", engine._recalls)
-        while recalls.is_ready:
-            recalls.advance()
-        assert not recalls.queue
+        assert not _waits(recalls)
         assert len(worker.seen) == 1, "the copy has waited for the step that runs"
         device.current.synchronize()
         engine.fence([])
@@ -212,8 +217,9 @@ def test_a_recall_into_slots_that_have_rested_waits_for_nobody() -> None:
         worker.read(engine.layout.page_view(0)[2:3])
         ends.add()
         engine.recall(0, np.array([1]), np.array([2]), ends.before(0))
+        assert _waits(recalls), "the copy has not waited for the reader of its slot"
         engine.synchronize()
-        assert len(worker.seen) == 3, "the copy has not waited for the reader of its slot"
+        assert len(worker.seen) == 3
 
 
 @pytest.mark.parametrize("by_dma", [False, True])
@@ -226,9 +232,7 @@ def test_a_gather_waits_for_the_reader_of_its_buffer(by_dma: bool) -> None:
         device.current.synchronize()
         worker.read(buffer)
         filled = engine.gather_layer(0, engine.upload(blocks), blocks, buffer, engine.marker())
-        gathers = cast("Stream", engine._gathers)
-        while gathers.is_ready:
-            gathers.advance()
+        assert _waits(cast("Stream", engine._gathers))
         engine.wait(filled)
         worker.read(buffer)
         device.current.synchronize()
