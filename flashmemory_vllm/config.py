@@ -155,8 +155,8 @@ class FlashMemoryConfig(BaseModel):
     prefetch_mib_per_step: int = Field(
         default=192,
         ge=1,
-        description="MiB that one step prefetches at most for later selections; the rest of a selection comes in the "
-        "steps after it. First selections are not limited.",
+        description="MiB that one step prefetches at most for later selections, shared by the requests that have some; "
+        "the rest comes in the steps after it. First selections are not limited.",
     )
     layer_groups: int = Field(
         default=1,

@@ -7,51 +7,23 @@ goes. One that begins a block takes a slot at once, and its next list says who g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.entries import Entries
-from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import Copies, Geometry, IntArray
-
-NOBODY = -1
-# Columns of a list's row before its positions: place, epoch, step, how many come, how many go, blocks worth a slot
-HEADER = 6
-
-
-class Pairs(NamedTuple):
-    """Changes of one layer group, int32 `[n]` each: in a place a position comes, another goes; -1 if there is none."""
-
-    place: IntArray
-    come: IntArray
-    go: IntArray
-
-    def where(self, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Pairs:
-        """Some of them."""
-        return Pairs(self.place[mask], self.come[mask], self.go[mask])
-
-
-def pairs_of(rows: IntArray) -> Pairs:
-    """Read rows of a list: who comes takes the entry of who goes, as far as there are both.
-
-    Args:
-        rows: int32 `[n, 6 + 2 L]`: the header, then L positions that come and L that go, the first `comes` and `goes`
-            of them valid.
-    """
-    longest = (rows.shape[1] - HEADER) // 2
-    column = np.arange(longest, dtype=np.int32)
-    comes, goes = rows[:, 3:4], rows[:, 4:5]
-    used = column < np.maximum(comes, goes)
-    come = np.where(column < comes, rows[:, HEADER : HEADER + longest], NOBODY)
-    go = np.where(column < goes, rows[:, HEADER + longest : HEADER + 2 * longest], NOBODY)
-    return Pairs(np.broadcast_to(rows[:, :1], used.shape)[used], come[used], go[used])
+from flashmemory_vllm.residency.awaited import Awaited, Taken
+from flashmemory_vllm.residency.entries import NO_ENTRY, Entries
+from flashmemory_vllm.residency.lists import NOBODY, Pairs, pairs_of
+from flashmemory_vllm.residency.slots import NOT_RESIDENT, NULL_SLOT, SlotTable
+from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray
 
 
 class Books:
     """Tables, epochs and blocks of all places. Slots are those of a table that prefill shares.
+
+    What a step changes is written down first, and gives slots up; blocks that have a slot are claimed on the way. Only
+    `settle` takes slots, for all that lack one, so that no change of a step needs what another one is about to give up.
 
     Args:
         geometry: sizes of the paged memory.
@@ -70,11 +42,26 @@ class Books:
         self.ids: IntArray = np.zeros((num_places, width), np.int32)
         self.epoch: IntArray = np.zeros(num_places, np.int32)
         self.groups = [Entries(num_places, width) for _ in range(geometry.num_groups)]
+        self._is_wide = np.zeros(num_places, np.bool_)
+        self._begun = Awaited()
+        self._recalled = [Awaited() for _ in self.groups]
+        self._prefetched = [Awaited() for _ in self.groups]
+        self._applied = -1
+
+    def clear(self) -> None:
+        """Forget all tables and what was awaited, without a look at slots; epochs go on."""
+        for place in range(self.epoch.size):
+            for entries in self.groups:
+                entries.clear(place)
+        for awaited in (self._begun, *self._recalled, *self._prefetched):
+            awaited.take()
+        self._is_wide[:] = False
+        self.epoch += 1
         self._applied = -1
 
     def enter(
-        self, place: int, ids: IntArray, positions: Sequence[IntArray], *, sink: int, recent: int
-    ) -> list[Copies]:
+        self, place: int, ids: IntArray, positions: Sequence[IntArray], *, sink: int, recent: int, begun: int = 0
+    ) -> None:
         """A request begins to decode with the sets of its first list.
 
         Args:
@@ -83,29 +70,27 @@ class Books:
             positions: per group int32 `[k]`, ascending, with the sink and the recent blocks.
             sink: how many of the first never go.
             recent: how many of the newest keep their order, one or more.
-
-        Returns:
-            What is to be copied from the host.
-
-        Raises:
-            IntegrityError: a block has neither slot nor host copy, or there is no room.
+            begun: how many of the newest are begun in this step. Default: none.
         """
         self.ids[place, : ids.size] = ids
-        copies = []
         for group, (entries, chosen) in enumerate(zip(self.groups, positions, strict=True)):
-            slots, missing = self._slots.claim(group, ids[chosen])
+            known = chosen[: chosen.size - begun]
+            slots = np.full(chosen.size, NULL_SLOT, np.int32)
+            slots[: known.size] = self._claim(group, np.full(known.size, place, np.int32), known, self._recalled)
             entries.fill(place, chosen, slots, sink, recent)
-            copies.append(missing)
-        return copies
+        if begun:
+            self._begun.add(np.full(begun, place, np.int32), np.arange(ids.size - begun, ids.size, dtype=np.int32))
 
     def leave(self, place: int) -> None:
         """A request has ended or lost its blocks: lists that are on their way are not for its successor."""
         for group, entries in enumerate(self.groups):
-            self._slots.unpin(group, self.ids[place, entries.positions_of(place)])
-            entries.clear(place)
+            if entries.count[place]:
+                self._slots.unpin(group, self.ids[place, entries.positions_of(place)])
+                entries.clear(place)
+        self._is_wide[place] = False
         self.epoch[place] += 1
 
-    def append(self, place: IntArray, position: IntArray, blocks: IntArray, recent: IntArray) -> list[Copies]:
+    def append(self, place: IntArray, position: IntArray, blocks: IntArray, recent: IntArray) -> None:
         """Requests begin a block each: it gets a slot in every group, and nobody goes for it yet.
 
         Args:
@@ -115,27 +100,28 @@ class Books:
             recent: int32 `[n]` how many of the newest blocks keep their order from now on.
         """
         self.ids[place, position] = blocks
-        fresh = []
-        for group, entries in enumerate(self.groups):
-            fresh.append(self._slots.hold_fresh(group, blocks))
-            entries.append(place, position, fresh[-1].slots, recent)
-        return fresh
+        for entries in self.groups:
+            entries.append(place, position, np.full(place.size, NULL_SLOT, np.int32), recent)
+        self._begun.add(place, position)
 
-    def apply(self, step: int, rows: IntArray) -> list[Copies]:
+    def keep_recent(self, place: IntArray, recent: IntArray) -> None:
+        """So many of the newest blocks of places keep their order from now on, int32 `[n]`; no more than so far."""
+        for entries in self.groups:
+            entries.keep_recent(place, recent)
+
+    def apply(self, step: int, rows: IntArray, *, at_once: bool = False) -> None:
         """Bring the list of a step into force, for every place whose tenant is still the one it was made for.
 
         Args:
             step: whose list it is; later than that of the last call.
             rows: int32 `[n, G, 6 + 2 L]`, see `pairs_of`; a row of padding has place -1.
-
-        Returns:
-            What is to be copied from the host, an entry for each group that lacks something.
+            at_once: some rows of a list, whose others come later: the order of steps is not for these. Default: False.
 
         Raises:
             IntegrityError: the list is not the next one, or does not follow from the sets in force; nothing is
-                changed then. Or there is no room.
+                changed then.
         """
-        if step <= self._applied:
+        if step <= self._applied and not at_once:
             raise IntegrityError(f"the list of step {step} comes after that of step {self._applied}")
         rows = rows[rows[:, 0, 0] != NOBODY]
         if not ((rows[:, 0, 0] >= 0) & (rows[:, 0, 0] < self.epoch.size)).all():
@@ -144,9 +130,58 @@ class Books:
         pairs = [pairs_of(rows[:, group]) for group in range(len(self.groups))]
         for group, of_group in enumerate(pairs):
             self._check(step, group, of_group)
-        self._applied = step
-        copies = [one for group, of_group in enumerate(pairs) for one in self._change(group, of_group)]
-        return [one for one in copies if one.blocks.size]
+        if not at_once:
+            self._applied = step
+        for group, of_group in enumerate(pairs):
+            self._change(group, of_group, self._recalled if at_once else self._prefetched)
+
+    def widen(self, place: int, positions: Sequence[IntArray]) -> None:
+        """A request reads blocks beside its sets until it narrows; lists go on changing the sets.
+
+        Args:
+            place: of a request with a table.
+            positions: per group int32 `[k]` of full blocks that the table does not have.
+        """
+        self._is_wide[place] = True
+        for group, (entries, more) in enumerate(zip(self.groups, positions, strict=True)):
+            if more.size:
+                slots = self._claim(group, np.full(more.size, place, np.int32), more, self._prefetched)
+                entries.widen(place, more, slots)
+
+    def narrow(self, place: int) -> None:
+        """A request does without what it read beside its sets."""
+        self._is_wide[place] = False
+        for group, entries in enumerate(self.groups):
+            self._slots.unpin(group, self.ids[place, np.flatnonzero(entries.is_extra[place])])
+            entries.narrow(place)
+
+    def settle(self) -> Taken:
+        """Give slots to all blocks that lack one since the last call, those that are begun first.
+
+        Raises:
+            IntegrityError: a block has neither slot nor host copy, or there is no room.
+        """
+        fresh, recalls, prefetches = list[Copies](), list[Copies](), list[Copies]()
+        place, position = self._begun.take()
+        for group, entries in enumerate(self.groups if place.size else ()):
+            fresh.append(self._slots.hold_fresh(group, self.ids[place, position]))
+            entries.set_slots(place, position, fresh[-1].slots)
+        for brought, awaited in ((recalls, self._recalled), (prefetches, self._prefetched)):
+            for group, entries in enumerate(self.groups):
+                place, position = awaited[group].take()
+                if place.size:
+                    slots, copies = self._slots.claim(group, self.ids[place, position])
+                    entries.set_slots(place, position, slots)
+                    brought.extend([copies] if copies.blocks.size else ())
+        return Taken(fresh, recalls, prefetches)
+
+    def take_changed(self, place: int) -> bool:
+        """Whether a table of a place differs from what it was in the last call for it."""
+        changed = False
+        for entries in self.groups:
+            if entries.changed[place]:
+                entries.changed[place], changed = False, True
+        return changed
 
     def pins(self) -> IntArray:
         """int32 `[G, S]` tables that name each slot."""
@@ -190,39 +225,61 @@ class Books:
                     "which does not follow from their sets"
                 )
 
-    def _change(self, group: int, pairs: Pairs) -> Iterator[Copies]:
+    def _claim(self, group: int, place: IntArray, position: IntArray, awaited: Sequence[Awaited]) -> IntArray:
+        """Slots of blocks that have one, which have a claim more now; the null slot for others, which wait for one."""
+        blocks = self.ids[place, position]
+        slots: IntArray = self._slots.lut[group, blocks]
+        is_missing = slots == NOT_RESIDENT
+        if is_missing.any():
+            awaited[group].add(place[is_missing], position[is_missing])
+            slots[is_missing] = NULL_SLOT
+            blocks = blocks[~is_missing]
+        self._slots.pin(group, blocks)
+        return slots
+
+    def _change(self, group: int, pairs: Pairs, awaited: Sequence[Awaited]) -> None:
+        is_wide = self._is_wide[pairs.place]
+        if is_wide.any():
+            pairs = self._exchange(group, pairs, is_wide)
         has_both = (pairs.come != NOBODY) & (pairs.go != NOBODY)
         both = pairs if has_both.all() else pairs.where(has_both)
         if both.place.size:  # almost always all of them
-            yield self._replace(group, both)
+            # First those that come: one that goes from a row may come into another
+            slots = self._claim(group, both.place, both.come, awaited)
+            self._slots.unpin(group, self.ids[both.place, both.go])
+            self.groups[group].replace(both.place, both.come, both.go, slots)
         if both is not pairs:
-            yield from self._one_by_one(pairs.where(pairs.go == NOBODY), lambda one: self._insert(group, one))
-            yield from self._one_by_one(pairs.where(pairs.come == NOBODY), lambda one: self._remove(group, one))
+            for one in self._one_by_one(pairs.where(pairs.go == NOBODY)):
+                self._insert(group, one, awaited)
+            for one in self._one_by_one(pairs.where(pairs.come == NOBODY)):
+                self._slots.unpin(group, self.ids[one.place, one.go])
+                self.groups[group].remove(one.place, one.go)
 
-    def _replace(self, group: int, pairs: Pairs) -> Copies:
-        # First those that come: one that goes from a row may come into another
-        slots, copies = self._slots.claim(group, self.ids[pairs.place, pairs.come])
-        self._slots.unpin(group, self.ids[pairs.place, pairs.go])
-        self.groups[group].replace(pairs.place, pairs.come, pairs.go, slots)
-        return copies
+    def _exchange(self, group: int, pairs: Pairs, is_wide: BoolArray) -> Pairs:
+        """Of places that read blocks beside their sets, what goes stays in the table, and what is there has come.
 
-    def _insert(self, group: int, pairs: Pairs) -> Copies:
-        slots, copies = self._slots.claim(group, self.ids[pairs.place, pairs.come])
+        Returns:
+            The changes that are left to be made.
+        """
+        entries = self.groups[group]
+        goes, comes = is_wide & (pairs.go != NOBODY), is_wide & (pairs.come != NOBODY)
+        entries.is_extra[pairs.place[goes], pairs.go[goes]] = True
+        entries.is_extra[pairs.place[comes], pairs.come[comes]] = False
+        is_there = comes.copy()
+        is_there[comes] = entries.entry[pairs.place[comes], pairs.come[comes]] != NO_ENTRY
+        left = Pairs(pairs.place, np.where(is_there, NOBODY, pairs.come), np.where(goes, NOBODY, pairs.go))
+        return left.where((left.come != NOBODY) | (left.go != NOBODY))
+
+    def _insert(self, group: int, pairs: Pairs, awaited: Sequence[Awaited]) -> None:
+        slots = self._claim(group, pairs.place, pairs.come, awaited)
         self.groups[group].insert(pairs.place, pairs.come, slots)
-        return copies
-
-    def _remove(self, group: int, pairs: Pairs) -> None:
-        self._slots.unpin(group, self.ids[pairs.place, pairs.go])
-        self.groups[group].remove(pairs.place, pairs.go)
 
     @staticmethod
-    def _one_by_one(pairs: Pairs, change: Callable[[Pairs], Copies | None]) -> Iterator[Copies]:
+    def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
         """Rows whose budget or length has just changed, mostly by one block: one block of each at a time."""
         while pairs.place.size:
             _, first = np.unique(pairs.place, return_index=True)
             is_first = np.zeros(pairs.place.size, np.bool_)
             is_first[first] = True
-            copies = change(pairs.where(is_first))
-            if copies is not None:
-                yield copies
+            yield pairs.where(is_first)
             pairs = pairs.where(~is_first)

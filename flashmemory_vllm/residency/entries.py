@@ -31,6 +31,8 @@ class Entries:
         count: int32 `[P]` entries of each table; 0 if the place is free.
         sink: int32 `[P]` first entries, which never go.
         recent: int32 `[P]` entries at the end of the table that keep their order.
+        is_extra: bool `[P, W]` positions in the table that are in no set: the place keeps all its blocks for a while.
+        changed: bool `[P]` tables that differ from what was last read of them; whoever reads them takes it back.
     """
 
     def __init__(self, num_places: int, width: int) -> None:
@@ -42,6 +44,8 @@ class Entries:
         self.count: IntArray = np.zeros(num_places, np.int32)
         self.sink: IntArray = np.zeros(num_places, np.int32)
         self.recent: IntArray = np.zeros(num_places, np.int32)
+        self.is_extra: BoolArray = np.zeros((num_places, width), np.bool_)
+        self.changed: BoolArray = np.zeros(num_places, np.bool_)
         self._edited: list[tuple[IntArray, IntArray]] = []
 
     def positions_of(self, place: int) -> IntArray:
@@ -52,17 +56,24 @@ class Entries:
         """int32 `[count]` slots of the same blocks, a view."""
         return self.slot[place, : self.count[place]]
 
+    def set_of(self, place: int) -> IntArray:
+        """int32 `[k]` positions of the far blocks that are in the set."""
+        far = self.position[place, self.sink[place] : self.count[place] - self.recent[place]]
+        in_set: IntArray = far[~self.is_extra[place, far]]
+        return in_set
+
     def may_go(self, place: IntArray, go: IntArray) -> BoolArray:
-        """Which positions stand among the far blocks; bool `[n]`."""
+        """Which positions stand among the far blocks of the set; bool `[n]`."""
         at = self.entry[place, go]
-        is_far: BoolArray = (at >= self.sink[place]) & (at < self.count[place] - self.recent[place])
-        return is_far
+        is_far = (at >= self.sink[place]) & (at < self.count[place] - self.recent[place])
+        may_go: BoolArray = is_far & ~self.is_extra[place, go]
+        return may_go
 
     def may_come(self, place: IntArray, come: IntArray) -> BoolArray:
-        """Which positions are in no entry, and those of full blocks between sink and recent blocks; bool `[n]`."""
+        """Which positions are in no set, and those of full blocks between sink and recent blocks; bool `[n]`."""
         first_recent = self.position[place, self.count[place] - self.recent[place]]
         is_free: BoolArray = (
-            (self.entry[place, come] == NO_ENTRY)
+            ((self.entry[place, come] == NO_ENTRY) | self.is_extra[place, come])
             & (come >= self.sink[place])
             & (come < first_recent)
             & (self.count[place] > 0)
@@ -70,7 +81,7 @@ class Entries:
         return is_free
 
     def fill(self, place: int, positions: IntArray, slots: IntArray, sink: int, recent: int) -> None:
-        """A whole table for a free place; positions ascend."""
+        """A whole table for a place whose table is empty; positions in the order that this module tells."""
         count = positions.size
         self.position[place, :count], self.slot[place, :count] = positions, slots
         self.entry[place, positions] = np.arange(count)
@@ -80,7 +91,40 @@ class Entries:
     def clear(self, place: int) -> None:
         """A place becomes free."""
         self.entry[place, self.positions_of(place)] = NO_ENTRY
+        self.is_extra[place, self.positions_of(place)] = False
         self.count[place] = 0
+
+    def set_slots(self, place: IntArray, position: IntArray, slots: IntArray) -> None:
+        """Name the slots of blocks that were put into tables without, since edits were last taken."""
+        self.slot[place, self.entry[place, position]] = slots
+
+    def keep_recent(self, place: IntArray, recent: IntArray) -> None:
+        """So many of the newest blocks are recent from now on, the others have become far.
+
+        Raises:
+            IntegrityError: a place would have recent blocks without their order, or none.
+        """
+        if (recent > self.recent[place]).any() or (recent < 1).any():
+            raise IntegrityError(f"places {place}: {recent} recent blocks, there were {self.recent[place]}")
+        self.recent[place] = recent
+
+    def widen(self, place: int, positions: IntArray, slots: IntArray) -> None:
+        """Put blocks into a table that its set does not have, in front of the recent ones."""
+        count, first_recent = int(self.count[place]), int(self.count[place] - self.recent[place])
+        all_positions, all_slots = (
+            np.concatenate((table[place, :first_recent], more, table[place, first_recent:count]))
+            for table, more in ((self.position, positions), (self.slot, slots))
+        )
+        self.fill(place, all_positions, all_slots, self.sink[place], self.recent[place])
+        self.is_extra[place, positions] = True
+
+    def narrow(self, place: int) -> None:
+        """Take all blocks out of a table that its set does not have."""
+        positions, slots = self.positions_of(place), self.slots_of(place)
+        is_kept = ~self.is_extra[place, positions]
+        positions, slots = positions[is_kept], slots[is_kept]
+        self.clear(place)
+        self.fill(place, positions, slots, self.sink[place], self.recent[place])
 
     def append(self, place: IntArray, position: IntArray, slots: IntArray, recent: IntArray) -> None:
         """Each of the places, all of them different, begins a block; so many of its newest are recent from now on.
@@ -147,6 +191,11 @@ class Entries:
             raise IntegrityError(f"place {place}: an entry is known of a position that the table does not have")
         if count and ((np.diff(positions[count - recent :]) != 1).any() or positions[-1] != positions.max()):
             raise IntegrityError(f"place {place}: of {positions} the last {recent} are not the newest in order")
+        sink, extra = int(self.sink[place]), np.flatnonzero(self.is_extra[place])
+        if (positions[:sink] != np.arange(min(sink, count))).any():
+            raise IntegrityError(f"place {place}: {positions} do not begin with the {sink} blocks of the sink")
+        if not np.isin(extra, positions[sink : max(sink, count - recent)]).all():
+            raise IntegrityError(f"place {place}: {extra} are beside the set, but not far blocks of {positions}")
 
     def _recent(self, place: IntArray) -> tuple[IntArray, BoolArray]:
         """Entries `[n, w]` of the recent blocks of places, and which of them there are."""
@@ -162,4 +211,5 @@ class Entries:
         self._note(row, source + by)
 
     def _note(self, place: IntArray, at: IntArray) -> None:
+        self.changed[place] = True
         self._edited.append((place, at))

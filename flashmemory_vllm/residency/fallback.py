@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from flashmemory_vllm.residency.budget import cdiv
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.modes import HIGH_WATERMARK, LOW_WATERMARK
-from flashmemory_vllm.residency.ranking import Frame
 from flashmemory_vllm.residency.requests import RequestState
 
 
@@ -28,33 +25,28 @@ class DenseFallback:
 
     Args:
         limit: selected share above which a request falls back.
-        score_threshold: score from which a block is worth a slot.
         num_slots: S, the null slot included.
         known: the known requests, live.
         counters: take what is decided.
     """
 
-    def __init__(
-        self, limit: float, score_threshold: float, num_slots: int, known: Iterable[RequestState], counters: Counters
-    ) -> None:
+    def __init__(self, limit: float, num_slots: int, known: Iterable[RequestState], counters: Counters) -> None:
         self._limit = limit
-        self._score_threshold = score_threshold
         self._capacity = num_slots - 1
         self._known = known
         self._counters = counters
 
-    def learn(self, state: RequestState, frame: Frame) -> None:
-        """Count what the selection offered finds worth a slot, and let the request fall back.
+    def learn(self, state: RequestState, num_worth: int, num_evictable: int) -> None:
+        """Count what a selection finds worth a slot, and let the request fall back.
 
         Args:
-            state: a request with scores offered.
-            frame: the blocks that its budget has room for in any case.
+            state: a request that is selected for.
+            num_worth: blocks that are worth a slot, over all groups.
+            num_evictable: all of these, which its budget does not have room for in any case.
         """
-        assert state.offered is not None
-        evictable = state.offered[:, frame.sink_end : frame.recent_start]
-        state.num_worth += int(np.count_nonzero(evictable >= self._score_threshold))
-        state.num_evictable += evictable.size
-        if state.falls_back or state.scores is None or state.selected_share <= self._limit:
+        state.num_worth += num_worth
+        state.num_evictable += num_evictable
+        if state.falls_back or not state.is_selected or state.selected_share <= self._limit:
             return
         if self._has_room(state):
             state.falls_back = True

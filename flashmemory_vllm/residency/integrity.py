@@ -7,19 +7,21 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import cdiv
+from flashmemory_vllm.residency.entries import Entries
 from flashmemory_vllm.residency.requests import RequestState
-from flashmemory_vllm.residency.resident_set import ResidentSet
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 
-def check_requests(known: Iterable[RequestState], slots: SlotTable, unwritten: IntArray) -> None:
+def check_requests(known: Iterable[RequestState], slots: SlotTable, books: Books, unwritten: IntArray) -> None:
     """Check pins, content and resident sets of all known requests; costs a pass over all their blocks.
 
     Args:
         known: the known requests.
         slots: where their blocks are.
+        books: the tables of those that decode.
         unwritten: blocks that the open plan fills and writes back.
 
     Raises:
@@ -27,18 +29,20 @@ def check_requests(known: Iterable[RequestState], slots: SlotTable, unwritten: I
     """
     states = list(known)
     _check_extras(states, slots.pins.shape[1] - 1)
-    pins = np.zeros_like(slots.pins)
+    books.check_integrity()
+    pins = books.pins()
     is_unwritten = np.zeros_like(slots.host_valid)
     is_unwritten[unwritten] = True
+    in_books = {place for entries in books.groups for place in np.flatnonzero(entries.count).tolist()}
+    if in_books != {state.place for state in states if state.is_decoding}:
+        raise IntegrityError(f"places {in_books} have tables, but not all of them or others have requests that decode")
     for state in states:
-        _check_content(state, slots, state.policy.block_size, is_unwritten[state.blocks.ids])
-        for group, resident in enumerate(state.sets):
-            pins[group, slots.lut[group, state.blocks.ids[resident.held]]] += 1
-            known = slots.lut[group, state.blocks.ids[resident.held[: resident.slots.size]]]
-            if (known != resident.slots).any():
-                raise IntegrityError(f"request {state.req_id} group {group}: held blocks have moved to other slots")
-            if state.is_decoding:
-                _check_set(state, group, resident)
+        _check_content(state, slots, books, is_unwritten[state.blocks.ids])
+        for group, held in enumerate(state.held):
+            pins[group, slots.lut[group, state.blocks.ids[held]]] += 1
+        if state.is_decoding:
+            for group, entries in enumerate(books.groups):
+                _check_set(state, group, entries)
     if (pins != slots.pins).any():
         group, slot = np.argwhere(pins != slots.pins)[0]
         raise IntegrityError(
@@ -56,45 +60,43 @@ def _check_extras(states: Sequence[RequestState], capacity: int) -> None:
             f"budgets of {budgets} slots and fallbacks of {extras} beside them exceed the {capacity} there are"
         )
     for state in states:
-        if state.falls_back and (not state.is_decoding or state.scores is None):
+        if state.falls_back and not (state.is_decoding and state.is_selected):
             raise IntegrityError(f"request {state.req_id}: falls back without a set of its own to go back to")
 
 
-def _check_content(state: RequestState, slots: SlotTable, block_size: int, is_unwritten: BoolArray) -> None:
+def _check_content(state: RequestState, slots: SlotTable, books: Books, is_unwritten: BoolArray) -> None:
     """Full blocks have a host copy or are about to; a partial one is held in every group and has none."""
-    num_full, rest = divmod(state.num_tokens, block_size)
+    num_full, rest = divmod(state.num_tokens, state.policy.block_size)
     ids = state.blocks.ids
     lost = ~slots.host_valid[ids[:num_full]] & ~is_unwritten[:num_full]
     if lost.any():
         raise IntegrityError(f"request {state.req_id}: full blocks {ids[:num_full][lost]} have no host copy")
     if rest and slots.host_valid[ids[num_full]]:
         raise IntegrityError(f"request {state.req_id}: block {ids[num_full]} is partial but has a host copy")
-    for group, resident in enumerate(state.sets):
-        if (slots.lut[group, ids[resident.held]] < 0).any():
+    for group, entries in enumerate(books.groups):
+        held = entries.positions_of(state.place) if state.is_decoding else state.held[group]
+        if (slots.lut[group, ids[held]] < 0).any():
             raise IntegrityError(f"request {state.req_id} group {group}: held blocks without a slot")
-        if rest and num_full not in resident.held:
+        if rest and num_full not in held:
             raise IntegrityError(f"request {state.req_id} group {group}: partial block {ids[num_full]} is not held")
+        if state.is_decoding and (books.ids[state.place, held] != ids[held]).any():
+            raise IntegrityError(f"request {state.req_id}: its table is of other blocks")
 
 
-def _check_set(state: RequestState, group: int, resident: ResidentSet) -> None:
-    """A set is within its budget with all that waits for it, and has sink and recent blocks that are in force."""
+def _check_set(state: RequestState, group: int, entries: Entries) -> None:
+    """A table is within its budget, but for what a fallback reads beside it, and has sink and recent blocks."""
     policy = state.policy
-    where, held = f"request {state.req_id} group {group}", resident.held
+    where, held = f"request {state.req_id} group {group}", entries.positions_of(state.place)
     num_blocks = cdiv(state.num_tokens, policy.block_size)
-    budget = policy.decode_budget(state.num_tokens) + state.extra_blocks
-    if held[-1] != num_blocks - 1 or (np.diff(held) <= 0).any():
-        raise IntegrityError(f"{where}: a set up to block {held[-1]}, allowed is up to {num_blocks - 1}, ascending")
-    chosen = np.concatenate((held, resident.waiting, resident.leaving))
-    if np.unique(chosen).size != chosen.size:
-        raise IntegrityError(f"{where}: blocks are held, waited for and leaving at once")
-    forced = np.union1d(
-        np.arange(policy.sink_blocks(state.num_tokens)),
-        np.arange(num_blocks - policy.recent_blocks(state.num_tokens), num_blocks),
-    )
-    if not np.isin(forced, held).all():
+    budget = policy.decode_budget(state.num_tokens)
+    if held[-1] != num_blocks - 1:
+        raise IntegrityError(f"{where}: a table up to block {held[-1]}, allowed is up to {num_blocks - 1}")
+    recent = policy.recent_blocks(state.num_tokens)
+    forced = np.union1d(np.arange(policy.sink_blocks(state.num_tokens)), np.arange(num_blocks - recent, num_blocks))
+    if not np.isin(forced, held).all() or entries.recent[state.place] < recent:
         raise IntegrityError(f"{where}: sink or recent blocks {np.setdiff1d(forced, held)} are not in the resident set")
-    if held.size + max(resident.waiting.size, resident.leaving.size) > budget:
+    num_extra = int(np.count_nonzero(entries.is_extra[state.place]))
+    if held.size - num_extra > budget or (num_extra and not state.falls_back):
         raise IntegrityError(
-            f"{where}: {held.size} held and {resident.waiting.size} waiting or {resident.leaving.size} leaving blocks "
-            f"exceed the budget of {budget}"
+            f"{where}: {held.size} held blocks, {num_extra} of them beside the set, exceed the budget of {budget}"
         )

@@ -3,14 +3,12 @@
 One plan runs in this order:
 
 1. forget requests that are gone, know new ones, note what each scheduled request computes
-2. end fallbacks whose slots are needed
-3. settle: each row that changes names the blocks it holds now, gives up others, asks for what is missing
-4. grant slots: blocks to be written, recalls, history of dense prefill rows, prefetches
-5. compact block tables of what is readable now; find the requests to score after the step
+2. end fallbacks whose slots are needed; write down what each row reads from now on, which gives slots up
+3. take slots: for blocks that decode rows begin or that come to them, then for prefill rows
+4. compact block tables; find the requests to score after the step
 
-A resident set changes only when its request grows by a block, a selection was offered, or what it chose has yet to
-come in: at most so many blocks a step, the rest waits (`residency/resident_set.py`). In every other step a decode
-row is the table of the step before.
+A decode row changes only when it grows by a block, or a list says who comes into its set and who goes: what a list
+brings is in force in the step in which it is applied. In every other step a decode row is the table of the step before.
 """
 
 from __future__ import annotations
@@ -22,29 +20,31 @@ from math import inf
 import numpy as np
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
-from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.books import Books
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.cadence import Cadence
 from flashmemory_vllm.residency.counters import Counters
-from flashmemory_vllm.residency.demand import Demand, joined
+from flashmemory_vllm.residency.decode_rows import DecodeRows
 from flashmemory_vllm.residency.fallback import DenseFallback
+from flashmemory_vllm.residency.host_lists import HostLists
 from flashmemory_vllm.residency.integrity import check_requests
+from flashmemory_vllm.residency.prefill_rows import PrefillRows
 from flashmemory_vllm.residency.registry import RequestRegistry
-from flashmemory_vllm.residency.requests import ScheduledRequest
-from flashmemory_vllm.residency.settling import Settler
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.tables import decode_table, prefill_table
+from flashmemory_vllm.residency.tables import row_of
 from flashmemory_vllm.residency.types import (
     NOTHING,
     BoolArray,
     Geometry,
     IntArray,
     Phase,
-    Row,
     Selection,
     StepInput,
     StepPlan,
     Usage,
     WriteBacks,
+    joined,
 )
 from flashmemory_vllm.residency.worth import Worth
 
@@ -57,7 +57,8 @@ class StepPlanner:
         policy: slots of a request; the same that the scheduler's ledger follows.
         tau: decode steps between two selections of a request.
         score_threshold: blocks that a selection scores below get no slot, though there may be room. Default: none.
-        max_prefetches: most blocks that one step prefetches in each layer group. Default: all that are wanted.
+        max_prefetches: most blocks that come into sets in one step and layer group, but for those of first selections.
+            Default: all that are wanted.
         fallback_share: selected share above which a request keeps all its blocks while there are slots. Default: never.
         opening_steps: first decode steps of a request that each end with a selection of their own. Default: none.
         worth: how a block's worth follows from its scores. Default: it is the last score.
@@ -83,18 +84,21 @@ class StepPlanner:
         if geometry.block_size != policy.block_size:
             raise ConfigError(f"block_size: the geometry has {geometry.block_size}, the policy {policy.block_size}")
         self._geometry = geometry
-        self._max_prefetches = geometry.num_slots if max_prefetches is None else max_prefetches
         self._cadence = Cadence(tau, opening_steps)
         self._slots = SlotTable(geometry)
         self._counters = Counters(self._slots.lifetime_steps, self._slots.idle_steps)
-        self._requests = RequestRegistry(geometry, self._slots, policy)
-        self._fallback: DenseFallback | None = None
+        # One block more than the longest request has: the scheduler may give it ahead
+        self._books = Books(
+            geometry, self._slots, geometry.num_places, cdiv(policy.max_model_len, policy.block_size) + 1
+        )
+        self._requests = RequestRegistry(geometry, self._slots, self._books, policy)
+        self._lists = HostLists(self._books, score_threshold, Worth() if worth is None else worth)
+        fallback = None
         if fallback_share is not None:
-            self._fallback = DenseFallback(
-                fallback_share, score_threshold, geometry.num_slots, self._requests, self._counters
-            )
-        self._worth = Worth() if worth is None else worth
-        self._settler = Settler(self._slots, self._counters, score_threshold, self._fallback, self._worth)
+            fallback = DenseFallback(fallback_share, geometry.num_slots, self._requests, self._counters)
+        most = geometry.num_slots if max_prefetches is None else max_prefetches
+        self._decode_rows = DecodeRows(self._slots, self._books, self._lists, self._counters, fallback, most)
+        self._prefill_rows = PrefillRows(self._slots, geometry.num_groups)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
         self._lut_view.flags.writeable = False
@@ -136,21 +140,11 @@ class StepPlanner:
         if state.asked_at:
             latency = time.perf_counter() - state.asked_at.pop(0)
             self._counters.selection_latency_seconds.observe(np.array([latency]))
-        scores, num_full = selection.scores, state.num_tokens // self._geometry.block_size
-        if scores is None:
+        if selection.scores is None:
             state.at_once = False
-            return
-        if scores.ndim != 2 or scores.shape[0] != self._geometry.num_groups or scores.shape[1] > num_full:
-            raise IntegrityError(
-                f"request {selection.req_id}: scores of shape {scores.shape}, "
-                f"allowed are {self._geometry.num_groups} groups of at most {num_full} blocks"
-            )
-        if np.isnan(scores).any():
-            raise IntegrityError(f"request {selection.req_id}: a score is NaN, allowed are numbers")
-        since = state.num_tokens - state.remembered_at
-        state.memory = self._worth.remember(scores.astype(np.float32), state.memory, since)
-        state.remembered_at = state.num_tokens
-        state.offered = self._worth.of(state.memory)
+        else:
+            self._lists.remember(state, selection.scores)
+            state.is_offered = True
 
     def hasten(self, req_ids: Iterable[str]) -> None:
         """Make requests due in their next step, as far as the cap on selections allows.
@@ -174,21 +168,21 @@ class StepPlanner:
         evictions_before = self._slots.num_evictions
         self._slots.begin_step()
         scheduled = self._requests.schedule(step_input)
-        demand = Demand(self._geometry.num_groups, self._max_prefetches)
-        for state in self._fallback.revoke() if self._fallback is not None else ():
-            self._settler.give_back(state, demand)
-        for row in scheduled:
-            self._settler.settle(row, demand)
-        granted = demand.grant(self._slots, self._requests)
+        prefill = [row for row in scheduled if row.phase is Phase.PREFILL]
+        self._prefill_rows.settle(prefill)
+        selected = self._decode_rows.settle(step_input.step, [row for row in scheduled if row.phase is Phase.DECODE])
+        taken = self._books.settle()
+        fresh, history = self._prefill_rows.grant(prefill)
         plan = StepPlan(
             step=step_input.step,
             evicted=self._slots.num_evictions - evictions_before,
-            fresh=granted.fresh,
-            recalls=granted.recalls,
-            prefetches=granted.prefetches,
+            fresh=(*taken.fresh, *fresh),
+            recalls=(*taken.recalls, *history),
+            prefetches=tuple(taken.prefetches),
             write_backs=self._write_backs(scheduled),
-            rows={row.state.req_id: self._row(row) for row in scheduled},
+            rows={row.state.req_id: row_of(row, self._slots, self._books, self._counters) for row in scheduled},
             due=self._cadence.due(scheduled, self._requests),
+            selected=selected,
         )
         self._count(plan)
         self._open = plan
@@ -217,13 +211,16 @@ class StepPlanner:
         """Forget all requests and all content, on the device and on the host. Counters go on."""
         self._slots.clear()
         self._requests.clear()
+        self._books.clear()
+        self._lists.clear()
         self._open = None
 
     def usage(self) -> Usage:
         """The state of memory now."""
         groups = range(self._geometry.num_groups)
         capacity = self._geometry.num_slots - 1
-        held = sum(resident.held.size for state in self._requests for resident in state.sets)
+        held = sum(int(entries.count.sum()) for entries in self._books.groups)
+        held += sum(held.size for state in self._requests for held in state.held)
         block_size = self._geometry.block_size
         return Usage(
             num_slots=capacity,
@@ -235,13 +232,29 @@ class StepPlanner:
             num_requests=len(self._requests),
         )
 
+    def place_of(self, req_id: str) -> int:
+        """Where the tables of a known request lie, on the host and on the device."""
+        state = self._requests.get(req_id)
+        if state is None:
+            raise IntegrityError(f"request {req_id} is not known and has no place")
+        return state.place
+
+    def take_edits(self) -> list[IntArray]:
+        """Per group, what changed in the tables of decode rows since the last call: see `Entries.take_edits`."""
+        return [entries.take_edits() for entries in self._books.groups]
+
+    def held_by(self, state: RequestState) -> list[IntArray]:
+        """Per group int32 `[k]`, positions of the blocks that a known request holds, in any order."""
+        if not state.is_decoding:
+            return state.held
+        return [entries.positions_of(state.place) for entries in self._books.groups]
+
     def resident_mask(self, req_id: str, num_blocks: int) -> BoolArray:
         """Which of a request's first blocks it holds: bool `[G, num_blocks]`, all false if it is gone."""
         mask = np.zeros((self._geometry.num_groups, num_blocks), np.bool_)
         state = self._requests.get(req_id)
-        if state is not None:
-            for group, resident in enumerate(state.sets):
-                mask[group, resident.held[resident.held < num_blocks]] = True
+        for group, held in enumerate(self.held_by(state) if state is not None else ()):
+            mask[group, held[held < num_blocks]] = True
         return mask
 
     def free_slots(self, group: int) -> IntArray:
@@ -256,30 +269,7 @@ class StepPlanner:
         """
         self._slots.check_integrity()
         unwritten = NOTHING if self._open is None else self._open.write_backs.blocks
-        check_requests(self._requests, self._slots, unwritten)
-
-    def _row(self, row: ScheduledRequest) -> Row:
-        state = row.state
-        if row.phase is Phase.PREFILL:
-            table = prefill_table(row, self._slots)
-            self._counters.streamed_blocks += sum(blocks.size for blocks in table.streamed)
-        else:
-            # While blocks of a set come in, its table is good for one step only.
-            table = state.table or decode_table(row, self._slots)
-            state.table = table if state.settled_until else None
-            self._counters.decode_rows += 1
-            self._counters.decode_resident_blocks += table.num_resident
-            self._counters.decode_context_blocks += row.end * self._geometry.num_groups
-        return Row(
-            req_id=state.req_id,
-            phase=row.phase,
-            num_computed_tokens=row.num_computed_tokens,
-            num_tokens=row.num_tokens,
-            slots=table.slots,
-            positions=table.positions,
-            evicted_tokens=table.evicted_tokens,
-            streamed=table.streamed,
-        )
+        check_requests(self._requests, self._slots, self._books, unwritten)
 
     def _write_backs(self, scheduled: list[ScheduledRequest]) -> WriteBacks:
         filled = [

@@ -1,18 +1,12 @@
-"""Which blocks of a request are worth a slot.
-
-Positions are int32 `[n]`, ascending, without repetition. Scores are float32 `[num_scored]` by position from 0; blocks
-behind them are newer than the scoring.
-"""
+"""Which blocks of a request are worth a slot."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
-from flashmemory_vllm.residency.types import NOTHING, FloatArray, IntArray
-
-Numbers = TypeVar("Numbers", IntArray, FloatArray)
+from flashmemory_vllm.residency.types import BoolArray, FloatArray
 
 
 class Frame(NamedTuple):
@@ -28,89 +22,30 @@ class Frame(NamedTuple):
     recent_start: int
     num_blocks: int
 
-    def candidates(self) -> IntArray:
-        """int32 `[recent_start - sink_end]` positions that may be chosen."""
-        return np.arange(self.sink_end, self.recent_start, dtype=np.int32)
+    @property
+    def num_forced(self) -> int:
+        """Blocks that are in the set in any case."""
+        return self.sink_end + self.num_blocks - self.recent_start
 
-    def num_chosen(self, target: IntArray) -> int:
-        """Blocks of a set beside the forced ones."""
-        return target.size - self.sink_end - (self.num_blocks - self.recent_start)
-
-    def with_best(self, candidates: IntArray, scores: FloatArray, budget: int) -> IntArray:
-        """Positions `[at most budget]`: the forced blocks, and as many of the best candidates as there is room for."""
-        sink = np.arange(min(self.sink_end, self.recent_start), dtype=np.int32)
-        recent = np.arange(self.recent_start, self.num_blocks, dtype=np.int32)
-        return np.concatenate((sink, best(candidates, scores, budget - sink.size - recent.size), recent))
+    @property
+    def num_candidates(self) -> int:
+        """Blocks that may be chosen or left."""
+        return self.recent_start - self.sink_end
 
 
-def best(positions: IntArray, scores: FloatArray, count: int) -> IntArray:
-    """The `count` best positions `[min(count, n)]`, in order of position.
+def best(worth: FloatArray, count: int) -> BoolArray:
+    """Which `count` blocks are the best; of equal ones the last. All, if there are no more.
 
     Args:
-        positions: int32 `[n]`.
-        scores: float32 `[num_scored]` by position from 0, higher is better. Later positions are newer than
-            the scoring: they rank above all scored ones, the newest first.
-        count: how many; all, if there are no more.
+        worth: float32 `[n]`, not NaN.
+        count: how many.
     """
-    if count >= positions.size:
-        return positions
+    if count >= worth.size:
+        return np.ones(worth.size, np.bool_)
     if count <= 0:
-        return NOTHING
-    num_scored = int(np.searchsorted(positions, scores.size))
-    num_unscored = positions.size - num_scored
-    if num_unscored >= count:
-        return positions[positions.size - count :]
-    num_worst = positions.size - count
-    worst = np.argpartition(scores[positions[:num_scored]], num_worst)[:num_worst]
-    is_best = np.ones(positions.size, np.bool_)
-    is_best[worst] = False
-    return positions[is_best]
-
-
-def worth_a_slot(positions: IntArray, scores: FloatArray, threshold: float) -> IntArray:
-    """The positions whose score reaches the threshold, and those that are newer than the scoring."""
-    num_scored = int(np.searchsorted(positions, scores.size))
-    is_worth = np.ones(positions.size, np.bool_)
-    is_worth[:num_scored] = scores[positions[:num_scored]] >= threshold
-    return positions[is_worth]
-
-
-def worst_to_best(positions: IntArray, scores: FloatArray) -> IntArray:
-    """The positions `[n]` in ascending rank; see `best`."""
-    num_scored = int(np.searchsorted(positions, scores.size))
-    order = np.argsort(scores[positions[:num_scored]], kind="stable")
-    return np.concatenate((positions[order], positions[num_scored:]))
-
-
-def ranks_of(positions: IntArray, scores: FloatArray) -> FloatArray:
-    """Scores `[m]` of the first m positions; the others are newer than the scoring."""
-    return scores[positions[: np.searchsorted(positions, scores.size)]]
-
-
-def without(array: Numbers, indices: slice | IntArray) -> Numbers:
-    """The array `[n]` without what stands at the indices, int32 `[k]` ascending; some may be behind its end."""
-    if isinstance(indices, slice):  # much faster than `delete`
-        return np.concatenate((array[: indices.start], array[indices.stop :]))
-    return np.delete(array, indices[: np.searchsorted(indices, array.size)])
-
-
-def replaced(array: Numbers, indices: slice | IntArray, added: Numbers) -> Numbers:
-    """The array `[n]` without what stands at the indices, and with `added` `[m]` at its end: `[n - k + m]`."""
-    if isinstance(indices, slice):
-        return np.concatenate((array[: indices.start], array[indices.stop :], added))
-    return np.concatenate((np.delete(array, indices), added))
-
-
-def merged(positions: IntArray, others: IntArray) -> IntArray:
-    """All positions `[n + m]` of two arrays that have none in common."""
-    return np.sort(np.concatenate((positions, others)))
-
-
-def difference(positions: IntArray, others: IntArray) -> IntArray:
-    """The positions that are not among the others."""
-    if positions.size == 0 or others.size == 0:
-        return positions
-    # A bitmap over the request's blocks: several times faster than sorting or searching.
-    is_other = np.zeros(max(positions[-1], others[-1]) + 1, np.bool_)
-    is_other[others] = True
-    return positions[~is_other[positions]]
+        return np.zeros(worth.size, np.bool_)
+    least = np.partition(worth, worth.size - count)[worth.size - count]
+    is_best: BoolArray = worth > least
+    equal = np.flatnonzero(worth == least)
+    is_best[equal[equal.size - (count - np.count_nonzero(is_best)) :]] = True
+    return is_best

@@ -6,20 +6,23 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.residency.demand import joined
 from flashmemory_vllm.residency.modes import Modes
+from flashmemory_vllm.residency.places import Places
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import NULL_BLOCK, SlotTable
-from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, StepInput
+from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, StepInput, joined
 
 
 class RequestRegistry:
-    """Keeps the state of every known request; iterates over it."""
+    """Keeps the state of every known request, each at a place of its own; iterates over it."""
 
-    def __init__(self, geometry: Geometry, slots: SlotTable, policy: BudgetPolicy) -> None:
+    def __init__(self, geometry: Geometry, slots: SlotTable, books: Books, policy: BudgetPolicy) -> None:
         self._geometry = geometry
         self._slots = slots
+        self._books = books
+        self._places = Places(books.epoch.size)
         self._policy = policy
         self._modes = Modes(policy, geometry.num_slots)
         self._states: dict[str, RequestState] = {}
@@ -40,8 +43,9 @@ class RequestRegistry:
         return self._states.get(req_id)
 
     def clear(self) -> None:
-        """Forget all requests; their slots are the caller's business."""
+        """Forget all requests; their slots and tables are the caller's business."""
         self._states.clear()
+        self._places.clear()
 
     def schedule(self, step_input: StepInput) -> list[ScheduledRequest]:
         """Forget who is gone, know who is new, and note what each scheduled request computes.
@@ -86,8 +90,10 @@ class RequestRegistry:
         if state is None:
             return
         ids = state.blocks.ids
-        for group, resident in enumerate(state.sets):
-            self._slots.unpin(group, ids[resident.held])
+        for group, held in enumerate(state.held):
+            self._slots.unpin(group, ids[held])
+        self._books.leave(state.place)
+        self._places.leave([req_id])
         # Full blocks stay, as cache for whoever hits them; a partial one can never be hit.
         num_full, rest = divmod(state.num_tokens, self._geometry.block_size)
         if rest:
@@ -100,7 +106,7 @@ class RequestRegistry:
                 f"request {new.req_id}: a prefix hit of {new.num_computed_tokens} tokens is given, "
                 f"allowed are multiples of the block size {self._geometry.block_size}"
             )
-        state = RequestState.begin(new, self._policy, self._geometry.num_groups)
+        state = RequestState.begin(new, self._policy, self._geometry.num_groups, self._places.of(new.req_id))
         self._states[new.req_id] = state
         return self._append(state, new.block_ids)[num_hits:]
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
-from flashmemory_vllm.residency.resident_set import ResidentSet
-from flashmemory_vllm.residency.types import NO_SCORES, FloatArray, IntArray, NewRequest, Phase
+from flashmemory_vllm.residency.types import NOTHING, IntArray, NewRequest, Phase
 
 
 class BlockList:
@@ -69,17 +68,18 @@ class RequestState:
         prompt_len: those of them that the request came with.
         num_tokens: tokens that have KV after the last planned step.
         blocks: logical blocks, those without tokens yet at the end.
-        sets: the resident set of each group.
-        memory: what blocks are remembered for, `[G, n]`; see `Worth`.
-        remembered_at: tokens with KV when it was last brought up to date.
-        offered: worth of blocks by a selection that is not yet in force, `[G, n]`.
-        scores: worth by the selection in force, `[G, n]`.
-        selection: running number of the selection in force over all requests.
+        place: where its tables lie while it decodes.
+        held: per group int32 `[k]`, ascending positions of the blocks that it holds in prefill; nothing in decode.
+        is_offered: there is a selection that is not yet in force.
+        is_selected: one is in force.
+        selection: running number of that over all requests.
+        came: per portion that came since then, its group and its positions.
         is_decoding: a decode row was planned.
         kept_all: the budget of the last decode row covered all blocks; true before the first.
         falls_back: it keeps all its blocks, though its budget does not; see `residency/fallback.py`.
         was_revoked: it fell back before, and had to give up.
-        num_worth: blocks that its selections scored at the threshold or above, of those that they could do without.
+        lacks_blocks: it falls back, and some blocks are still to come.
+        num_worth: blocks that its selections found worth a slot, of those that they could do without.
         num_evictable: all that they could do without.
         asked_at: for each selection on its way, when its scores were asked for; seconds of a monotonic clock.
         opening_steps: decode steps to come that each end with a selection of their own.
@@ -95,16 +95,17 @@ class RequestState:
     prompt_len: int
     num_tokens: int
     blocks: BlockList
-    sets: list[ResidentSet]
-    memory: FloatArray | None = None
-    remembered_at: int = 0
-    offered: FloatArray | None = None
-    scores: FloatArray | None = None
+    place: int
+    held: list[IntArray]
+    is_offered: bool = False
+    is_selected: bool = False
     selection: int = 0
+    came: list[tuple[int, IntArray]] = field(default_factory=list)
     is_decoding: bool = False
     kept_all: bool = True
     falls_back: bool = False
     was_revoked: bool = False
+    lacks_blocks: bool = False
     num_worth: int = 0
     num_evictable: int = 0
     asked_at: list[float] = field(default_factory=list)
@@ -115,20 +116,11 @@ class RequestState:
     settled_until: int = 0
 
     @classmethod
-    def begin(cls, new: NewRequest, policy: BudgetPolicy, num_groups: int) -> RequestState:
+    def begin(cls, new: NewRequest, policy: BudgetPolicy, num_groups: int, place: int) -> RequestState:
         """A request that holds nothing yet."""
-        sets = [ResidentSet() for _ in range(num_groups)]
         prompt_len = new.prefill_len if new.prompt_len is None else new.prompt_len
-        return cls(new.req_id, policy, new.prefill_len, prompt_len, new.num_computed_tokens, BlockList(), sets)
-
-    def scores_of(self, group: int) -> FloatArray:
-        """Scores in force by position, empty if there never was a selection."""
-        return NO_SCORES if self.scores is None else self.scores[group]
-
-    @property
-    def is_changing(self) -> bool:
-        """Whether blocks of a set are not in force yet."""
-        return any(resident.is_changing for resident in self.sets)
+        held = [NOTHING] * num_groups
+        return cls(new.req_id, policy, new.prefill_len, prompt_len, new.num_computed_tokens, BlockList(), place, held)
 
     @property
     def selected_share(self) -> float:

@@ -110,12 +110,12 @@ class SlotTable:
         return int(np.count_nonzero((slots == NOT_RESIDENT) | (self.pins[group, slots] == 0)))
 
     def pin(self, group: int, blocks: IntArray) -> None:
-        """Claim resident blocks."""
+        """Claim resident blocks, several times if they are given several times."""
         slots = self._slots_of(group, blocks)
-        idle = slots[self.pins[group, slots] == 0]
+        idle = np.unique(slots[self.pins[group, slots] == 0])
         self._num_pinned[group] += idle.size
         self._idle[group].remove(idle)
-        self.pins[group, slots] += 1
+        np.add.at(self.pins[group], slots, 1)
 
     def unpin(self, group: int, blocks: IntArray) -> None:
         """Give up claims, several on a block if it is given several times.

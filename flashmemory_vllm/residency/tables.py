@@ -6,41 +6,56 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashmemory_vllm.residency.ranking import merged
+from flashmemory_vllm.residency.books import Books
+from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.requests import ScheduledRequest, Table
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import NOTHING, IntArray
+from flashmemory_vllm.residency.types import NOTHING, IntArray, Phase, Row
 
 
-def decode_table(row: ScheduledRequest, slots: SlotTable) -> Table:
-    """The resident set, with leaving blocks in place of those that are not there yet."""
-    ids = row.state.blocks.ids
-    positions, slots_by_group = [], []
-    for group, resident in enumerate(row.state.sets):
-        if resident.is_changing:
-            # The room of leaving blocks may have been needed meanwhile.
-            leaving = resident.leaving[slots.is_resident(group, ids[resident.leaving])]
-            positions.append(merged(resident.held, leaving))
-            slots_by_group.append(slots.lut[group, ids[positions[-1]]])
-        else:
-            unknown = resident.held[resident.slots.size :]
-            if unknown.size:
-                resident.slots = np.concatenate((resident.slots, slots.lut[group, ids[unknown]]))
-            positions.append(resident.held)
-            slots_by_group.append(resident.slots)
-    return _table(row, positions, slots_by_group, [NOTHING] * len(positions))
+def row_of(row: ScheduledRequest, slots: SlotTable, books: Books, counters: Counters) -> Row:
+    """What a row reads and writes in this step, once all blocks have their slots."""
+    state = row.state
+    if row.phase is Phase.PREFILL:
+        table = _prefill_table(row, slots)
+        counters.streamed_blocks += sum(blocks.size for blocks in table.streamed)
+    else:
+        if books.take_changed(state.place):
+            state.table = None
+        table = state.table = state.table or _decode_table(row, books)
+        counters.decode_rows += 1
+        counters.decode_resident_blocks += table.num_resident
+        counters.decode_context_blocks += row.end * len(books.groups)
+    return Row(
+        req_id=state.req_id,
+        phase=row.phase,
+        num_computed_tokens=row.num_computed_tokens,
+        num_tokens=row.num_tokens,
+        slots=table.slots,
+        positions=table.positions,
+        evicted_tokens=table.evicted_tokens,
+        streamed=table.streamed,
+    )
 
 
-def prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
+def _decode_table(row: ScheduledRequest, books: Books) -> Table:
+    """What the books say of a row; they go on being written."""
+    place = row.state.place
+    positions = [entries.positions_of(place).copy() for entries in books.groups]
+    slots = [entries.slots_of(place).copy() for entries in books.groups]
+    return _table(row, positions, slots, [NOTHING] * len(positions))
+
+
+def _prefill_table(row: ScheduledRequest, slots: SlotTable) -> Table:
     """All history where it is resident; otherwise the blocks written, with history streamed from the host.
 
     Full blocks that another row writes in this very step are history that the host does not have yet. They
     have slots in any case, and attention runs after the writes, so they are read there.
     """
     positions, streamed = [], []
-    for group, resident in enumerate(row.state.sets):
-        if resident.held.size == row.end:
-            positions.append(resident.held)
+    for group, held in enumerate(row.state.held):
+        if held.size == row.end:
+            positions.append(held)
             streamed.append(NOTHING)
             continue
         history = row.history

@@ -8,7 +8,7 @@ holds a token.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
@@ -27,6 +27,11 @@ NOTHING.flags.writeable = False
 NO_SCORES: FloatArray = np.empty(0, np.float32)
 
 
+def joined(arrays: Sequence[IntArray]) -> IntArray:
+    """All the arrays as one."""
+    return np.concatenate(arrays) if arrays else NOTHING
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Sizes of the paged memory; filled by the worker once the KV cache is laid out.
@@ -36,6 +41,7 @@ class Geometry:
         num_slots: S, device pages of each layer group, the null slot included.
         num_groups: G, layer groups.
         block_size: tokens in a block.
+        num_places: P, most requests that have blocks at once. Default: 64.
 
     Raises:
         ConfigError: a size is too small to hold a single token.
@@ -45,6 +51,7 @@ class Geometry:
     num_slots: int
     num_groups: int
     block_size: int
+    num_places: int = 64
 
     def __post_init__(self) -> None:
         for name, smallest in (
@@ -52,6 +59,7 @@ class Geometry:
             ("num_slots", 2),
             ("num_groups", 1),
             ("block_size", 1),
+            ("num_places", 1),
         ):
             given = getattr(self, name)
             if given < smallest:
@@ -175,8 +183,8 @@ class Row:
         phase: prefill rows attend to all history, decode rows to the resident set.
         num_computed_tokens: tokens that have KV before this step.
         num_tokens: tokens this step computes.
-        slots: per group int32 `[k]`, the compacted block table: logical order, the blocks written now at the
-            end.
+        slots: per group int32 `[k]`, the compacted block table: the blocks written now at the end, in logical order;
+            those before them likewise in a prefill row, in any order in a decode row.
         positions: per group int32 `[k]`, logical positions of the same blocks.
         evicted_tokens: per group, tokens of history that the compacted table leaves out.
         streamed: per group int32 `[m]`, logical blocks of exactly these left-out tokens, in logical order,
@@ -231,10 +239,11 @@ class StepPlan:
         fresh: per group with any, blocks that got a slot because this step writes their first tokens: nothing
             to copy.
         recalls: per group with any, host to slot, in place before this step's attention.
-        prefetches: likewise, for later selections: the portion of their blocks that comes in with this step.
+        prefetches: likewise, for later selections.
         write_backs: slot to host after the forward.
         rows: one for each scheduled request.
         due: requests to score after the forward.
+        selected: requests that read what a selection has chosen, for the first time in this step.
     """
 
     step: int
@@ -245,6 +254,7 @@ class StepPlan:
     write_backs: WriteBacks
     rows: Mapping[str, Row]
     due: tuple[DueSelection, ...]
+    selected: tuple[str, ...] = ()
 
     @property
     def may_stream(self) -> bool:

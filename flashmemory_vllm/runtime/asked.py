@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flashmemory_kernels.common.due_rows import Due
 
-from flashmemory_vllm.residency.books import HEADER, NOBODY
+from flashmemory_vllm.residency.lists import HEADER, NOBODY
 from flashmemory_vllm.residency.types import IntArray
 
 
@@ -61,7 +61,7 @@ class Chosen(NamedTuple):
     """A part of a step's list.
 
     Attributes:
-        rows: int32 `[n, G, 6 + 2 L]`, see `books.pairs_of`.
+        rows: int32 `[n, G, 6 + 2 L]`, see `lists.pairs_of`.
         sets: by place of a row that had no set: per layer group int32 `[k]` chosen positions, without sink and recent
             ones.
     """

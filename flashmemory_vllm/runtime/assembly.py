@@ -162,7 +162,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=_planner(sizes.num_logical_blocks, budget, config, engine.layout, selector.score_threshold),
+            planner=_planner(sizes, budget, config, engine.layout, selector.score_threshold),
             engine=engine,
             page_format=page_format,
             selector=selector,
@@ -178,13 +178,15 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
 
 
 def _planner(
-    num_logical_blocks: int,
+    sizes: RuntimeSizes,
     budget: BudgetPolicy,
     config: FlashMemoryConfig,
     layout: PageLayout,
     selectors_threshold: float | None,
 ) -> StepPlanner:
-    geometry = Geometry(num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size)
+    geometry = Geometry(
+        sizes.num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size, sizes.max_num_seqs
+    )
     group_bytes = max(sum(layout.layer_bytes(layer) for layer in group) for group in layout.groups)
     threshold = selectors_threshold if config.score_threshold is None else config.score_threshold
     return StepPlanner(

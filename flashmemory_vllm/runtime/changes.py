@@ -59,6 +59,19 @@ class TableChanges:
         """
         self._add_run(table, first, values.copy())
 
+    def edit(self, tables: IntArray, columns: IntArray, values: IntArray) -> None:
+        """Have single values of tables changed by the next `pack`; nothing is known of the rest of them any more.
+
+        Args:
+            tables: int32 `[n]` numbers; none of them is set in the same step.
+            columns: int32 `[n]`.
+            values: int32 `[n]`, the same where a column is given twice.
+        """
+        if tables.size:
+            self._edits.append(np.stack((tables, columns, values), axis=1))
+            for table in np.unique(tables).tolist():
+                self._known[table] = NOTHING
+
     def pack(self, rows: IntArray, num_tokens: int) -> tuple[IntArray, StepCounts]:
         """The upload of a step; its changes count as made.
 

@@ -13,7 +13,7 @@ from flashmemory_kernels.choose_sets import ChoicePolicy, choose_sets
 from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.indexer.places import MemoryKind, PlaceState
-from flashmemory_vllm.residency.books import HEADER, NOBODY
+from flashmemory_vllm.residency.lists import HEADER, NOBODY
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from flashmemory_kernels.common.due_rows import Due, fill_first_tiles
 from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.indexer.places import DueRows
 from flashmemory_vllm.indexer.shares import TILE
-from flashmemory_vllm.residency.books import NOBODY
+from flashmemory_vllm.residency.lists import NOBODY
 from flashmemory_vllm.residency.types import IntArray
 from flashmemory_vllm.runtime.asked import Asked, Chosen, from_long_list
 from flashmemory_vllm.runtime.choice import ChoiceState

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import RequestState
-from flashmemory_vllm.residency.types import IntArray, StepPlan
+from flashmemory_vllm.residency.types import NOTHING, IntArray, StepPlan
 
 MAX_SELECTIONS = 16
 # Fences whose selections are remembered until it is known whether they waited.
@@ -36,11 +36,11 @@ class Cycle:
         step: the step that it was first planned with.
         first: the request had none before.
         num_blocks: blocks of the request that held tokens after that step.
-        chosen: per group int32 `[k]`, the blocks of the set, those still on their way included.
-        recalled: per group int32 `[m]`, those of them that had, or still have, to come from the host.
+        chosen: per group int32 `[k]`, the blocks of the set.
+        recalled: per group int32 `[m]`, those of them that had to come from the host.
         num_changed: blocks that the selection before it had not chosen, over all groups; blocks that did not
             exist then do not count. All chosen ones if it is the first.
-        late: a step waited for copies when some of `recalled` were due.
+        late: the step waited for copies, some of `recalled` among them.
     """
 
     state: RequestState
@@ -54,7 +54,7 @@ class Cycle:
 
 
 class SelectionHistory:
-    """Notes each selection as it comes into force. A step without one costs two comparisons.
+    """Notes each selection as it comes into force.
 
     Args:
         planner: whose selections.
@@ -66,8 +66,6 @@ class SelectionHistory:
         self._fences = fences
         self._latest: dict[str, Cycle] = {}
         self._last: deque[Cycle] = deque(maxlen=MAX_SELECTIONS)
-        self._arriving: list[Cycle] = []
-        self._num_selections = 0
         self._behind: dict[int, list[Cycle]] = {}
         self.step = 0
 
@@ -83,19 +81,10 @@ class SelectionHistory:
     def note(self, plan: StepPlan) -> None:
         """Learn of a step, after its recalls are fenced and before its plan is complete."""
         self.step = plan.step
-        due = self._arriving
-        if self._planner.counters.selections != self._num_selections:
-            new = [self._begin(state, plan) for state in self._chosen_now(plan)]
-            self._num_selections = self._planner.counters.selections
+        new = [self._begin(req_id, plan) for req_id in plan.selected]
+        self._note_fence([cycle for cycle in new if any(map(len, cycle.recalled))])
+        if new or len(self._latest) > len(self._planner.requests):
             self._forget_gone()
-            due = due + [cycle for cycle in new if any(map(len, cycle.recalled))]
-            self._arriving = self._arriving + new
-        self._note_fence(due)
-        if len(self._latest) > len(self._planner.requests):
-            self._forget_gone()
-        if self._arriving:
-            # The set of one that is gone goes on waiting for ever
-            self._arriving = [cycle for cycle in self._arriving if cycle.state.is_changing and self._knows(cycle)]
 
     def _note_fence(self, due: list[Cycle]) -> None:
         """Learn whose blocks the step's fence is for, and which of the fences so far had to wait."""
@@ -108,15 +97,12 @@ class SelectionHistory:
         known = ((fence, [*filter(self._knows, cycles)]) for fence, cycles in self._behind.items())
         self._behind = {fence: cycles for fence, cycles in known if cycles and fence > number - MAX_FENCES}
 
-    def _chosen_now(self, plan: StepPlan) -> list[RequestState]:
-        states = (self._planner.requests.get(req_id) for req_id in plan.rows)
-        return [state for state in states if state is not None and state.selection > self._num_selections]
-
-    def _begin(self, state: RequestState, plan: StepPlan) -> Cycle:
+    def _begin(self, req_id: str, plan: StepPlan) -> Cycle:
+        state, row = self._planner.requests.get(req_id), plan.rows[req_id]
+        assert state is not None  # it is scheduled
         before = self.cycle_of(state)
-        row = plan.rows[state.req_id]
         num_blocks = -(-(row.num_computed_tokens + row.num_tokens) // self._planner.geometry.block_size)
-        chosen = tuple(np.union1d(resident.held, resident.waiting) for resident in state.sets)
+        chosen = tuple(np.sort(positions) for positions in row.positions)
         cycle = Cycle(
             state=state,
             step=plan.step,
@@ -138,8 +124,8 @@ class SelectionHistory:
 
 
 def _recalled(state: RequestState, plan: StepPlan) -> tuple[IntArray, ...]:
-    """Per group the positions that this plan recalls, prefetches, or leaves for later steps to prefetch."""
-    recalled = [np.sort(resident.waiting) for resident in state.sets]
+    """Per group the positions that this plan recalls or prefetches."""
+    recalled = [NOTHING] * len(plan.rows[state.req_id].positions)
     for copies in (*plan.recalls, *plan.prefetches):
         now = np.flatnonzero(np.isin(state.blocks.ids, copies.blocks)).astype(np.int32)
         recalled[copies.group] = np.union1d(recalled[copies.group], now)

@@ -22,7 +22,6 @@ from flashmemory_vllm.residency.types import (
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.index_keys import index_full_blocks
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
-from flashmemory_vllm.runtime.places import Places
 from flashmemory_vllm.runtime.poison import poison_free_slots, poisoned
 from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import StripsAsked, runtime_status
@@ -44,7 +43,6 @@ class ResidencyRuntime:
     def __init__(self, parts: RuntimeParts) -> None:
         self._parts = parts
         self._tables, self._queries = parts.buffers.tables, parts.buffers.queries
-        self._places = Places(self._tables.sizes.num_places)
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
         self._report = Reporter(parts.counters, parts.planner, parts.engine, parts.selections)
@@ -141,9 +139,10 @@ class ResidencyRuntime:
             self._tables.write_nothing()
             return
         self._rows = [self._plan.rows[req_id] for req_id in req_ids]
-        places = [self._places.of(req_id) for req_id in req_ids]
+        planner = self._parts.planner
+        places = [planner.place_of(req_id) for req_id in req_ids]
         flat = slot_mapping.view(-1)
-        self._tables.write(self._rows, places, seq_lens, len(flat))
+        self._tables.write(self._rows, places, seq_lens, len(flat), planner.take_edits())
         # vLLM shares this tensor with all who write by it
         flat.copy_(self._tables.slot_mapping(0, len(flat)))
         self._parts.questions.set_rows(self._rows, self._prompt_len)
@@ -231,7 +230,6 @@ class ResidencyRuntime:
         self._parts.planner.reset()
         self._parts.selections.reset()
         self._parts.questions.reset()
-        self._places.clear()
         self._tables.reset()
 
     def release(self) -> None:
@@ -246,7 +244,6 @@ class ResidencyRuntime:
         parts.selections.forget(step_input.finished)
         parts.questions.forget(step_input.finished)
         parts.selections.preempt(step_input.preempted)
-        self._places.leave((*step_input.finished, *step_input.preempted))
         for selection in parts.selections.deliver(step_input.step):
             parts.planner.offer(selection)
         parts.planner.hasten(parts.selections.drifted(step_input.step))
@@ -285,7 +282,9 @@ class ResidencyRuntime:
 
     def _query_row(self, row: Row) -> int:
         """Where the queries of a row's last token lie."""
-        return self._queries.row_of(self._places.of(row.req_id), row.num_computed_tokens + row.num_tokens - 1)
+        return self._queries.row_of(
+            self._parts.planner.place_of(row.req_id), row.num_computed_tokens + row.num_tokens - 1
+        )
 
     def _resident(self, due: DueSelection) -> BoolArray | None:
         return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))

@@ -14,13 +14,11 @@ from flashmemory_vllm.residency.slots import NOT_RESIDENT
 from flashmemory_vllm.residency.types import IntArray, Phase
 from flashmemory_vllm.runtime.history import Cycle, SelectionHistory
 
-BlockState = Literal["evicted", "waiting", "cached", "leaving", "resident", "recalled", "sink", "recent"]
+BlockState = Literal["evicted", "cached", "resident", "recalled", "sink", "recent"]
 """Where a block of a request is, and why:
 
 evicted   only in the host pool
-waiting   only in the host pool, chosen by the latest selection
 cached    has a slot until somebody needs it; decode does not read it
-leaving   no longer chosen; read in the place of a block that is waiting
 resident  chosen or being written, read from its slot
 recalled  as resident, fetched from the host for the latest selection
 sink      as resident, always chosen: one of the first blocks
@@ -157,7 +155,7 @@ def _request(
     state: RequestState, cycle: Cycle | None, planner: StepPlanner, request_id: str, *, has_strips: bool
 ) -> dict[str, Any]:
     """The fields of `RequestStatus`."""
-    num_blocks = -(-state.num_tokens // planner.geometry.block_size)
+    num_blocks, held = -(-state.num_tokens // planner.geometry.block_size), planner.held_by(state)
     length, ratio = max(state.num_tokens, state.prefill_len), planner.requests.policy.resident_ratio
     why = "score_share" if state.falls_back else reason(state.policy, length, ratio)
     phase = Phase.DECODE if state.num_tokens >= state.prefill_len else Phase.PREFILL
@@ -170,10 +168,11 @@ def _request(
         "num_tokens": state.num_tokens,
         "prefill_tokens": state.prefill_len,
         "num_blocks": num_blocks,
-        "resident_blocks": sum(resident.held.size for resident in state.sets) / len(state.sets),
+        "resident_blocks": sum(positions.size for positions in held) / len(held),
         "selection_step": None if cycle is None else cycle.step,
         "strips": [
-            run_lengths(_codes(state, group, num_blocks, planner.lut[group], cycle)) for group in range(len(state.sets))
+            run_lengths(_codes(state, positions, planner.lut[group], None if cycle is None else cycle.recalled[group]))
+            for group, positions in enumerate(held)
         ]
         if has_strips
         else None,
@@ -194,18 +193,23 @@ def _selection(cycle: Cycle, request_id: str) -> dict[str, Any]:
     }
 
 
-def _codes(state: RequestState, group: int, num_blocks: int, lut: IntArray, cycle: Cycle | None) -> IntArray:
-    """int32 `[num_blocks]` index into the states of each block of a request in a layer group."""
-    resident = state.sets[group]
+def _codes(state: RequestState, held: IntArray, lut: IntArray, recalled: IntArray | None) -> IntArray:
+    """int32 `[num_blocks]` index into the states of each block of a request in a layer group.
+
+    Args:
+        state: the request.
+        held: positions of the blocks that it holds.
+        lut: slot of each logical block.
+        recalled: positions of those that were fetched for its latest selection, if it has one.
+    """
+    num_blocks = -(-state.num_tokens // state.policy.block_size)
     has_slot = lut[state.blocks.ids[:num_blocks]] != NOT_RESIDENT
     codes = np.where(has_slot, _CODES["cached"], _CODES["evicted"]).astype(np.int32)
-    codes[resident.waiting] = _CODES["waiting"]
-    codes[resident.leaving[has_slot[resident.leaving]]] = _CODES["leaving"]
     is_held = np.zeros(num_blocks, np.bool_)
-    is_held[resident.held] = True
+    is_held[held] = True
     codes[is_held] = _CODES["resident"]
-    if cycle is not None:
-        codes[cycle.recalled[group][is_held[cycle.recalled[group]]]] = _CODES["recalled"]
+    if recalled is not None:
+        codes[recalled[is_held[recalled]]] = _CODES["recalled"]
     if state.is_decoding and not state.kept_all:
         sink, recent = state.policy.sink_blocks(state.num_tokens), state.policy.recent_blocks(state.num_tokens)
         codes[:sink][is_held[:sink]] = _CODES["sink"]

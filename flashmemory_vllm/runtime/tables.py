@@ -26,7 +26,8 @@ class CompactedTable:
     """One layer group's view of the batch.
 
     Attributes:
-        block_table: int32 [R, W] device slots in logical order; columns past a row's length are not read.
+        block_table: int32 [R, W] device slots, the blocks that are written last; columns past a row's length are not
+            read.
         seq_lens: int32 [R] tokens in those slots; 0 in padding rows.
         seq_lens_host: int32 [R] upper bound of `seq_lens` on the host.
         max_seq_len: upper bound over the rows.
@@ -129,14 +130,23 @@ class StepTables:
         """
         self._changes.put(self.sizes.num_groups * self.sizes.num_places + place, first, ids)
 
-    def write(self, rows: Sequence[Row], places: Sequence[int], seq_lens: torch.Tensor, num_tokens: int) -> None:
-        """Write a step's batch.
+    def write(
+        self,
+        rows: Sequence[Row],
+        places: Sequence[int],
+        seq_lens: torch.Tensor,
+        num_tokens: int,
+        edits: Sequence[IntArray] = (),
+    ) -> None:
+        """Write a step's batch. Tables of prefill rows are compared with what is there, those of decode rows edited.
 
         Args:
             rows: the planned rows in batch order.
             places: of the same requests, all different.
             seq_lens: int32 [R] logical lengths on the device, 0 in padding rows, which come last.
             num_tokens: tokens of the batch, padding included.
+            edits: per group int32 [n, 3] of place, column and slot, all that changed in the tables of decode rows since
+                the last call.
 
         Raises:
             IntegrityError: there are more rows than lengths, or than these tables have.
@@ -144,8 +154,11 @@ class StepTables:
         num_rows = min(len(seq_lens), self.sizes.max_rows)
         if len(rows) > num_rows:
             raise IntegrityError(f"a step has {len(rows)} rows, allowed are {num_rows} (--max-num-seqs)")
+        for group, of_group in enumerate(edits):
+            place, column, slot = of_group.T
+            self._changes.edit(group * np.int32(self.sizes.num_places) + place, column, slot)
         for row, place in zip(rows, places, strict=True):
-            for group, slots in enumerate(row.slots):
+            for group, slots in enumerate(row.slots if row.phase is Phase.PREFILL else ()):
                 self._changes.set(group * self.sizes.num_places + place, slots)
         header, bounds = self._header(rows, places, num_rows)
         packed, counts = self._changes.pack(header, num_tokens)

@@ -15,6 +15,7 @@ from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.factory import create_selector
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
+from flashmemory_vllm.residency.ranking import best
 from flashmemory_vllm.training.batches import later_tokens
 from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, Schedule
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
@@ -86,8 +87,11 @@ def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
 def judge(document: Document, question: Question, scores: torch.Tensor, ratio: float) -> Quality:
     """What a selection by these scores keeps; recall is NaN if no candidate is worth anything."""
     frame, budget = frame_of(question.num_tokens, document.block_size, ratio)
-    kept = np.zeros(frame.num_blocks, np.bool_)
-    kept[frame.with_best(frame.candidates(), scores.cpu().numpy(), budget)] = True
+    # Blocks newer than the scoring are better than any other
+    value, candidates = np.full(frame.num_blocks, np.inf, np.float32), slice(frame.sink_end, frame.recent_start)
+    value[: len(scores)] = scores.cpu().numpy()
+    kept = np.ones(frame.num_blocks, np.bool_)
+    kept[candidates] = best(value[candidates], budget - frame.num_forced)
     of_candidates = kept[: question.num_candidates]
     worths = worth(question.shares)
     recall = float(worths[of_candidates].sum() / worths.sum()) if worths.any() else float("nan")

@@ -32,4 +32,6 @@ def frame_of(num_tokens: int, block_size: int, ratio: float) -> tuple[Frame, int
     )
     num_blocks = -(-num_tokens // block_size)
     recent_start = num_blocks - policy.recent_blocks(num_tokens)
-    return Frame(policy.sink_blocks(num_tokens), recent_start, num_blocks), policy.decode_budget(num_tokens)
+    return Frame(min(policy.sink_blocks(num_tokens), recent_start), recent_start, num_blocks), policy.decode_budget(
+        num_tokens
+    )

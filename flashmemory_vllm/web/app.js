@@ -20,9 +20,7 @@ const STATES = {
   resident: { fill: 1, label: "resident" },
   recalled: { fill: 1, label: "recalled this cycle" },
   recent: { fill: 1, label: "recent" },
-  leaving: { fill: 1, label: "leaving" },
   cached: { fill: 0.5, label: "cached" },
-  waiting: { fill: 0.17, label: "waiting" },
   evicted: { fill: 0.17, label: "evicted" },
 };
 
@@ -31,9 +29,7 @@ const HINTS = {
   resident: "chosen or being written, read from its slot",
   recalled: "chosen, fetched from host memory for the latest selection",
   recent: "one of the newest blocks, always resident",
-  leaving: "no longer chosen, read in place of one that is not there yet",
   cached: "not chosen, still has a slot until somebody needs it",
-  waiting: "chosen, still in host memory only",
   evicted: "not chosen, in host memory only",
 };
 

@@ -138,11 +138,25 @@ MOVERS = (
         f"{_OUTPUTS}[0.3-CpuTransferEngine-2]",
     ),
     Mutation(
+        "wrong group: the tables of every group are edited at the places of the first one",
+        f"{_RUNTIME}tables.py",
+        "self._changes.edit(group * np.int32(self.sizes.num_places) + place, column, slot)",
+        "self._changes.edit(place, column, slot)",
+        f"{_OUTPUTS}[0.3-CpuTransferEngine-2]",
+    ),
+    Mutation(
+        "a table that was edited counts as the one that was set before",
+        f"{_RUNTIME}changes.py",
+        "                self._known[table] = NOTHING\n",
+        "                pass\n",
+        f"{_RUNTIME_TEST}test_changes.py::test_of_an_edited_table_nothing_is_taken_for_granted",
+    ),
+    Mutation(
         "two requests at one place: a place that was left stays its tenant's",
-        f"{_RUNTIME}places.py",
+        "flashmemory_vllm/residency/places.py",
         "place = self._of.pop(req_id, None)",
         "place = self._of.get(req_id)",
-        f"{_RUNTIME_TEST}test_places.py::test_places_that_were_left_are_given_out_again",
+        "tests/unit/residency/test_places.py::test_places_that_were_left_are_given_out_again",
     ),
     Mutation(
         "the wrong token's queries are captured",

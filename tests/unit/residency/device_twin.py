@@ -11,7 +11,7 @@ import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy, choose_sets
 from flashmemory_kernels.common.due_rows import Due, make_rows
 
-from flashmemory_vllm.residency.books import HEADER, NOBODY
+from flashmemory_vllm.residency.lists import HEADER, NOBODY
 from flashmemory_vllm.residency.types import Copies, IntArray
 
 NOTHING_YET, GARBAGE = -1, -2

@@ -72,4 +72,5 @@ class Driver:
 
 
 def positions(plan: StepPlan, req_id: str, group: int = 0) -> list[int]:
-    return [int(position) for position in plan.rows[req_id].positions[group]]
+    """What a row reads; a decode row in any order."""
+    return sorted(int(position) for position in plan.rows[req_id].positions[group])

@@ -94,7 +94,11 @@ class MemoryTwin:
         expected.reshape(-1)[:num_tokens] = request.tags(0, num_tokens)
         is_token = (np.arange(num_blocks * block_size) < num_tokens).reshape(num_blocks, block_size)
         for group, (slots, positions) in enumerate(zip(row.slots, row.positions, strict=True)):
-            assert (np.diff(positions) > 0).all()
+            num_written = num_blocks - first_written
+            in_order = positions if row.phase is Phase.PREFILL else positions[-num_written:]
+            assert (np.diff(in_order) > 0).all()
+            assert np.unique(positions).size == positions.size
+            assert positions[-1] == num_blocks - 1
             assert set(range(first_written, num_blocks)) <= set(positions.tolist())
             assert row.evicted_tokens[group] == block_size * (num_blocks - positions.size)
             assert (planner.lut[group, block_ids[positions]] == slots).all()

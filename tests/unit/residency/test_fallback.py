@@ -86,7 +86,7 @@ def test_it_stays_whatever_later_selections_say() -> None:
     assert decided(driver) == (1, 0, 0)
 
 
-def test_blocks_come_in_portions_the_best_first_and_after_those_of_others() -> None:
+def test_blocks_come_in_portions_the_newest_first_and_after_those_of_others() -> None:
     driver = driver_with(max_prefetches=2, selections=[SPREAD])
     driver.prefill("b", 12, first_block=20)
     driver.offer("b", 12, (1, 2))
@@ -94,13 +94,15 @@ def test_blocks_come_in_portions_the_best_first_and_after_those_of_others() -> N
     fill_cache(driver)
     driver.offer("a", 12, (10, 9, *SPREAD[:3]))
     plan = driver.step(a=1, b=1)
-    assert plan.prefetches[0].blocks.tolist() == [11, 10]
+    # What goes for 9 and 10 stays beside the set
+    assert plan.prefetches[0].blocks.tolist() == [10, 11]
     assert positions(plan, "a") == [0, 3, 5, 7, 9, 10, 12]
     driver.offer("b", 12, (8, 1))
     plan = driver.step(a=1, b=1)
     # Block 28 is the one that b has waited for; a has waited longer, but for more than its budget.
-    assert plan.prefetches[0].blocks.tolist() == [28, 2]
-    assert positions(plan, "a") == [0, 1, 3, 5, 7, 9, 10, 12]
+    assert plan.prefetches[0].blocks.tolist() == [12, 28]
+    assert positions(plan, "a") == [0, 3, 5, 7, 9, 10, 11, 12]
+    assert driver.step(b=1).prefetches == ()  # who pauses is not brought any
     for _ in range(4):
         plan = driver.step(a=1, b=1)
     assert positions(plan, "a") == [*ALL, 13]

@@ -1,4 +1,4 @@
-"""Later selections come in by portions: a fixed number of blocks a step, the best and the oldest wishes first."""
+"""Later selections come in by portions: a fixed number of blocks a step, shared by those that wait, the best first."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ def test_what_is_recalled_for_a_first_selection_is_not_limited() -> None:
     assert plan.prefetches == ()
 
 
-def test_blocks_that_another_request_brought_join_at_once() -> None:
+def test_blocks_that_another_request_brought_are_not_copied_but_take_their_turn() -> None:
     driver = decoding(max_prefetches=1)
     driver.step([NewRequest("b", (*range(1, 12), 60, 61), 44, 48)], a=1, b=4)
     driver.offer("b", 12, best=[9, 10, 8])
     driver.step(a=1, b=1)
     driver.offer("a", 12, best=[9, 2, 1])
     plan = driver.step(a=1, b=1)
-    assert (prefetched(plan), positions(plan, "a")) == ([3], [0, 2, 3, 9, 12])
+    assert (prefetched(plan), positions(plan, "a")) == ([], [0, 3, 5, 9, 12])
 
 
 def test_a_new_selection_replaces_what_still_waits() -> None:
     driver = decoding(max_prefetches=1)
     driver.offer("a", 12, best=[9, 10, 2])
     driver.step(a=1)
-    driver.offer("a", 12, best=[8, 9, 7])
+    driver.offer("a", 12, best=[8, 9, 3])
     plan = driver.step(a=1)
-    # 9 is there and 7 still has its slot: only 8 is missing, and nobody waits for 10 and 2 any more.
-    assert (prefetched(plan), positions(plan, "a")) == ([9], [0, 7, 8, 9, 12])
-    assert positions(driver.step(a=1), "a") == [0, 7, 8, 9, 12]
+    # 9 and 3 are there: only 8 is missing, and nobody waits for 10 and 2 any more.
+    assert (prefetched(plan), positions(plan, "a")) == ([9], [0, 3, 8, 9, 12])
+    assert positions(driver.step(a=1), "a") == [0, 3, 8, 9, 12]
     assert driver.step(a=1).prefetches == ()
 
 
@@ -87,18 +87,19 @@ def test_growth_gives_up_the_worst_even_if_it_only_waits() -> None:
     assert (plan.prefetches, positions(plan, "a")) == ((), [0, 9, 10, 12, 13])
 
 
-def test_the_oldest_selection_goes_first() -> None:
-    driver = Driver(num_slots=60, ratio=0.4, tau=50, max_prefetches=2)
+def test_those_that_wait_share_what_may_come_and_the_oldest_has_what_is_left_over() -> None:
+    driver = Driver(num_slots=60, ratio=0.4, tau=50, max_prefetches=3)
     for name, first_block in (("a", 1), ("b", 20)):
         driver.prefill(name, 12, first_block=first_block)
         driver.offer(name, 12, best=[3, 5, 7])
         driver.step(tokens={name: 1})
     fill_cache(driver)
-    driver.offer("b", 12, best=[9, 10, 2])
-    assert prefetched(driver.step(a=1, b=1)) == [29, 30]
+    driver.offer("b", 12, best=[9, 10, 2, 11])
+    assert prefetched(driver.step(b=1)) == [22, 29, 30]
+    driver.offer("b", 12, best=[4, 6])
     driver.offer("a", 12, best=[9, 10, 2])
-    assert prefetched(driver.step(a=1, b=1)) == [10, 22]
-    assert prefetched(driver.step(a=1, b=1)) == [3, 11]
+    assert prefetched(driver.step(a=1, b=1)) == [10, 11, 24]
+    assert prefetched(driver.step(a=1, b=1)) == [3, 26]
     assert prefetched(driver.step(a=1, b=1)) == []
 
 

@@ -1,26 +1,16 @@
-"""Ranks: by score, and whatever is newer than the scoring above all, the newest first."""
+"""The best blocks, and of equal ones the last."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmemory_vllm.residency.ranking import best, worst_to_best
-from flashmemory_vllm.residency.types import FloatArray, IntArray
+from flashmemory_vllm.residency.ranking import best
+
+WORTH = st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf]), max_size=20)
 
 
-@st.composite
-def ranked(draw: st.DrawFn) -> tuple[IntArray, FloatArray]:
-    """Positions, and scores of the first ones, all different."""
-    positions = sorted(draw(st.sets(st.integers(0, 40), min_size=1)))
-    scores = draw(st.permutations(range(draw(st.integers(0, 41)))))
-    return np.array(positions, np.int32), np.array(scores, np.float32)
-
-
-@given(ranked(), st.integers(-1, 45))
-def test_the_best_are_the_last_of_all_in_their_order(drawn: tuple[IntArray, FloatArray], count: int) -> None:
-    positions, scores = drawn
-    ranks = {int(one): (one >= len(scores), one if one >= len(scores) else scores[one]) for one in positions}
-    in_order = sorted(ranks, key=lambda one: ranks[one])
-    assert worst_to_best(positions, scores).tolist() == in_order
-    kept = min(max(count, 0), len(in_order))
-    assert best(positions, scores, count).tolist() == sorted(in_order[len(in_order) - kept :])
+@given(WORTH, st.integers(-1, 22))
+def test_the_best_are_the_last_of_all_in_their_order(drawn: list[float], count: int) -> None:
+    in_order = sorted(range(len(drawn)), key=lambda at: (drawn[at], at))
+    kept = min(max(count, 0), len(drawn))
+    assert np.flatnonzero(best(np.array(drawn, np.float32), count)).tolist() == sorted(in_order[len(drawn) - kept :])

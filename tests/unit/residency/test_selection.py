@@ -81,7 +81,7 @@ def test_resident_blocks_of_a_new_selection_join_at_once() -> None:
     assert plan.prefetches == plan.recalls == ()
 
 
-def test_leaving_blocks_give_way_when_slots_are_short_the_worst_first() -> None:
+def test_blocks_that_must_wait_leave_old_ones_in_the_set() -> None:
     driver = Driver(num_slots=14, ratio=0.4, max_prefetches=1)
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3, 5, 7])
@@ -89,13 +89,12 @@ def test_leaving_blocks_give_way_when_slots_are_short_the_worst_first() -> None:
     driver.prefill("b", 8, first_block=100, spare_blocks=0)  # all 13 slots are taken, 5 by a and 8 by b
     driver.offer("a", 12, best=[9, 10, 11, 3])
     plan = driver.step(a=1)
-    # The slot of 9 can only come from one of those that leave: 7 is the worst of them.
-    assert plan.prefetches[0].blocks.tolist() == [10]
+    # 9 takes the slot of 7, the worst that was chosen before
+    assert (plan.prefetches[0].blocks.tolist(), plan.evicted) == ([10], 1)
     assert positions(plan, "a") == [0, 3, 5, 9, 12]
-    # Of the last two one gives way to a new request, the other to block 10.
-    plan = driver.step([NewRequest("c", (150,), 0, 4)], a=1, c=4)
+    plan = driver.step(a=1)
     assert plan.prefetches[0].blocks.tolist() == [11]
-    assert positions(plan, "a") == [0, 9, 10, 12]
+    assert positions(plan, "a") == [0, 3, 9, 10, 12]
 
 
 def test_blocks_that_come_in_are_read_by_others_in_the_same_step() -> None:

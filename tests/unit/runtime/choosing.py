@@ -11,7 +11,7 @@ import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, Selector
-from flashmemory_vllm.residency.books import pairs_of
+from flashmemory_vllm.residency.lists import pairs_of
 from flashmemory_vllm.runtime.asked import Asked
 from flashmemory_vllm.runtime.choice import ChoiceSizes, ChoiceState
 from flashmemory_vllm.runtime.choices import ChoiceQueue

@@ -151,7 +151,7 @@ class DrivenRuntime:
         status = self.runtime.status(str, StripsAsked(1000))
         (request,) = (one for one in status["requests"] if one["engine_request_id"] == name)
         states = [state for state, count in request["strips"][0] for _ in range(count)]
-        return [at for at, state in enumerate(states) if state in {"resident", "recalled", "sink", "recent", "leaving"}]
+        return [at for at, state in enumerate(states) if state in {"resident", "recalled", "sink", "recent"}]
 
     def _forward(self, tokens: Mapping[str, int]) -> dict[str, torch.Tensor]:
         runtime, positions = self.runtime, {}

@@ -112,3 +112,15 @@ def test_values_are_put_behind_those_that_are_there() -> None:
     device.changes.put(1, 2, table(7))
     device.upload()
     assert device.tables[1, :3].tolist() == [5, 6, 7]
+
+
+def test_of_an_edited_table_nothing_is_taken_for_granted() -> None:
+    device, wanted = Device(), table(5, 6, 7)
+    device.changes.set(1, wanted)
+    device.upload()
+    device.changes.edit(table(1, 2), table(1, 0), table(9, 4))
+    assert device.upload() == (0, 2)
+    assert (device.tables[1, :3].tolist(), device.tables[2, 0]) == ([5, 9, 7], 4)
+    device.changes.set(1, wanted)
+    assert device.upload() == (1, 0)
+    assert device.tables[1, :3].tolist() == [5, 6, 7]

@@ -90,12 +90,14 @@ def test_books_that_apply_its_lists_have_its_sets() -> None:
         asker.ask(asked(place, 80, IS_NEW=1))
         ids = asker.state.places.block_ids[place].numpy()
         books.enter(place, ids, [np.array(asker.sets(place), np.int32)], sink=SINK, recent=RECENT)
+    books.settle()
     for step in range(1, 12):
         slots.begin_step()
         for place in (1, 2):
             asker.look(place, 80 + step, (5 * step + place) % (NUM_FULL - RECENT))
         rows = (asked(place, 80 + step, STEP=step, ELAPSED=1, NUM_KNOWN=-1) for place in (1, 2))
         books.apply(step, asker.ask(*rows))
+        books.settle()
         books.check_integrity()
         for place in (1, 2):
             assert sorted(books.groups[0].positions_of(place).tolist()) == asker.sets(place)

@@ -108,6 +108,7 @@ class Traffic:
         with self.runtime.step(step):
             if step.num_scheduled_tokens:
                 self._forward(step.num_scheduled_tokens)
+        self.runtime.take_comparisons()
         self.scheduler.step_done(step)
         self._num_steps += 1
         if self._num_steps % 20 == 0:

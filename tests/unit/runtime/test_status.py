@@ -14,9 +14,8 @@ from flashmemory_vllm.runtime.status import RequestStatus, RuntimeStatus, Strips
 from tests.unit.residency.driver import BLOCK, Driver
 from tests.unit.runtime.fences import FencesTwin
 
-READ = {"leaving", "resident", "recalled", "sink", "recent"}
+READ = {"resident", "recalled", "sink", "recent"}
 ALL = StripsAsked(1000)
-IN_HOST_ONLY = {"evicted", "waiting"}
 
 
 class Observed:
@@ -108,7 +107,7 @@ def test_a_request_tells_how_it_decodes_and_why() -> None:
     assert (shorter.mode, shorter.reason) == ("dense", "below_min_sparse_tokens")
 
 
-def test_blocks_go_from_waiting_to_recalled_while_old_ones_leave() -> None:
+def test_blocks_that_a_selection_brings_are_recalled_and_those_that_go_stay_cached() -> None:
     observed = decoding()
     observed.driver.offer("a", 12, best=[9, 10, 3])
     seen = []
@@ -116,9 +115,10 @@ def test_blocks_go_from_waiting_to_recalled_while_old_ones_leave() -> None:
         observed.step(a=1)
         states = observed.states()
         seen.append({position: states[position] for position in (3, 5, 7, 9, 10)})
+    # The second one comes a step later, as only one may at a time
     assert seen == [
-        {3: "resident", 5: "leaving", 7: "cached", 9: "recalled", 10: "waiting"},
-        {3: "resident", 5: "cached", 7: "cached", 9: "recalled", 10: "recalled"},
+        {3: "resident", 5: "resident", 7: "cached", 9: "recalled", 10: "evicted"},
+        {3: "resident", 5: "cached", 7: "cached", 9: "recalled", 10: "resident"},
     ]
 
 
@@ -162,18 +162,17 @@ def test_what_is_shown_as_read_is_what_the_last_row_read(
             lut = planner.lut
             for group, states in enumerate(all_states(observed, num_groups)):
                 is_read = np.isin(states, list(READ))
-                assert np.flatnonzero(is_read).tolist() == plan.rows["a"].positions[group].tolist()
+                assert np.flatnonzero(is_read).tolist() == sorted(plan.rows["a"].positions[group].tolist())
                 # Logical blocks of the driver's request follow each other from 1 on.
                 has_slot = lut[group, 1 : 1 + len(states)] >= 0
-                assert (has_slot | np.isin(states, list(IN_HOST_ONLY))).all()
-                assert not has_slot[np.isin(states, ["evicted"])].any()
+                assert (has_slot == ~np.isin(states, ["evicted"])).all()
 
 
 def all_states(observed: Observed, num_groups: int) -> Iterator[list[str]]:
     return (observed.states(group) for group in range(num_groups))
 
 
-@given(st.lists(st.integers(0, 7), max_size=200))
+@given(st.lists(st.integers(0, 5), max_size=200))
 def test_run_lengths_keep_every_block_and_merge_equal_ones(codes: list[int]) -> None:
     runs = run_lengths(np.array(codes, np.int32))
     expanded = [state for state, count in runs for _ in range(count)]

@@ -24,8 +24,7 @@ def make_tables(num_groups: int = 1, *, skip_streamed: bool = False) -> StepTabl
 def row(slots: list[list[int]], computed: int, tokens: int, evicted: list[int], streamed: int = 0) -> Row:
     tables = tuple(np.array(group, dtype=np.int32) for group in slots)
     ids = tuple(np.arange(streamed, dtype=np.int32) for _ in slots)
-    phase = Phase.PREFILL if streamed else Phase.DECODE
-    return Row("request", phase, computed, tokens, tables, tables, tuple(evicted), ids)
+    return Row("request", Phase.PREFILL, computed, tokens, tables, tables, tuple(evicted), ids)
 
 
 def lens(*values: int) -> torch.Tensor:
@@ -78,6 +77,19 @@ def test_rows_have_the_tables_of_their_places_in_any_order() -> None:
     (table,) = written(tables, [b, a], lens(3, 8), [0, 4])
     assert table.block_table[0, 0].item() == 3
     assert table.block_table[1, :2].tolist() == [1, 2]
+
+
+def test_tables_of_decode_rows_change_by_edits_alone() -> None:
+    tables = make_tables(num_groups=2)
+    both = row([[1, 2, 3], [4, 5, 6]], 11, 1, [0, 0])
+    written(tables, [both], lens(12), [2])
+    both.phase, both.slots = Phase.DECODE, tuple(np.full(3, 9, np.int32) for _ in range(2))
+    edits = [np.array(of_group, np.int32).reshape(-1, 3) for of_group in ([(2, 1, 7)], [(2, 0, 8), (2, 2, 9)])]
+    tables.write([both], [2], lens(13), 1, edits)
+    assert [table.block_table[0, :3].tolist() for table in tables.compacted(1)] == [[1, 7, 3], [8, 5, 9]]
+    # Of what was edited nothing is taken for granted
+    both.phase, both.slots = Phase.PREFILL, tuple(np.array([1, 2, 3], np.int32) for _ in range(2))
+    assert written(tables, [both], lens(12), [2])[1].block_table[0, :3].tolist() == [1, 2, 3]
 
 
 def test_the_next_tenant_of_a_place_has_its_own_table() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.runtime.places import Places
+from flashmemory_vllm.residency.places import Places
 
 
 def test_a_place_stays_and_is_nobody_elses() -> None:
