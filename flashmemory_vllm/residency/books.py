@@ -71,7 +71,18 @@ class Books:
             sink: how many of the first never go.
             recent: how many of the newest keep their order, one or more.
             begun: how many of the newest are begun in this step. Default: none.
+
+        Raises:
+            IntegrityError: the place is taken, or a set is none of such a request; nothing is changed then.
         """
+        end, num_sink = ids.size, min(sink, ids.size - recent)
+        for entries, chosen in zip(self.groups, positions, strict=True):
+            is_set = (np.diff(chosen) > 0).all() and np.array_equal(chosen[:num_sink], np.arange(num_sink))
+            if entries.count[place] or not is_set or not np.array_equal(chosen[-recent:], np.arange(end - recent, end)):
+                raise IntegrityError(
+                    f"place {place} with {entries.count[place]} entries: blocks {chosen} are given as the set of "
+                    f"a request of {end} blocks, {num_sink} of the sink and {recent} recent ones"
+                )
         self.ids[place, : ids.size] = ids
         for group, (entries, chosen) in enumerate(zip(self.groups, positions, strict=True)):
             known = chosen[: chosen.size - begun]

@@ -107,6 +107,29 @@ def test_a_list_that_does_not_follow_from_the_sets_changes_nothing(come: list[in
     books.apply(0, listed([4], [3]))
 
 
+@pytest.mark.parametrize(
+    ("place", "positions"),
+    [
+        (1, [0, 4, 8, 9]),
+        (2, [3, 5, 8, 9]),
+        (2, [0, 5, 3, 8, 9]),
+        (2, [0, 3, 3, 8, 9]),
+        (2, [0, 3, 5, 8]),
+        (2, [0, 3, 5, 8, 9, 99]),
+        (2, [0, -7, 8, 9]),
+        (2, [9]),
+    ],
+)
+def test_a_first_list_that_says_nonsense_changes_nothing(place: int, positions: list[int]) -> None:
+    books, slots = entered()
+    pins = slots.pins.copy()
+    with pytest.raises(IntegrityError, match=f"place {place} with"):
+        books.enter(place, np.arange(1, 11, dtype=np.int32), [ids(*positions)], sink=1, recent=2)
+    assert (slots.pins == pins).all()
+    books.check_integrity()
+    assert books.settle().recalls == []
+
+
 def test_a_list_is_applied_once_and_only_for_the_tenant_it_was_made_for() -> None:
     books, slots = entered()
     applied(books, 3, listed([4], [3]))

@@ -88,7 +88,7 @@ def test_books_that_apply_its_lists_have_its_sets() -> None:
     for place in (1, 2):
         asker.look(place, 80, 3 + place)
         asker.ask(asked(place, 80, IS_NEW=1))
-        ids = asker.state.places.block_ids[place].numpy()
+        ids = asker.state.places.block_ids[place, : NUM_FULL + 1].numpy()
         books.enter(place, ids, [np.array(asker.sets(place), np.int32)], sink=SINK, recent=RECENT)
     books.settle()
     for step in range(1, 12):
