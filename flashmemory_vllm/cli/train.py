@@ -30,6 +30,7 @@ _INTEGERS = (
     ("questions", 32, 1, "validation tokens of a document, at most"),
     ("save-every", 500, 1, "steps between two saved states"),
 )
+_DECAYS = "0,0.7,0.9,0.97,0.99,1"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,6 +40,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", type=Path, required=True, help="file of the weights, .safetensors; card beside it")
     for name, default, _, text in _INTEGERS:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}. Default: {default}")
+    parser.add_argument(
+        "--memory-decays",
+        dest="decays",
+        type=_decays,
+        default=_decays(_DECAYS),
+        help="factors a token by which memories of attention fade that a forecast reads; '' for content alone. "
+        f"Default: {_DECAYS}",
+    )
     parser.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate. Default: 0.00015")
     parser.add_argument("--query-window", type=int, help="prompt tokens of a first selection. Default: as recorded")
     parser.add_argument("--delay", type=int, help="steps until a selection is in force. Default: as recorded")
@@ -102,6 +111,17 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--lr is {args.lr}: allowed is a number above 0")
     if not 0 < args.validation_share < 1:
         raise ConfigError(f"--validation-share is {args.validation_share}: allowed is a number between 0 and 1")
+
+
+def _decays(given: str) -> tuple[float, ...]:
+    """Raises `argparse.ArgumentTypeError` for what is no list of numbers in 0..1."""
+    try:
+        decays = tuple(map(float, given.split(","))) if given else ()
+    except ValueError:
+        decays = (-1.0,)
+    if not all(0 <= decay <= 1 for decay in decays):
+        raise argparse.ArgumentTypeError(f"{given!r}: allowed are numbers from 0 to 1, separated by commas, or nothing")
+    return decays
 
 
 def _query_window(given: int | None, recorded: int) -> int:

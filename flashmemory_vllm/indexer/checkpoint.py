@@ -23,13 +23,16 @@ from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
 
 # The one key of the metadata: safetensors writes several in any order, and equal weights should make equal files
 METADATA_KEY = "flashmemory_indexer"
-VERSION = 3
+VERSION = 4
+# Before there was a head
+_OLDER = 3
 FILE_NAME = "indexer.safetensors"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # As safetensors calls them
 _DTYPES = ("F16", "F32")
+_WITHOUT_HEAD = {"memory_decays": (), "forecast_threshold": 0.5}
 _COMPARED = ("num_query_heads", "num_kv_heads", "head_dim", "anchor_layers")
 
 
@@ -128,11 +131,11 @@ def _read_spec(path: Path, identity: tuple[int, ...]) -> IndexerSpec:  # noqa: A
     try:
         content = json.loads(metadata[METADATA_KEY])
         version, spec = content["version"], content["spec"]
-        if version == VERSION:
-            return _spec_of(spec)
+        if version in {_OLDER, VERSION}:
+            return _spec_of(spec if version == VERSION else {**_WITHOUT_HEAD, **spec})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"indexer {path} has no valid spec in its metadata: {error!r}") from error
-    raise ConfigError(f"indexer {path} has the format version {version!r}: allowed is {VERSION}")
+    raise ConfigError(f"indexer {path} has the format version {version!r}: allowed are {_OLDER} and {VERSION}")
 
 
 def check_indexer(path: Path) -> IndexerSpec:
@@ -240,9 +243,12 @@ def _spec_of(given: Mapping[str, Any]) -> IndexerSpec:
     names = {field.name for field in fields(IndexerSpec)}
     if different := sorted(names ^ set(given)):
         raise ValueError(f"fields {different} are missing or unknown")
-    spec = IndexerSpec(**{**given, "anchor_layers": tuple(given["anchor_layers"])})
+    tuples = {name: tuple(given[name]) for name in ("anchor_layers", "memory_decays")}
+    spec = IndexerSpec(**{**given, **tuples})
     if spec.aggregate not in get_args(Aggregate):
         raise ValueError(f"aggregate is {spec.aggregate!r}")
     if spec.reach < 0 or not spec.serves(spec.block_size):
         raise ValueError(f"chunk_size is {spec.chunk_size} and reach {spec.reach} at the block size {spec.block_size}")
+    if not all(0 <= decay <= 1 for decay in spec.memory_decays):
+        raise ValueError(f"memory_decays are {list(spec.memory_decays)}")
     return spec

@@ -11,6 +11,8 @@ from flashmemory_kernels.score_chunks import CODE_DTYPE, dequantise_codes, quant
 from torch import nn
 from torch.nn import functional
 
+from flashmemory_vllm.indexer.forecast_model import ForecastHead
+
 # Maximum, minimum and mean over a chunk's tokens.
 NUM_POOLS = 3
 _SCALE_BYTES = torch.float32.itemsize
@@ -43,6 +45,8 @@ class IndexerSpec:
         tau: steps between two selections that it was trained for.
         delay: steps from a query to the step before its selection is in force, as trained.
         data: SHA-256 of the `meta.json` of the data it was trained on.
+        memory_decays: channels of the memory that its head reads, see `ForecastHead`; none: there is no head.
+        forecast_threshold: share expected by the forecast from which a block is worth a slot.
     """
 
     model: str
@@ -64,6 +68,8 @@ class IndexerSpec:
     tau: int
     delay: int
     data: str
+    memory_decays: tuple[float, ...] = ()
+    forecast_threshold: float = 0.5
 
     @property
     def query_width(self) -> int:
@@ -107,6 +113,8 @@ class NeuralIndexer(nn.Module):
     per-channel bound `max(q * max, q * min) = q (max + min) / 2 + |q| (max - min) / 2` is one of the products it can
     learn (Quest, arXiv 2406.10774; pooled keys as in SeerAttention-R, arXiv 2506.08889).
 
+    With `memory_decays` a `head` makes a logit of what a block's content says and of what heads paid to it before.
+
     Weights of all anchor layers are stacked along the first dim, A. `standardise` and `calibrate` fill the
     buffers; without them inputs are taken as they are and a probability is the sigmoid of the logit.
 
@@ -137,6 +145,7 @@ class NeuralIndexer(nn.Module):
         self.register_buffer("key_center", torch.zeros(layers, spec.key_width))
         self.register_buffer("key_spread", torch.ones(layers, spec.key_width))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+        self.head = ForecastHead(spec.memory_decays) if spec.memory_decays else None
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw the weights; gates start equal, the distance without a say."""
@@ -148,6 +157,8 @@ class NeuralIndexer(nn.Module):
             nn.init.zeros_(weight)
         # A product has the standard deviation sqrt(dim): start with logits of about one.
         nn.init.constant_(self.gate_bias, 1 / sqrt(self.spec.dim * self.spec.num_heads))
+        if self.head is not None:
+            self.head.init_weights(generator)
 
     def standardise(self, queries: torch.Tensor, pooled: torch.Tensor) -> None:
         """Take the inputs' spread and centre from samples; keys of real models have channels far off zero.
@@ -215,11 +226,16 @@ class NeuralIndexer(nn.Module):
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated probability that a block is needed, from logits of an ensemble, any shape."""
-        return torch.addcmul(self.calibration[1], self.calibration[0], logits).sigmoid()
+        return calibrated(logits, self.calibration)
 
     def calibrate(self, slope: float, offset: float) -> None:
         """Set what `probability` applies to a logit."""
         self.calibration.copy_(torch.tensor([slope, offset]))
+
+
+def calibrated(logits: torch.Tensor, calibration: torch.Tensor) -> torch.Tensor:
+    """Probability of logits, any shape, under a calibration [2] of slope and offset."""
+    return torch.addcmul(calibration[1], calibration[0], logits).sigmoid()
 
 
 def ensemble(logits: torch.Tensor, aggregate: Aggregate) -> torch.Tensor:

@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.training.dataset import Document, FloatArray, IntArray, Schedule, TrainingData
+from flashmemory_vllm.indexer.forecast_model import with_neighbours
+from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
+from flashmemory_vllm.training.ragged import FloatArray, IntArray
 
 MAX_POSITIVES = 512
 # Other blocks of a document, for each that any of its selections would best have, and at least
@@ -35,6 +37,7 @@ class Batch(NamedTuple):
         distance: float32 [N, Q, M].
         labels: float32 [N, S, M], largest share that any head pays to the block while the selection is in force.
         weights: float32 [N, S, M], 0 where there is no block to choose.
+        memory: float32 [N, S, M, 3, C], what is remembered when a selection is made, see `forecast_model.Seen`.
     """
 
     queries: torch.Tensor
@@ -42,6 +45,7 @@ class Batch(NamedTuple):
     distance: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    memory: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Sampling:
         query_window: queries of a first selection, W.
         reach: chunks R of the block before.
         schedule: when serving selects.
+        decays: of the channels of the memory.
         seed: seed of order, tokens and negatives.
         rank: this process.
         world_size: number of processes; each sees other documents.
@@ -64,6 +69,7 @@ class Sampling:
     query_window: int
     reach: int
     schedule: Schedule
+    decays: tuple[float, ...]
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -93,7 +99,7 @@ class TrainingSteps(Dataset[Batch]):
             )
         self.steps_per_epoch = len(documents) // at_once
         # A bound method's cache, so that documents are forgotten with this object
-        self._load = lru_cache(_OPEN_DOCUMENTS)(data.load)
+        self._load = lru_cache(_OPEN_DOCUMENTS)(self._open)
         self._epoch = lru_cache(1)(self._plan_epoch)
 
     def __getitem__(self, step: int) -> Batch:
@@ -103,16 +109,22 @@ class TrainingSteps(Dataset[Batch]):
         first = (step_in_epoch * sampling.world_size + sampling.rank) * sampling.documents
         generator = np.random.default_rng([sampling.seed, step, sampling.rank])
         numbers = self._epoch(epoch)[first : first + sampling.documents].tolist()
-        parts = [self._sample(self._load(number), generator) for number in numbers]
-        queries = torch.stack([part.queries[0] for part in parts])
-        return Batch(queries, *(_padded([part[place][0] for part in parts]) for place in range(1, len(Batch._fields))))
+        parts = [self._sample(*self._load(number), generator) for number in numbers]
+        queries, *others = ([part[place][0] for part in parts] for place in range(len(Batch._fields)))
+        dims = (0 if name == "pooled" else 1 for name in Batch._fields[1:])
+        return Batch(torch.stack(queries), *map(_padded, others, dims))
 
     def _plan_epoch(self, epoch: int) -> IntArray:
         """All documents in random order."""
         order: IntArray = np.random.default_rng([self.sampling.seed, epoch]).permutation(self._documents)
         return order
 
-    def _sample(self, document: Document, generator: np.random.Generator) -> Batch:
+    def _open(self, number: int) -> tuple[Document, torch.Tensor]:
+        """A document, and what is remembered after each of its tokens, [T, C, N]."""
+        document = self._data.load(number)
+        return document, document.memory(self.sampling.query_window, self.sampling.decays)
+
+    def _sample(self, document: Document, memory: torch.Tensor, generator: np.random.Generator) -> Batch:
         """A batch of one document."""
         sampling = self.sampling
         usable = later_tokens(document, sampling.schedule)
@@ -140,6 +152,7 @@ class TrainingSteps(Dataset[Batch]):
             distance=torch.from_numpy((candidates[:, None] - blocks) * document.chunks_per_block).float().unsqueeze(0),
             labels=torch.from_numpy(labels).float().unsqueeze(0),
             weights=torch.from_numpy(weights).float().unsqueeze(0),
+            memory=with_neighbours(memory[[0, *tokens.tolist()]])[:, torch.from_numpy(blocks)].unsqueeze(0),
         )
 
 
@@ -175,8 +188,6 @@ def _draw_blocks(best: Sequence[IntArray], free: Sequence[slice], generator: np.
     return blocks if len(blocks) else np.zeros(1, np.int64)
 
 
-def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one document each as one, padded with zeros along the blocks: dim 0, or the last of those by query."""
-    if parts[0].dim() > 2:
-        return pad_sequence(list(parts), batch_first=True)
-    return pad_sequence([part.mT for part in parts], batch_first=True).mT
+def _padded(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Tensors of one document each as one, padded with zeros along the blocks, which are one of their dims."""
+    return pad_sequence([part.movedim(dim, 0) for part in parts], batch_first=True).movedim(1, dim + 1)

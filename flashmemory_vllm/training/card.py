@@ -125,6 +125,7 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
         query_heads=spec.num_query_heads,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
+        decays=", ".join(map(str, spec.memory_decays)) or "none",
         tau=spec.tau,
         delay=spec.delay,
         weights=weights.name,
@@ -138,8 +139,9 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
         held_back=report.documents[1],
         questions=report.questions,
         data=spec.data[:12],
+        itself=_ITSELF if spec.memory_decays else "",
         table=_table(report.scores),
-        threshold=spec.threshold,
+        threshold=spec.forecast_threshold if spec.memory_decays else spec.threshold,
         reached=report.reached[0],
         precise=report.reached[1],
         picture=picture.name,
@@ -148,7 +150,7 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
 
 
 def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    names = {"recall": "worth kept", "mass": "attention kept", "lost": "largest share lost"}
+    names = {"recall": "worth kept", "mass": "attention kept", "lost": "largest share lost", "fetched": "fetched"}
     columns = [(what, ratio) for what in names for ratio in RATIOS]
     lines = ["| selector | " + " | ".join(f"{names[what]} at {ratio:.1%}" for what, ratio in columns) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
@@ -158,6 +160,7 @@ def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+_ITSELF = "`neural` reads what heads paid to blocks before, too; `content` is the same indexer without that. "
 _CARD = """\
 ---
 library_name: flashmemory-vllm
@@ -181,6 +184,7 @@ Chooses the KV blocks that stay on the device while {model} decodes. It reads qu
 {reach}, {query_window}, {opening_steps} |
 | index heads, code, bottleneck | {heads}, {dim}, {rank} |
 | layers combined by | {aggregate} |
+| memory fades a token by | {decays} |
 | selections in force | {tau} steps, from {delay} after the query's own |
 
 ## Training
@@ -196,8 +200,11 @@ recording {data}. {held_back:,} other documents were kept back; {questions:,} of
 
 A block is worth the fourth power of the largest share that any head of any layer pays to it in the answer, or after \
 its beginning during {tau} steps. Of the attention paid then, mean over all heads, the rest is lost; the largest share \
-lost is what any head paid to a single block that was left out. Over all candidates, with sink and recent blocks as in \
-serving. `oracle` knows the shares to come; the others need no training. All numbers are in `{curves}`.
+lost is what any head paid to a single block that was left out, mean over those tokens. Fetched are blocks that a \
+selection adds to the set before it. Over all candidates, with sink and recent blocks as in serving. {itself}\
+`oracle` knows the shares to come; `mix` adds up what blocks are remembered for with decays of 0.9 and 0.98, hands \
+half of it on to the next block, and doubles it where a block is held; `last` is what the last token paid; the others \
+need no training either. All numbers are in `{curves}`.
 
 {table}
 

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.training.history import replay
+from flashmemory_vllm.training.ragged import FloatArray, IntArray, Ragged
 
 FORMAT = 4
 META_NAME = "meta.json"
 INDEX_NAME = "index.json"
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +70,6 @@ class Schedule:
     tau: int
     delay: int
     opening_steps: int = 0
-
-
-class Ragged:
-    """Block ids of each recorded token, and a value with each, in one flat array.
-
-    Args:
-        pointers: int64 [T + 1], where each token's entries begin, and the end of the last.
-        ids: int64 [nnz], block ids.
-        values: [nnz].
-    """
-
-    def __init__(self, pointers: IntArray, ids: IntArray, values: FloatArray) -> None:
-        self.pointers, self.ids, self.values = pointers, ids, values
-
-    def maxima(self, first: int, end: int, num_blocks: int) -> FloatArray:
-        """Largest value of each of the first blocks over the tokens `[first, end)`, [num_blocks]."""
-        entries = slice(int(self.pointers[first]), int(self.pointers[end]))
-        maxima = np.zeros(max(num_blocks, int(self.ids[entries].max(initial=-1)) + 1), np.float32)
-        np.maximum.at(maxima, self.ids[entries], self.values[entries])
-        return maxima[:num_blocks]
-
-    def sums(self, first: int, end: int, num_blocks: int) -> FloatArray:
-        """Sum of the values of each block over the tokens `[first, end)`, [num_blocks] or more."""
-        entries = slice(int(self.pointers[first]), int(self.pointers[end]))
-        sums: FloatArray = np.bincount(self.ids[entries], self.values[entries], num_blocks).astype(np.float32)
-        return sums
 
 
 class Document:
@@ -159,6 +131,23 @@ class Document:
         last = self.queries[:1]
         earlier = self.prompt_queries[max(0, len(self.prompt_queries) - window + 1) :] if window > 1 else last[:0]
         return torch.cat((earlier, last.expand(window - len(earlier), *last.shape[1:])))
+
+    def memory(self, window: int, decays: Sequence[float]) -> torch.Tensor:
+        """What is remembered of blocks after each recorded token, of the question and of what follows.
+
+        Args:
+            window: tokens of the question.
+            decays: of the channels.
+
+        Returns:
+            float32 [T, C, N], N as many as there are full blocks or more.
+        """
+        earlier = min(len(self.prompt_queries), window - 1)
+        first = len(self.prompt_queries) - earlier
+        before = np.arange(-earlier, 0) + self.positions[0]
+        missing = max(0, self.num_blocks - self.anchor_share.shape[1])
+        shares = torch.nn.functional.pad(self.anchor_share[first:], (0, missing))
+        return replay(shares, np.concatenate((before, self.positions)), decays)[earlier:]
 
     def question_blocks(self, window: int) -> slice:
         """Blocks that the prompt's newest tokens lie in, which serving keeps."""

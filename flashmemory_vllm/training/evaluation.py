@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
 from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.factory import create_selector
+from flashmemory_vllm.indexer.forecast_model import Seen, with_neighbours
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
 from flashmemory_vllm.residency.ranking import best
 from flashmemory_vllm.training.batches import later_tokens
-from flashmemory_vllm.training.dataset import DataMeta, Document, FloatArray, Schedule
+from flashmemory_vllm.training.dataset import DataMeta, Document, Schedule
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
+from flashmemory_vllm.training.ragged import FloatArray, IntArray
 
 RATIOS = (0.10, MAIN_RATIO, 0.15)
-Baseline = Literal["bounds", "mean", "streaming", "random", "oracle"]
-BASELINES: tuple[Baseline, ...] = ("oracle", "bounds", "mean", "streaming", "random")
+Baseline = Literal["oracle", "mix", "last", "bounds", "mean", "streaming", "random"]
+BASELINES: tuple[Baseline, ...] = ("oracle", "mix", "last", "bounds", "mean", "streaming", "random")
+# Of the untrained mix: decays and weights of its channels, what a block hands on, and the bonus of what is held
+_MIX_DECAYS, _MIX_WEIGHTS = (0.9, 0.98), (0.7, 0.3)
+_SUCCESSOR = 0.5
+HYSTERESIS: Mapping[str, float] = {"mix": 1.0}
 
+BoolArray = npt.NDArray[np.bool_]
 # Scores of the candidates of one recorded token, float32 [n]
 Scorer = Callable[[int], torch.Tensor]
 
@@ -38,6 +46,7 @@ class Question:
         num_tokens: tokens of the request, this one included.
         shares: float32 [n], largest share that any head pays to a candidate in any token that the selection is for.
         mass: float32 [n or more], attention mass of each block over those tokens.
+        paid: of each token that the selection is for, candidates and the largest share that any head pays to each.
     """
 
     token: int
@@ -45,6 +54,7 @@ class Question:
     num_tokens: int
     shares: FloatArray
     mass: FloatArray
+    paid: Sequence[tuple[IntArray, FloatArray]]
 
 
 class Quality(NamedTuple):
@@ -53,12 +63,14 @@ class Quality(NamedTuple):
     Attributes:
         recall: share of what the candidates are worth that the set has, see `evaluation/worth.py`.
         mass: share of the attention mass, mean over all heads, that falls on the set and on blocks newer than it.
-        lost: largest share that any head pays to a single block that is left out.
+        lost: largest share that any head pays to a block that is left out, mean over the tokens in the window.
+        fetched: blocks that come into the set, of selections before which there was one.
     """
 
     recall: float
     mass: float
     lost: float
+    fetched: float
 
 
 def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
@@ -80,26 +92,39 @@ def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
         num_candidates = document.num_candidates(token)
         shares = document.largest_shares(token, schedule)
         mass = document.mass.sums(int(first[token]), int(end[token]), num_candidates)
-        questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, shares, mass))
+        paid = [document.share.row(other, num_candidates) for other in range(int(first[token]), int(end[token]))]
+        questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, shares, mass, paid))
     return questions
 
 
-def judge(document: Document, question: Question, scores: torch.Tensor, ratio: float) -> Quality:
-    """What a selection by these scores keeps; recall is NaN if no candidate is worth anything."""
+def choose(document: Document, question: Question, scores: torch.Tensor, ratio: float) -> BoolArray:
+    """Whether each block of the request, [N], is in the set that is chosen by scores [num_candidates]."""
     frame, budget = frame_of(question.num_tokens, document.block_size, ratio)
     # Blocks newer than the scoring are better than any other
     value, candidates = np.full(frame.num_blocks, np.inf, np.float32), slice(frame.sink_end, frame.recent_start)
     value[: len(scores)] = scores.cpu().numpy()
     kept = np.ones(frame.num_blocks, np.bool_)
     kept[candidates] = best(value[candidates], budget - frame.num_forced)
+    return kept
+
+
+def judge(question: Question, kept: BoolArray, before: BoolArray | None) -> Quality:
+    """What a set keeps; recall is NaN if no candidate is worth anything.
+
+    Args:
+        question: what the set is for.
+        kept: whether each block is in it, as many as there are candidates or more.
+        before: the same of the set before. None if there was none.
+    """
     of_candidates = kept[: question.num_candidates]
     worths = worth(question.shares)
     recall = float(worths[of_candidates].sum() / worths.sum()) if worths.any() else float("nan")
-    lost = float(question.shares[~of_candidates].max(initial=0.0))
+    losses = [float(shares[~of_candidates[ids]].max(initial=0.0)) for ids, shares in question.paid]
     old, total = question.mass[: question.num_candidates], float(question.mass.sum())
     newer = total - float(old.sum())
     mass = (float(old[of_candidates].sum()) + newer) / total if total else float("nan")
-    return Quality(recall, mass, lost)
+    fetched = float("nan") if before is None else float((kept[: len(before)] & ~before).sum())
+    return Quality(recall, mass, float(np.mean(losses)) if losses else float("nan"), fetched)
 
 
 class IndexerScorer:
@@ -108,28 +133,41 @@ class IndexerScorer:
     Args:
         model: in evaluation mode.
         document: the recording.
+        content_only: leave the model's head out.
     """
 
-    def __init__(self, model: NeuralIndexer, document: Document) -> None:
+    def __init__(self, model: NeuralIndexer, document: Document, *, content_only: bool = False) -> None:
         self._model, self._document = model, document
-        self._device = model.bias.device
+        self._head = None if content_only else model.head
+        self._device, spec = model.bias.device, model.spec
         with torch.no_grad():
             pooled = document.keys.transpose(0, 1).to(self._device)
             self._codes, self._scales = quantise_codes(model.encode_keys(pooled).transpose(0, 1).contiguous())
-            question = document.question(model.spec.query_window)
+            question = document.question(spec.query_window)
             self._asked: torch.Tensor = self._logits(question, document.num_candidates(0)).amax(0)
+        self._memory = document.memory(spec.query_window, spec.memory_decays if self._head is not None else ())
 
     @torch.no_grad()
     def __call__(self, token: int) -> torch.Tensor:
-        """Logits of the ensemble, float32 [n], what the question asked for among them; of its own blocks infinite."""
-        if token == 0:
-            return self._asked
-        queries = self._document.queries[token].unsqueeze(0)
-        logits = self._logits(queries, self._document.num_candidates(token))[0]
-        known = logits[: len(self._asked)]
-        torch.maximum(known, self._asked, out=known)
-        logits[self._document.question_blocks(self._model.spec.query_window)] = torch.inf
+        """Logits of the blocks, float32 [n], what the question asked for among them; of its own blocks infinite."""
+        asked, newest = self._asked, self._asked
+        if token:
+            queries = self._document.queries[token].unsqueeze(0)
+            newest = self._logits(queries, self._document.num_candidates(token))[0]
+            asked = torch.nn.functional.pad(asked, (0, len(newest) - len(asked)), value=-torch.inf)
+        head = self._head
+        logits = torch.maximum(newest, asked) if head is None else head(self._seen(token, newest, asked))
+        if token:
+            logits[self._document.question_blocks(self._model.spec.query_window)] = torch.inf
         return logits
+
+    def _seen(self, token: int, newest: torch.Tensor, asked: torch.Tensor) -> Seen:
+        num_blocks = len(newest)
+        memory = with_neighbours(self._memory[token])[:num_blocks].to(self._device)
+        distance = torch.arange(num_blocks, 0, -1, device=self._device) * self._document.block_size
+        # Nothing was asked of blocks that are newer: the newest token's is all there is
+        known = torch.where(asked.isfinite(), asked, newest)
+        return Seen(memory, newest, known, distance, torch.tensor(token == 0, device=self._device))
 
     def _logits(self, queries: torch.Tensor, num_blocks: int) -> torch.Tensor:
         """Float32 [Q, n] for queries [Q, A, Hq, D]."""
@@ -145,6 +183,8 @@ def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, question
     if name == "oracle":
         shares = {question.token: torch.from_numpy(question.shares) for question in questions}
         return lambda token: shares[token]
+    if name in {"mix", "last"}:
+        return _shares_scorer(document, meta.query_window, is_mix=name == "mix")
     selector = create_selector(name, _geometry(document, meta))
     if isinstance(selector, IndexedSelector):
         keys = document.keys.float()
@@ -161,14 +201,42 @@ def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, question
     return score
 
 
+def _shares_scorer(document: Document, query_window: int, *, is_mix: bool) -> Scorer:
+    """What the last token paid to blocks, or a mix of what all did, handed on to the next block."""
+    memory = document.memory(query_window, _MIX_DECAYS if is_mix else (0.0,))
+    scores = torch.einsum("tcn,c->tn", memory, torch.tensor(_MIX_WEIGHTS if is_mix else (1.0,)))
+    if is_mix:
+        scores[:, 1:] = torch.maximum(scores[:, 1:], _SUCCESSOR * scores[:, :-1])
+    return lambda token: scores[token, : document.num_candidates(token)]
+
+
 def evaluate(
-    document: Document, questions: Sequence[Question], scorer: Scorer, ratios: Sequence[float] = RATIOS
+    document: Document,
+    questions: Sequence[Question],
+    scorer: Scorer,
+    ratios: Sequence[float] = RATIOS,
+    hysteresis: float = 0.0,
 ) -> Iterator[tuple[float, Quality]]:
-    """Judge a scorer at every question and ratio of a document."""
+    """Judge a scorer at every question and ratio of a document.
+
+    Args:
+        document: the recording.
+        questions: in order.
+        scorer: scores their candidates.
+        ratios: resident blocks over all blocks.
+        hysteresis: how much more a block is worth that the set before has.
+    """
+    held: dict[float, BoolArray] = {}
     for question in questions:
         scores = scorer(question.token)
         for ratio in ratios:
-            yield ratio, judge(document, question, scores, ratio)
+            before = held.get(ratio)
+            preferred = scores
+            if before is not None and hysteresis:
+                known = torch.from_numpy(before[: len(scores)]).float()
+                preferred = scores * (1 + hysteresis * torch.nn.functional.pad(known, (0, len(scores) - len(known))))
+            held[ratio] = choose(document, question, preferred, ratio)
+            yield ratio, judge(question, held[ratio], before)
 
 
 def _geometry(document: Document, meta: DataMeta) -> IndexGeometry:

@@ -33,6 +33,8 @@ def finish(result: TrainResult, validation: Validation, provenance: Provenance, 
     validation.calibrate(model)
     save_indexer(model, out)
     scores = {"neural": alone.mean(validation.run(model))}
+    if model.head is not None:
+        scores["content"] = alone.mean(validation.run_content(model))
     scores |= {name: alone.mean(columns) for name, columns in validation.run_baselines().items()}
     report = TrainingReport(
         spec=model.spec,

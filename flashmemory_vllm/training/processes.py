@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.processes.parents import end_with
 
 
@@ -47,7 +46,7 @@ class Processes:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
-    def wrap(self, model: NeuralIndexer) -> NeuralIndexer | DistributedDataParallel:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes."""
         return model if self.world_size == 1 else DistributedDataParallel(model)
 

@@ -10,6 +10,9 @@ from flashmemory_vllm.indexer.neural_model import IndexerSpec
 from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.validation import THRESHOLD
 
+# The last token, some tokens, and all since the question
+DECAYS = (0.0, 0.7, 0.9, 0.97, 0.99, 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
@@ -29,6 +32,7 @@ class TrainSettings:
         aggregate: how the layers' logits become one.
         tau: decode steps for which a selection is in force.
         delay: steps from a query to the step before its selection is in force.
+        decays: of the channels of the memory that a forecast reads; none: content is all it knows.
         seed: seed of weights, split, order and negatives.
         validation_share: share of the documents that is kept back.
         validate_every: steps between two validations; 0 is half an epoch.
@@ -50,6 +54,7 @@ class TrainSettings:
     aggregate: Aggregate = "max"
     tau: int = 16
     delay: int = 1
+    decays: tuple[float, ...] = DECAYS
     seed: int = 0
     validation_share: float = 0.1
     validate_every: int = 0
@@ -82,4 +87,6 @@ def make_spec(data: TrainingData, settings: TrainSettings) -> IndexerSpec:
         tau=settings.tau,
         delay=settings.delay,
         data=data.meta.digest,
+        memory_decays=settings.decays,
+        forecast_threshold=THRESHOLD,
     )

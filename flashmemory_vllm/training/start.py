@@ -10,6 +10,7 @@ from flashmemory_vllm.indexer.neural_model import NUM_POOLS, NeuralIndexer
 from flashmemory_vllm.training.batches import Batch
 from flashmemory_vllm.training.calibration import fit_platt
 from flashmemory_vllm.training.dataset import TrainingData
+from flashmemory_vllm.training.selections import by_selection
 
 # Documents, and of each the tokens and chunks, that the statistics are taken from
 _SAMPLED_DOCUMENTS = 24
@@ -72,12 +73,6 @@ def calibrate_layers(model: NeuralIndexer, batches: Sequence[Batch]) -> None:
         slope, offset = fit_platt(of_layer, torch.cat(labels))
         model.gate_bias[anchor] *= slope
         model.bias[anchor] = offset
-
-
-def by_selection(logits: torch.Tensor, query_window: int) -> torch.Tensor:
-    """Logits of selections [..., S, M] of those of queries [..., Q, M]: the first takes the best of the question's."""
-    first = logits[..., :query_window, :].amax(-2, keepdim=True)
-    return torch.cat((first, logits[..., query_window:, :]), dim=-2)
 
 
 def _replace(drawn: torch.Tensor, wanted: torch.Tensor) -> None:

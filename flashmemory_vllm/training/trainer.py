@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.files import whole_file
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps
 from flashmemory_vllm.training.dataset import TrainingData, split_documents
 from flashmemory_vllm.training.frame import MAIN_RATIO
 from flashmemory_vllm.training.losses import attention_loss
 from flashmemory_vllm.training.processes import Processes
+from flashmemory_vllm.training.selections import Logits, Selections
 from flashmemory_vllm.training.settings import TrainSettings, make_spec
-from flashmemory_vllm.training.start import by_selection, calibrate_layers, start_from_data
+from flashmemory_vllm.training.start import calibrate_layers, start_from_data
 from flashmemory_vllm.training.validation import Validation
 
 WEIGHT_DECAY = 0.01
@@ -35,6 +36,8 @@ MAX_GRAD_NORM = 1.0
 LATER_SHARE = 0.5
 # Offsets of logits have to go as far as logits do, of which a weight is a small part
 OFFSET_SPEED = 50
+# A head is small and sees features of about one
+HEAD_SPEED = 20
 _OFFSETS = ("bias", "distance", "reach_offset")
 # What the first logits are calibrated on
 _FIRST_BATCHES = 8
@@ -105,6 +108,7 @@ class Trainer:
             query_window=settings.query_window,
             reach=self.model.spec.reach,
             schedule=settings.schedule,
+            decays=settings.decays,
             seed=settings.seed,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -125,7 +129,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train until all steps are done or recall no longer rises."""
-        forward = self.processes.wrap(self.model)
+        forward = self.processes.wrap(Selections(self.model))
         every = self.settings.validate_every or max(1, self.steps.steps_per_epoch // 2)
         self._started = time.monotonic()
         if not self.history:
@@ -158,10 +162,10 @@ class Trainer:
         """
         saved: dict[str, Any] = torch.load(self._state, map_location="cpu", weights_only=True)
         for name, mine in self._identity().items():
-            if saved["identity"][name] != mine:
+            theirs = saved["identity"].get(name)
+            if theirs != mine:
                 raise ConfigError(
-                    f"--resume: {self._state} was made with {name} {saved['identity'][name]!r}, "
-                    f"{mine!r} is given; allowed is the same"
+                    f"--resume: {self._state} was made with {name} {theirs!r}, {mine!r} is given; allowed is the same"
                 )
         self.model.load_state_dict(saved["model"])
         self._optimizer.load_state_dict(saved["optimizer"])
@@ -175,8 +179,10 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         named = dict(self.model.named_parameters())
         offsets = [named.pop(name) for name in _OFFSETS]
+        head = [named.pop(name) for name in list(named) if name.startswith("head.")]
+        groups = (list(named.values()), 1), (offsets, OFFSET_SPEED), (head, HEAD_SPEED)
         return torch.optim.AdamW(
-            [{"params": list(named.values()), "speed": 1}, {"params": offsets, "speed": OFFSET_SPEED}],
+            [{"params": params, "speed": speed} for params, speed in groups],
             lr=self.settings.lr,
             weight_decay=WEIGHT_DECAY,
             fused=self.device.type == "cuda",
@@ -192,15 +198,16 @@ class Trainer:
             pin_memory=on_gpu,
         )
 
-    def _train(self, batch: Batch, forward: NeuralIndexer | DistributedDataParallel) -> None:
+    def _train(self, batch: Batch, forward: nn.Module) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = group["speed"] * self.settings.lr * learning_rate_share(self.step, self.num_steps)
         batch = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with half:
-            by_layer = forward(batch.queries, batch.pooled, batch.distance).float()
-        logits = by_selection(ensemble(by_layer, self.settings.aggregate), self.settings.query_window)
-        loss = self._loss(logits, batch.labels, batch.weights)
+            logits: Logits = forward(batch)
+        loss = self._loss(logits.content, batch.labels, batch.weights)
+        if logits.forecast is not None:
+            loss = loss + self._loss(logits.forecast, batch.labels, batch.weights)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)

@@ -9,11 +9,12 @@ import torch
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.worth import worth
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer, calibrated
 from flashmemory_vllm.training.calibration import fit_platt
 from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
 from flashmemory_vllm.training.evaluation import (
     BASELINES,
+    HYSTERESIS,
     RATIOS,
     Baseline,
     IndexerScorer,
@@ -70,17 +71,26 @@ class Validation:
         """
         return self._columns(lambda document, _: IndexerScorer(model, document), rank, world_size)
 
+    def run_content(self, model: NeuralIndexer) -> Columns:
+        """The same for what a model says without its head."""
+        return self._columns(lambda document, _: IndexerScorer(model, document, content_only=True), 0, 1)
+
     def run_baseline(self, name: Baseline) -> Columns:
         """The same for a selector that needs no training."""
         meta = self._data.meta
-        return self._columns(lambda document, questions: baseline_scorer(name, document, meta, questions), 0, 1)
+        return self._columns(
+            lambda document, questions: baseline_scorer(name, document, meta, questions),
+            0,
+            1,
+            HYSTERESIS.get(name, 0.0),
+        )
 
     def run_baselines(self) -> dict[str, Columns]:
         """The same for all of them."""
         return {name: self.run_baseline(name) for name in BASELINES}
 
     def calibrate(self, model: NeuralIndexer) -> None:
-        """Fit the model's probability on all candidates that serving could leave out; mutates the model.
+        """Fit the model's probabilities on all candidates that serving could leave out; mutates the model.
 
         A score is the share that a head is expected to pay. A slot is cheap and a block that is missing is not: so the
         threshold is where blocks above it have `KEPT_SHARE` of what all are worth, if that is less than one half.
@@ -88,29 +98,36 @@ class Validation:
         Raises:
             ConfigError: the documents are so short that serving leaves out nothing.
         """
-        logits, shares = self._candidates(model)
-        if not len(shares):
-            raise ConfigError("--data: validation documents have no block beside those that are always resident")
-        model.calibrate(*fit_platt(logits, shares))
-        if shares.any():
-            ordered, order = model.probability(logits.to(model.bias.device)).cpu().sort(descending=True)
-            kept = worth(shares[order]).cumsum(0)
-            lowest = ordered[int((kept < KEPT_SHARE * kept[-1]).sum())]
-            model.spec = replace(model.spec, threshold=min(THRESHOLD, float(lowest)))
+        for content_only in _ways(model):
+            logits, shares = self._candidates(model, content_only=content_only)
+            if not len(shares):
+                raise ConfigError("--data: validation documents have no block beside those that are always resident")
+            fitted = _calibration(model, content_only=content_only)
+            fitted.copy_(torch.tensor(fit_platt(logits, shares)))
+            if shares.any():
+                ordered, order = calibrated(logits.to(fitted.device), fitted).cpu().sort(descending=True)
+                kept = worth(shares[order]).cumsum(0)
+                lowest = float(ordered[int((kept < KEPT_SHARE * kept[-1]).sum())])
+                least = min(THRESHOLD, lowest)
+                spec = model.spec
+                model.spec = replace(spec, threshold=least) if content_only else replace(spec, forecast_threshold=least)
 
     def threshold_share(self, model: NeuralIndexer) -> tuple[float, float]:
         """Share of the candidates that reach the model's threshold, and what they have of all that any are worth."""
-        logits, shares = self._candidates(model)
-        reaches = model.probability(logits.to(model.bias.device)).cpu() >= model.spec.threshold
+        content_only = model.head is None
+        logits, shares = self._candidates(model, content_only=content_only)
+        fitted = _calibration(model, content_only=content_only)
+        threshold = model.spec.threshold if content_only else model.spec.forecast_threshold
+        reaches = calibrated(logits.to(fitted.device), fitted).cpu() >= threshold
         worths = worth(shares)
         return float(reaches.float().mean()), float(worths[reaches].sum() / worths.sum())
 
-    def _candidates(self, model: NeuralIndexer) -> tuple[torch.Tensor, torch.Tensor]:
+    def _candidates(self, model: NeuralIndexer, *, content_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and shares of every candidate that is kept for its score alone, over all questions."""
         logits, labels = [], []
         for number, questions in self._questions.items():
             document = self._data.load(number)
-            scorer = IndexerScorer(model, document)
+            scorer = IndexerScorer(model, document, content_only=content_only)
             for question in questions:
                 frame, _ = frame_of(question.num_tokens, document.block_size, MAIN_RATIO)
                 free = slice(frame.sink_end, min(frame.recent_start, question.num_candidates))
@@ -121,14 +138,28 @@ class Validation:
         return torch.cat(logits), torch.cat(labels)
 
     def _columns(
-        self, make_scorer: Callable[[Document, Sequence[Question]], Scorer], rank: int, world_size: int
+        self,
+        make_scorer: Callable[[Document, Sequence[Question]], Scorer],
+        rank: int,
+        world_size: int,
+        hysteresis: float = 0.0,
     ) -> Columns:
         columns: Columns = {f"{what}@{ratio}": [] for what in Quality._fields for ratio in RATIOS}
         for number in list(self._questions)[rank::world_size]:
             document, questions = self._data.load(number), self._questions[number]
             if not questions:
                 continue
-            for ratio, quality in evaluate(document, questions, make_scorer(document, questions)):
+            scorer = make_scorer(document, questions)
+            for ratio, quality in evaluate(document, questions, scorer, hysteresis=hysteresis):
                 for what, value in quality._asdict().items():
                     columns[f"{what}@{ratio}"].append(value)
         return columns
+
+
+def _ways(model: NeuralIndexer) -> tuple[bool, ...]:
+    """Whether content alone counts, of each way to use the model."""
+    return (True,) if model.head is None else (True, False)
+
+
+def _calibration(model: NeuralIndexer, *, content_only: bool) -> torch.Tensor:
+    return model.calibration if content_only or model.head is None else model.head.calibration

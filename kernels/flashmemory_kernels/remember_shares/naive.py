@@ -34,16 +34,9 @@ def remember_shares_naive(
         by_heads = {heads: _combined(members, heads) for heads in {mode % 3 for mode in modes}}
         for channel, (decay, mode) in enumerate(zip(channels.decays, modes, strict=True)):
             weight = (decay.pow(age) * is_query).unsqueeze(2)
-            fade = decay.pow(due[:, Due.ELAPSED, None])
             stored = memory[channel, group][place, :span]
             old = torch.nn.functional.pad(stored, (0, width - span)).masked_fill(~is_known, 0.0)
-            value, over_time = by_heads[mode % 3], mode // 3
-            if over_time == 0:
-                new = torch.maximum(old * fade, (value * weight).amax(1))
-            elif over_time == 1:
-                new = old * fade + (value * weight).sum(1)
-            else:
-                new = (old.square() * fade + (1 - decay) * (value.square() * weight).sum(1)).sqrt()
+            new = remembered(old, by_heads[mode % 3], weight, due[:, Due.ELAPSED, None], decay, mode // 3)
             memory[channel, group, place, :span] = torch.where(is_scored[:, :span], new[:, :span], stored)
 
 
@@ -52,3 +45,29 @@ def _combined(shares: torch.Tensor, heads: int) -> torch.Tensor:
     if heads == 0:
         return shares.amax(1)
     return shares.mean(1) if heads == 1 else shares.square().mean(1).sqrt()
+
+
+def remembered(
+    old: torch.Tensor,
+    shares: torch.Tensor,
+    weight: torch.Tensor,
+    elapsed: torch.Tensor,
+    decay: torch.Tensor,
+    over_time: int,
+) -> torch.Tensor:
+    """What a channel remembers [..., W] after some queries.
+
+    Args:
+        old: [..., W], what it remembered, 0 for blocks that it did not know.
+        shares: [..., Q, W], what the queries paid, heads combined.
+        weight: broadcasts with them: of each query, `decay` to the power of its age, or 0.
+        elapsed: tokens since `old`; broadcasts with it.
+        decay: factor a token.
+        over_time: place of the way in `OverTime`.
+    """
+    fade = decay.pow(elapsed)
+    if over_time == 0:
+        return torch.maximum(old * fade, (shares * weight).amax(-2))
+    if over_time == 1:
+        return old * fade + (shares * weight).sum(-2)
+    return (old.square() * fade + (1 - decay) * (shares.square() * weight).sum(-2)).sqrt()

@@ -15,6 +15,7 @@ from tests.unit.training.recordings import Toy, write_recordings
 
 SIZES = ["--rank", "16", "--heads", "4", "--dim", "32", "--tau", "6", "--batch", "2", "--questions", "8"]
 FILES = {"indexer.safetensors", "indexer.state.pt", "indexer.md", "indexer.curves.json", "indexer.png"}
+UNTRAINED = ("bounds", "mean", "streaming", "random")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_weights_card_and_curves_are_written(data: Path, tmp_path: Path, capsys:
     assert (model.spec.tau, model.spec.delay, model.spec.rank, model.spec.model) == (6, 1, 16, "toy")
     assert model.calibration.tolist() != [1.0, 0.0]
     curves = json.loads((out.parent / "indexer.curves.json").read_text())
-    assert list(curves["selectors"]) == ["neural", "oracle", "bounds", "mean", "streaming", "random"]
+    assert list(curves["selectors"]) == ["neural", "content", "oracle", "mix", "last", *UNTRAINED]
     assert curves["history"][0]["loss"] is None
     card = (out.parent / "indexer.md").read_text()
     best = max(row["recall@0.135"] for row in curves["history"])

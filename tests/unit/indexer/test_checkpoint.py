@@ -50,6 +50,29 @@ def test_what_is_saved_comes_back(path: Path) -> None:
         assert torch.equal(model.state_dict()[name], weight)
 
 
+def test_a_head_comes_back_too(path: Path) -> None:
+    spec = replace(SPEC, memory_decays=(0.0, 0.9), forecast_threshold=0.25)
+    model = NeuralIndexer(spec)
+    model.init_weights(torch.Generator().manual_seed(3))
+    save_indexer(model, path)
+    stored = load_indexer(path, CPU)
+    assert stored.spec == spec
+    assert stored.head is not None
+    assert model.head is not None
+    assert torch.equal(stored.head.hidden, model.head.hidden)
+    save_file(load_file(path), path, metadata=_metadata())
+    with pytest.raises(ConfigError, match=r"weights \['head.bias', .* are missing or unknown"):
+        load_indexer(path, CPU)
+
+
+def test_what_was_made_before_there_was_a_head_has_none(path: Path) -> None:
+    older = {name: value for name, value in asdict(SPEC).items() if name not in {"memory_decays", "forecast_threshold"}}
+    content = json.dumps({"version": 3, "spec": older})
+    save_file(load_file(path), path, metadata={METADATA_KEY: content})
+    model = load_indexer(path, CPU)
+    assert (model.spec, model.head) == (SPEC, None)
+
+
 def test_the_large_weights_are_rounded_as_they_are_stored(path: Path) -> None:
     model = NeuralIndexer(SPEC)
     model.init_weights(torch.Generator().manual_seed(3))
@@ -93,12 +116,13 @@ def test_other_weights_are_refused(path: Path) -> None:
     [
         ({"format": "pt"}, "has no 'flashmemory_indexer' in its metadata: it is another kind of file"),
         (None, "has no 'flashmemory_indexer' in its metadata"),
-        (_metadata(version=2), "has the format version 2: allowed is 3"),
+        (_metadata(version=2), "has the format version 2: allowed are 3 and 4"),
         ({METADATA_KEY: "{"}, "has no valid spec"),
         ({METADATA_KEY: "{}"}, "has no valid spec in its metadata: KeyError"),
         (_metadata(other=3), r"fields \['other'\] are missing or unknown"),
         (_metadata(aggregate="sum"), "aggregate is 'sum'"),
         (_metadata(chunk_size=3), "chunk_size is 3 and reach 1 at the block size 8"),
+        (_metadata(memory_decays=[0.5, 2]), r"memory_decays are \[0.5, 2\]"),
         (_metadata(reach=3), "chunk_size is 4 and reach 3 at the block size 8"),
     ],
 )

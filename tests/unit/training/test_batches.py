@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.indexer.forecast_model import with_neighbours
 from flashmemory_vllm.training import batches
 from flashmemory_vllm.training.batches import Batch, Sampling, TrainingSteps, later_tokens
 from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
@@ -16,8 +17,11 @@ from tests.unit.training.recordings import Toy, write_recordings
 
 TOY = Toy(documents=6, prompt_blocks=60, tokens=24)
 WINDOW, REACH, TOKENS, OPENING = 3, 2, 5, 2
+DECAYS = (0.0, 0.9)
 SCHEDULE = Schedule(tau=4, delay=1, opening_steps=OPENING)
-SAMPLING = Sampling(documents=2, tokens=TOKENS, query_window=WINDOW, reach=REACH, schedule=SCHEDULE, seed=5)
+SAMPLING = Sampling(
+    documents=2, tokens=TOKENS, query_window=WINDOW, reach=REACH, schedule=SCHEDULE, decays=DECAYS, seed=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,8 @@ def test_labels_are_what_heads_pay_while_each_selection_is_in_force(data: Traini
             shares = torch.from_numpy(document.largest_shares(token, SCHEDULE))
             assert torch.equal(batch.labels[place, selection][asked], shares[blocks[asked]])
             assert set(shares.nonzero().flatten().tolist()) & set(free) <= set(blocks[asked].tolist())
+            beside = with_neighbours(document.memory(WINDOW, DECAYS)[token])
+            assert torch.equal(batch.memory[place, selection, asked], beside[blocks[asked]])
 
 
 def test_a_sample_of_the_rest_is_drawn(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:

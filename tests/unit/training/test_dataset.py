@@ -29,7 +29,8 @@ def _document(positions: list[int], paid: list[list[int]], answer: tuple[int, in
     tensors = {
         "keys": torch.arange(num_blocks * 2.0).view(1, -1, 1, 1, 1).expand(1, -1, 1, 3, 2),
         "prompt_queries": torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 2),
-        "anchor_share": torch.zeros(3 + len(positions), num_blocks),
+        # Each token pays to the block of its number
+        "anchor_share": torch.eye(3 + len(positions), num_blocks),
         "answer": torch.tensor(answer, dtype=torch.int32),
         "queries": torch.full((len(positions), 1, 1, 2), 9.0),
         "positions": torch.tensor(positions, dtype=torch.int32),
@@ -86,6 +87,18 @@ def test_a_question_is_the_newest_queries_and_a_short_one_repeats_its_last() -> 
     assert document.question(3)[:, 0, 0, 0].tolist() == [1, 2, 9]
     assert document.question(6)[:, 0, 0, 0].tolist() == [0, 1, 2, 9, 9, 9]
     assert document.question(1)[:, 0, 0, 0].tolist() == [9]
+
+
+def test_the_question_is_remembered_as_what_follows_is() -> None:
+    document = _document([20, 21, 23], [[], [], []])
+    memory = document.memory(3, (0.5, 1.0))
+    assert memory.shape == (3, 2, 40)
+    assert memory[0, 0, :5].tolist() == [0, 0.25, 0.5, 1, 0]
+    assert memory[2, 0, :6].tolist() == [0, 0.03125, 0.0625, 0.125, 0.25, 1]
+    assert memory[2, 1, :6].tolist() == [0, 1, 1, 1, 1, 1]
+    # Of a longer question than was recorded there is what was
+    assert document.memory(9, (0.5,))[0, 0, :5].tolist() == [0.125, 0.25, 0.5, 1, 0]
+    assert document.memory(1, (0.5,))[0, 0, :5].tolist() == [0, 0, 0, 1, 0]
 
 
 def test_a_block_comes_with_the_last_chunks_of_the_one_before() -> None:

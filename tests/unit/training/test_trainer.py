@@ -24,6 +24,7 @@ SETTINGS = TrainSettings(
     lr=1e-3,
     batch=2,
     dim=64,
+    decays=(),
     query_window=4,
     tau=6,
     patience=100,
@@ -31,7 +32,7 @@ SETTINGS = TrainSettings(
     questions=16,
     save_every=7,
 )
-SHORT = replace(SETTINGS, epochs=4, validate_every=5)
+SHORT = replace(SETTINGS, epochs=4, validate_every=5, decays=(0.0, 0.9))
 RECALL, MASS = "recall@0.135", "mass@0.135"
 
 
@@ -151,7 +152,7 @@ def test_training_ends_when_recall_no_longer_rises(small: TrainingData, tmp_path
 
 
 def test_the_best_weights_are_kept_not_the_last(small: TrainingData, tmp_path: Path) -> None:
-    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, lr=0.003, tau=3))
+    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, lr=0.003, tau=3, decays=()))
     train = trainer._train
 
     def break_late(*args: object) -> None:
@@ -166,12 +167,27 @@ def test_the_best_weights_are_kept_not_the_last(small: TrainingData, tmp_path: P
     assert result.history[-1][RECALL] < best
 
 
+def test_a_head_forecasts_from_what_was_paid(small: TrainingData, tmp_path: Path) -> None:
+    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, decays=(0.0, 0.9, 1.0)))
+    model = trainer.run().model.eval()
+    both = Processes().mean(trainer.validation.run(model))
+    content = Processes().mean(trainer.validation.run_content(model))
+    # What the prompt's last tokens looked up is all that the answer needs
+    assert both[RECALL] > content[RECALL] + 0.02
+    assert both["lost@0.135"] < 0.5 * content["lost@0.135"]
+    trainer.validation.calibrate(model)
+    assert model.head is not None
+    assert model.head.calibration.tolist() != [1.0, 0.0]
+    reached, kept = trainer.validation.threshold_share(model)
+    assert (reached, kept) == pytest.approx((0.04, 1.0), abs=0.03)
+
+
 def test_calibration_makes_a_probability(small: TrainingData, tmp_path: Path) -> None:
-    trainer = _trainer(small, tmp_path / "state.pt")
+    trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, decays=()))
     model = trainer.run().model.eval()
     validation: Validation = trainer.validation
     validation.calibrate(model)
-    logits, shares = validation._candidates(model)
+    logits, shares = validation._candidates(model, content_only=True)
     probabilities = model.probability(logits)
     # The maximum-likelihood offset makes the mean probability the mean share.
     assert float(probabilities.mean()) == pytest.approx(float(shares.mean()), abs=1e-3)
