@@ -9,12 +9,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from flashmemory_kernels.forecast_blocks import Seen
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
 from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.factory import create_selector
-from flashmemory_vllm.indexer.forecast_model import Seen, with_neighbours
+from flashmemory_vllm.indexer.forecast_model import with_neighbours
 from flashmemory_vllm.indexer.indexed import IndexedSelector
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
 from flashmemory_vllm.residency.ranking import best

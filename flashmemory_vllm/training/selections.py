@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from flashmemory_kernels.forecast_blocks import Seen
 from torch import nn
 
-from flashmemory_vllm.indexer.forecast_model import Seen
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
 from flashmemory_vllm.training.batches import Batch
 

@@ -28,6 +28,8 @@ from flashmemory_kernels.choose_sets import choose_sets
 from flashmemory_kernels.common import TileConfig
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.ensemble_scores import ensemble_scores
+from flashmemory_kernels.forecast_blocks import cases as forecast_cases
+from flashmemory_kernels.forecast_blocks import forecast_blocks
 from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.merge_attention.cases import MergeCase
 from flashmemory_kernels.project_queries import cases as project_cases
@@ -117,6 +119,14 @@ def choice_jobs(cases: Iterable[choice_cases.ChoiceCase], device: str) -> Iterat
         # Each channel is read at a block and before it, and the set is read and written
         num_bytes = case.num_rows * case.num_groups * case.width * (8 * len(case.weights) + 2)
         yield Job("choose_sets", _label(case), num_bytes, "device", partial(choose_sets, *inputs))
+
+
+def forecast_jobs(cases: Iterable[forecast_cases.ForecastCase], device: str) -> Iterator[Job]:
+    """Jobs of `forecast_blocks`."""
+    for case in cases:
+        inputs = forecast_cases.make_inputs(case, device)
+        num_bytes = 4 * len(inputs.memory) * case.num_groups * sum(case.num_blocks)
+        yield Job("forecast_blocks", _label(case), num_bytes, "device", partial(forecast_blocks, *inputs))
 
 
 def remember_jobs(cases: Iterable[remember_cases.RememberCase], device: str) -> Iterator[Job]:
@@ -243,6 +253,7 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "choose_sets": lambda: choice_jobs(choice_cases.BENCH_CASES, "cuda"),
     "copy_pages": copy_jobs,
     "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),
+    "forecast_blocks": lambda: forecast_jobs(forecast_cases.BENCH_CASES, "cuda"),
     "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
     "project_queries": lambda: project_jobs(project_cases.BENCH_CASES, "cuda"),
     "remember_shares": lambda: remember_jobs(remember_cases.BENCH_CASES, "cuda"),

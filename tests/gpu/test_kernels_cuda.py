@@ -31,6 +31,9 @@ from flashmemory_kernels.copy_pages.cases import CopyCase
 from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.ensemble_scores.naive import ensemble_scores_naive
+from flashmemory_kernels.forecast_blocks import cases as forecast_cases
+from flashmemory_kernels.forecast_blocks import forecast_blocks
+from flashmemory_kernels.forecast_blocks.naive import forecast_blocks_naive
 from flashmemory_kernels.merge_attention import merge_attention
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.cases import MergeCase
@@ -244,6 +247,14 @@ def test_choose_sets_in_tiles(case: choice_cases.ChoiceCase, tile: int) -> None:
     choose_sets_naive(*expected)
     for name in ("in_set", "short_list", "long_list"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("case", [*forecast_cases.CASES, *forecast_cases.BENCH_CASES])
+def test_forecast_blocks(case: forecast_cases.ForecastCase) -> None:
+    got, expected = forecast_cases.make_inputs(case, "cuda"), forecast_cases.make_inputs(case, "cuda")
+    forecast_blocks(*got)
+    forecast_blocks_naive(*expected)
+    torch.testing.assert_close(got.memory, expected.memory, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", [*remember_cases.CASES, *remember_cases.BENCH_CASES])

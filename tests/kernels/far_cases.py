@@ -22,6 +22,9 @@ from flashmemory_kernels.choose_sets import ChoicePolicy
 from flashmemory_kernels.choose_sets.kernel import choose_sets_triton
 from flashmemory_kernels.common.due_rows import Due, make_rows
 from flashmemory_kernels.copy_pages.kernel import copy_pages_triton
+from flashmemory_kernels.forecast_blocks import Head
+from flashmemory_kernels.forecast_blocks.kernel import forecast_blocks_triton
+from flashmemory_kernels.forecast_blocks.naive import forecast_blocks_naive
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.remember_shares import Channel, Channels
@@ -223,6 +226,19 @@ def check_remember_shares(reserve: Reserve) -> None:
         torch.testing.assert_close(memory[channel, :, ROW], expected, rtol=1e-5, atol=1e-6)
 
 
+def check_forecast_blocks(reserve: Reserve) -> None:
+    memory = reserve(4 * FAR + ROW * STRIDE + 4, torch.float32)
+    memory = memory.as_strided((4, 1, ROW + 1, 4), (FAR, FAR, STRIDE, 1))
+    device = memory.device
+    near = torch.rand(4, 1, 2, 4, device=device)
+    memory[:, :, ROW] = near[:, :, 1]
+    weights = (torch.rand(shape, device=device) for shape in ((8, 2), (2,), (2,), (8,), (1,), (2,)))
+    head, fields = Head(*weights), {Due.NUM_BLOCKS: 4, Due.NUM_QUERIES: 1, Due.NUM_KNOWN: 4}
+    forecast_blocks_triton(memory, make_rows([{**fields, Due.PLACE: ROW}], 1, tile=1).to(device), head, 16)
+    forecast_blocks_naive(near, make_rows([{**fields, Due.PLACE: 1}], 1, tile=1).to(device), head, 16)
+    torch.testing.assert_close(memory[3, 0, ROW], near[3, 0, 1], rtol=1e-5, atol=1e-6)
+
+
 def check_row_lse(reserve: Reserve) -> None:
     num_tiles = FAR // 32 + 1
     mass = reserve(num_tiles * 32, torch.float32).view(num_tiles, 2, 1, 16)
@@ -262,6 +278,7 @@ CHECKS: dict[str, Callable[[Reserve], None]] = {
     "checksum_pages": check_checksum_pages,
     "choose_sets": check_choose_sets,
     "copy_pages": check_copy_pages,
+    "forecast_blocks": check_forecast_blocks,
     "merge_attention": check_merge_attention,
     "remember_shares": check_remember_shares,
     "row_lse": check_row_lse,

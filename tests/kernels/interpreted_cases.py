@@ -33,6 +33,10 @@ from flashmemory_kernels.ensemble_scores.cases import CASES as ENSEMBLE_CASES
 from flashmemory_kernels.ensemble_scores.cases import make_inputs as ensemble_inputs
 from flashmemory_kernels.ensemble_scores.kernel import ensemble_scores_triton
 from flashmemory_kernels.ensemble_scores.naive import ensemble_scores_naive
+from flashmemory_kernels.forecast_blocks.cases import CASES as FORECAST_CASES
+from flashmemory_kernels.forecast_blocks.cases import make_inputs as forecast_inputs
+from flashmemory_kernels.forecast_blocks.kernel import forecast_blocks_triton
+from flashmemory_kernels.forecast_blocks.naive import forecast_blocks_naive
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.merge_attention.kernel import merge_attention_triton
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
@@ -230,6 +234,14 @@ def check_choose_sets() -> None:
             assert torch.equal(getattr(got, name), getattr(expected, name)), (case, tiles, name)
 
 
+def check_forecast_blocks() -> None:
+    for case in FORECAST_CASES:
+        got, expected = forecast_inputs(case), forecast_inputs(case)
+        forecast_blocks_triton(*got)
+        forecast_blocks_naive(*expected)
+        torch.testing.assert_close(got.memory, expected.memory, **TOL_FP32_SUM, equal_nan=True)
+
+
 def check_remember_shares() -> None:
     for case in REMEMBER_CASES:
         got, expected = remember_inputs(case), remember_inputs(case)
@@ -265,6 +277,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "choose_sets": check_choose_sets,
     "copy_pages": check_copy_pages,
     "ensemble_scores": check_ensemble_scores,
+    "forecast_blocks": check_forecast_blocks,
     "merge_attention": check_merge_attention,
     "project_queries": check_project_queries,
     "remember_shares": check_remember_shares,

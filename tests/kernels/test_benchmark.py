@@ -13,6 +13,7 @@ from flashmemory_kernels.capture_queries import cases as capture_cases
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.choose_sets import cases as choice_cases
 from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
+from flashmemory_kernels.forecast_blocks import cases as forecast_cases
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.remember_shares import cases as remember_cases
@@ -29,6 +30,7 @@ SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
     "checksum_pages": lambda: benchmark.checksum_jobs(checksum_cases.CASES, "cpu"),
     "choose_sets": lambda: benchmark.choice_jobs(choice_cases.CASES, "cpu"),
     "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),
+    "forecast_blocks": lambda: benchmark.forecast_jobs(forecast_cases.CASES, "cpu"),
     "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),
     "project_queries": lambda: benchmark.project_jobs(project_cases.CASES, "cpu"),
     "remember_shares": lambda: benchmark.remember_jobs(remember_cases.CASES, "cpu"),

@@ -32,6 +32,7 @@ OPS = (
     "choose_sets",
     "copy_pages",
     "ensemble_scores",
+    "forecast_blocks",
     "merge_attention",
     "project_queries",
     "remember_shares",

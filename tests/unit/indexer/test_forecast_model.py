@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from flashmemory_kernels.common.due_rows import Due, make_rows
+from flashmemory_kernels.forecast_blocks import NOT_ASKED, Seen, forecast_blocks
+from flashmemory_kernels.forecast_blocks.naive import forecast_features
 
-from flashmemory_vllm.indexer.forecast_model import ForecastHead, Seen, with_neighbours
+from flashmemory_vllm.indexer.forecast_model import ForecastHead, with_neighbours
 
 DECAYS = (0.0, 0.9)
 
@@ -33,7 +36,7 @@ def test_a_block_comes_with_those_beside_it() -> None:
 
 def test_features_are_logarithms_of_shares_and_where_a_block_lies() -> None:
     memory = torch.tensor([[0.5, 0.0], [0.25, 0.125]])
-    found = _head().features(_seen(memory, newest=2.0, is_first=True))
+    found = forecast_features(_seen(memory, newest=2.0, is_first=True))
 
     def log(share: float) -> float:
         return math.log(share + 1e-4) / 4 + 1
@@ -60,3 +63,18 @@ def test_it_computes_in_full_precision_under_autocast() -> None:
         assert torch.equal(head(_seen(memory)), head(_seen(memory)))
         found = head(_seen(memory))
     assert torch.equal(found, head(_seen(memory)))
+
+
+def test_the_operation_of_serving_says_the_same() -> None:
+    head = _head().requires_grad_(requires_grad=False)
+    torch.nn.init.normal_(head.out)
+    head.calibration.copy_(torch.tensor([0.5, -1.0]))
+    memory = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) ** 4
+    state = torch.zeros(5, 1, 3, 44)
+    state[:2, 0, 2, :40], state[2, 0, 2], state[3, 0, 2] = memory, 3.0, -3.0
+    rows = make_rows([{Due.PLACE: 2, Due.NUM_QUERIES: 1, Due.NUM_BLOCKS: 40, Due.NUM_KNOWN: 40}], 1, 64)
+    state[3, 0, 2, 30:] = NOT_ASKED
+    forecast_blocks(state, rows, head.weights(), 16)
+    seen = _seen(memory, newest=3.0)
+    seen.asked[30:] = 3.0
+    torch.testing.assert_close(state[4, 0, 2, :40], (0.5 * head(seen) - 1).sigmoid())
