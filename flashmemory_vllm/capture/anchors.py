@@ -1,38 +1,39 @@
-"""Which layers an indexer should read: those whose attention now tells what any layer will attend to next."""
+"""Which layers an indexer should read: those whose attention so far tells what any layer will attend to next."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from flashmemory_vllm.capture.document import Recording
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.evaluation.worth import worth
+from flashmemory_vllm.evaluation.history import MIX_DECAYS, mixed, replay
 
 NUM_ANCHORS = 3
 # Tokens between two at which a selection is made up, and for which it is; until then from its query on
 _EVERY, _STEPS, _DELAY = 16, 16, 2
 _OPENING = 3
 
-Floats = npt.NDArray[np.float32]
-
 
 class _Case(NamedTuple):
-    """One selection: [L, n] largest shares in each layer now, [n] what blocks are worth next, how many to choose."""
+    """One selection: [2, L, n] what each layer remembers, [n] what is lost without a block, how many to choose."""
 
-    seen: Floats
-    worth: Floats
+    seen: torch.Tensor
+    paid: torch.Tensor
     budget: int
 
 
 def choose_anchors(
     recordings: Sequence[Recording], block_size: int, count: int = NUM_ANCHORS
 ) -> tuple[int, ...] | None:
-    """Layers whose largest shares, together, rank the blocks best that are worth most in the steps to come.
+    """Layers whose memories, together, leave out least of what any layer will attend to.
 
-    Layers are added one by one, each time the one with which the blocks chosen within the budget are worth most, by the
-    largest share that any head of any layer pays to each (`evaluation/worth.py`).
+    Layers are added one by one, each time the one with which the blocks chosen within the budget have most of the
+    squares of the largest shares that any head of any layer pays in the steps to come. Blocks are chosen as serving
+    does without training, by what they are remembered for (`evaluation/history.py`): layers whose newest shares tell
+    most may tell little of what comes back. All steps count as they are: by the largest shares in a window, in relation
+    to what a selection could have, layers look alike of which one loses half more than the other.
 
     Args:
         recordings: with the mass of each layer.
@@ -46,7 +47,7 @@ def choose_anchors(
     if not cases:
         return None
     chosen: list[int] = []
-    num_layers = len(cases[0].seen)
+    num_layers = cases[0].seen.shape[1]
     for _ in range(min(count, num_layers)):
         left = [layer for layer in range(num_layers) if layer not in chosen]
         chosen.append(max(left, key=lambda layer: sum(_kept(case, [*chosen, layer]) for case in cases)))
@@ -54,25 +55,35 @@ def choose_anchors(
 
 
 def _kept(case: _Case, layers: Sequence[int]) -> float:
-    """Share of all worth that a selection by these layers keeps."""
-    scores = case.seen[list(layers)].max(0)
-    best = np.argpartition(-scores, case.budget - 1)[: case.budget]
-    return float(case.worth[best].sum() / case.worth.sum())
+    """What a selection by these layers keeps."""
+    best = mixed(case.seen[:, list(layers)].amax(1)).topk(case.budget).indices
+    return float(case.paid[best].sum())
 
 
 def _cases(recording: Recording, block_size: int) -> Iterator[_Case]:
     options = FlashMemoryConfig()
-    tokens = recording.tokens
+    tokens, memory = recording.tokens, _memory(recording)
     for at in sorted({*range(min(_OPENING, len(tokens))), *range(0, len(tokens), _EVERY)}):
         later = [token.largest for token in tokens[at + _DELAY : at + _DELAY + _STEPS]]
-        own = tokens[at].layer_mass
-        assert own is not None, "anchors are chosen from recordings with the mass of each layer"
         num_blocks = tokens[at].position // block_size
         kept = int(options.resident_ratio * num_blocks)
         sink, recent = options.sink_tokens // block_size, min(options.recent_tokens // block_size, max(2, kept // 4))
         free, budget = slice(sink, num_blocks - recent), kept - sink - recent
         if not later or not 0 < budget < num_blocks - sink - recent:
             continue
-        shares = np.max([largest[:num_blocks][free] for largest in later], axis=0).astype(np.float32)
-        if shares.any():
-            yield _Case(own[1, :, :num_blocks][:, free].astype(np.float32), worth(shares), budget)
+        paid = np.mean([largest[:num_blocks][free].astype(np.float32) ** 2 for largest in later], axis=0)
+        if paid.any():
+            yield _Case(memory[at, :, :, :num_blocks][:, :, free], torch.from_numpy(paid), budget)
+
+
+def _memory(recording: Recording) -> torch.Tensor:
+    """What each layer remembers after each token, float32 [T, 2, L, n]."""
+    largest = []
+    for token in recording.tokens:
+        assert token.layer_mass is not None, "anchors are chosen from recordings with the mass of each layer"
+        largest.append(token.layer_mass[1])
+    num_layers, width = len(largest[0]), max(one.shape[1] for one in largest)
+    shares = np.stack([np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in largest])
+    positions = np.asarray([token.position for token in recording.tokens], np.int64)
+    memory = replay(torch.from_numpy(shares.reshape(len(shares), -1)), positions, MIX_DECAYS)
+    return memory.view(len(shares), len(MIX_DECAYS), num_layers, width)

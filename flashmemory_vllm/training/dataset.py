@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.training.history import replay
+from flashmemory_vllm.evaluation.history import replay
 from flashmemory_vllm.training.ragged import FloatArray, IntArray, Ragged
 
 FORMAT = 4

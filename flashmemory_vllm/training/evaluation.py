@@ -12,6 +12,7 @@ import torch
 from flashmemory_kernels.forecast_blocks import Seen
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
+from flashmemory_vllm.evaluation.history import MIX_DECAYS, mixed
 from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.factory import create_selector
@@ -27,9 +28,7 @@ from flashmemory_vllm.training.ragged import FloatArray, IntArray
 RATIOS = (0.10, MAIN_RATIO, 0.15)
 Baseline = Literal["oracle", "mix", "last", "bounds", "mean", "streaming", "random"]
 BASELINES: tuple[Baseline, ...] = ("oracle", "mix", "last", "bounds", "mean", "streaming", "random")
-# Of the untrained mix: decays and weights of its channels, what a block hands on, and the bonus of what is held
-_MIX_DECAYS, _MIX_WEIGHTS = (0.9, 0.98), (0.7, 0.3)
-_SUCCESSOR = 0.5
+# The bonus of what is held
 HYSTERESIS: Mapping[str, float] = {"mix": 1.0}
 
 BoolArray = npt.NDArray[np.bool_]
@@ -204,10 +203,8 @@ def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, question
 
 def _shares_scorer(document: Document, query_window: int, *, is_mix: bool) -> Scorer:
     """What the last token paid to blocks, or a mix of what all did, handed on to the next block."""
-    memory = document.memory(query_window, _MIX_DECAYS if is_mix else (0.0,))
-    scores = torch.einsum("tcn,c->tn", memory, torch.tensor(_MIX_WEIGHTS if is_mix else (1.0,)))
-    if is_mix:
-        scores[:, 1:] = torch.maximum(scores[:, 1:], _SUCCESSOR * scores[:, :-1])
+    memory = document.memory(query_window, MIX_DECAYS if is_mix else (0.0,))
+    scores = mixed(memory) if is_mix else memory[:, 0]
     return lambda token: scores[token, : document.num_candidates(token)]
 
 

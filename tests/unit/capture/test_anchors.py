@@ -40,6 +40,24 @@ def test_a_layer_that_tells_the_same_adds_nothing() -> None:
     assert len({0, 2} & set(chosen)) == 1
 
 
+def test_what_was_seen_some_tokens_ago_counts() -> None:
+    """Layer 3 looks at the next block eight tokens ahead and then no more; layer 0 always does at what pays little."""
+    recordings = [make_recording({}, seed) for seed in range(6)]
+    for seed, recording in enumerate(recordings):
+        rng, blocks = np.random.default_rng(seed), np.arange(20, 26)
+        coming = rng.permutation(np.arange(30, 150))
+        for index, token in enumerate(recording.tokens):
+            assert token.layer_mass is not None
+            token.layer_mass[:] *= np.float16(0.2)
+            token.layer_mass[1, 0, blocks] = 0.9
+            token.largest[20:150] = 0.0
+            token.largest[blocks] = 0.1
+            token.largest[coming[index // 16]] = 1.0
+            if index % 16 == 8:
+                token.layer_mass[1, 3, coming[index // 16 + 1]] = 0.9
+    assert choose_anchors(recordings, BLOCK_SIZE, 1) == (3,)
+
+
 def test_no_more_layers_than_there_are_and_nothing_of_short_texts() -> None:
     assert choose_anchors([make_recording({}, 0)], BLOCK_SIZE, 9) == tuple(range(LAYERS))
     assert choose_anchors([make_recording({}, 0, tokens=2)], BLOCK_SIZE) is None

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from flashmemory_kernels.remember_shares import remembered
 
-from flashmemory_vllm.training.ragged import IntArray
-
+# Of what is made of a memory without training: channels, their weights, and what a block hands on to the next one
+MIX_DECAYS, _MIX_WEIGHTS = (0.9, 0.98), (0.7, 0.3)
+_SUCCESSOR = 0.5
 _LARGEST = 0
+
+IntArray = npt.NDArray[np.int64]
 
 
 def replay(shares: torch.Tensor, positions: IntArray, decays: Sequence[float]) -> torch.Tensor:
@@ -34,3 +39,10 @@ def replay(shares: torch.Tensor, positions: IntArray, decays: Sequence[float]) -
         newest = remembered(newest, by_token[token].view(1, 1, -1), alone, elapsed, by_channel, _LARGEST)
         memory[token], before = newest, position
     return memory
+
+
+def mixed(memory: torch.Tensor) -> torch.Tensor:
+    """Worth of blocks [..., N], of a memory [..., 2, N] with `MIX_DECAYS`, each no less than half of the one before."""
+    worth = memory[..., 0, :] * _MIX_WEIGHTS[0] + memory[..., 1, :] * _MIX_WEIGHTS[1]
+    before = torch.nn.functional.pad(worth, (1, 0))[..., :-1]
+    return torch.maximum(worth, _SUCCESSOR * before)

@@ -6,7 +6,7 @@ import torch
 from flashmemory_kernels.common.due_rows import Due, make_rows
 from flashmemory_kernels.remember_shares import Channel, Channels, remember_shares
 
-from flashmemory_vllm.training.history import replay
+from flashmemory_vllm.evaluation.history import mixed, replay
 
 DECAYS = (0.0, 0.8, 0.97, 1.0)
 HEADS, BLOCKS, TILE = 3, 13, 4
@@ -49,3 +49,9 @@ def test_a_replay_is_what_serving_remembers(tau: int) -> None:
 
 def test_nothing_is_remembered_without_channels() -> None:
     assert replay(torch.ones(3, 5), np.arange(3), ()).shape == (3, 0, 5)
+
+
+def test_a_mix_adds_up_its_channels_and_hands_half_on() -> None:
+    memory = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 0.0, 1.0, 0.5]])
+    torch.testing.assert_close(mixed(memory), torch.tensor([0.7, 0.35, 0.3, 0.5]))
+    torch.testing.assert_close(mixed(memory.expand(3, 2, 4))[1], mixed(memory))
