@@ -58,13 +58,6 @@ class FlashMemoryConfig(BaseModel):
         description="Decode steps between two selections of a request. Unset: those that the indexer was trained for, "
         "or 16, which suits untrained selectors.",
     )
-    drift_threshold: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Select again early, as soon as the mean cosine, over anchor layers and heads, between a request's "
-        "queries and those of its last selection is below this. Unset: only every `tau_steps` steps.",
-    )
     selector: Literal[SelectorName, "oracle"] = Field(
         default="h2o",
         description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
@@ -146,17 +139,11 @@ class FlashMemoryConfig(BaseModel):
         ge=0,
         description="Requests with fewer tokens than this keep every block and decode exactly as without us.",
     )
-    selection_delay_steps: int = Field(
-        default=1,
-        ge=0,
-        description="Decode steps between capturing the queries and asking for the selection they led to, so "
-        "that scoring stalls no step. At most `tau_steps`.",
-    )
     prefetch_mib_per_step: int = Field(
         default=192,
         ge=1,
-        description="MiB that one step prefetches at most for later selections, shared by the requests that have some; "
-        "the rest comes in the steps after it. First selections are not limited.",
+        description="MiB that one step prefetches at most for later selections, or a block for each request if that is "
+        "more; the rest comes with the choices after it. First selections are not limited.",
     )
     layer_groups: int = Field(
         default=1,
@@ -238,12 +225,6 @@ class FlashMemoryConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_delay(self) -> "FlashMemoryConfig":
-        if self.tau_steps is not None or self.indexer is None:  # else the checkpoint tells
-            self.tau(trained=None)
-        return self
-
-    @model_validator(mode="after")
     def _check_fallback(self) -> "FlashMemoryConfig":
         if self.dense_fallback_share is not None and self.score_threshold is None and self.indexer is None:
             raise ConfigError(
@@ -257,17 +238,8 @@ class FlashMemoryConfig(BaseModel):
 
         Args:
             trained: those that the indexer was trained for; None without one.
-
-        Raises:
-            ConfigError: the delay of a selection is longer.
         """
-        steps = self.tau_steps or trained or DEFAULT_TAU
-        if self.selection_delay_steps > steps:
-            raise ConfigError(
-                f"{SECTION}.selection_delay_steps is {self.selection_delay_steps}: "
-                f"allowed is at most {SECTION}.tau_steps, which is {steps}"
-            )
-        return steps
+        return self.tau_steps or trained or DEFAULT_TAU
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, object]) -> "FlashMemoryConfig":

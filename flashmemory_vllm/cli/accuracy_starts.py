@@ -126,7 +126,7 @@ def plan_starts(cells: Sequence[Cell], shape: "AttentionShape", choices: EngineC
     Raises:
         ConfigError: a setting is not allowed for this model, or its indexer cannot be read or does not fit.
     """
-    from flashmemory_vllm.runtime.assembly import anchor_layers
+    from flashmemory_vllm.runtime.trained import anchor_layers
 
     bytes_of: dict[Setting, int] = {}
     by_graphs: dict[object, list[Cell]] = {}

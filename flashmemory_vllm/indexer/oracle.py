@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
 
 # The request that a runtime warms its kernels up with
 _NO_REQUEST = ""
@@ -126,7 +127,6 @@ class OracleSelector(Selector):
         geometry: sizes.
         aggregate: "mean" of the shares over window, layers of the group and heads, or "max". Default: "max".
         tau_steps: decode steps between two selections. Default: 16.
-        selection_delay_steps: decode steps that a selection comes late. Default: 1.
 
     Attributes:
         future: put into place by code that evaluates; None everywhere else.
@@ -145,7 +145,6 @@ class OracleSelector(Selector):
         geometry: IndexGeometry,
         aggregate: Aggregate = "max",
         tau_steps: int = 16,
-        selection_delay_steps: int = 1,
     ) -> None:
         super().__init__(geometry)
         if self.future is None:
@@ -161,7 +160,7 @@ class OracleSelector(Selector):
             raise ConfigError(f"aggregate must be one of {', '.join(get_args(Aggregate))}; got {aggregate!r}")
         self._future = self.future
         self._aggregate = aggregate
-        self._tau, self._delay = tau_steps, selection_delay_steps
+        self._tau, self._delay = tau_steps, STEPS_TO_FORCE - 1
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """The share of each block in the attention to come.

@@ -121,12 +121,6 @@ METRICS = (
     ),
     MetricSpec("selections_total", "counter", "selections", "How often was a resident set chosen anew?"),
     MetricSpec(
-        "drift_selections_total",
-        "counter",
-        "selections",
-        "How many were asked for early, because the queries had turned away from those of the selection before?",
-    ),
-    MetricSpec(
         "missing_selections_total",
         "counter",
         "selections",

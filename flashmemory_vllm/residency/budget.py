@@ -12,6 +12,9 @@ from typing import Literal, TypeAlias
 
 from flashmemory_vllm.errors import ConfigError
 
+# Steps from the one whose queries choose a set to the first one that reads it
+STEPS_TO_FORCE = 2
+
 
 def cdiv(numerator: int, denominator: int) -> int:
     """Divide and round up."""
@@ -83,11 +86,14 @@ class BudgetPolicy:
             return num_blocks
         return min(num_blocks, max(floor(self.resident_ratio * num_blocks), self._num_sink_blocks + 2))
 
-    def same_budget_until(self, num_tokens: int) -> int:
-        """The longest request that has as many blocks as this one and the same budget for them."""
-        last_in_block = cdiv(num_tokens, self.block_size) * self.block_size
-        turns_sparse_later = num_tokens < self.min_sparse_tokens
-        return min(last_in_block, self.min_sparse_tokens - 1) if turns_sparse_later else last_in_block
+    def most_held(self, num_tokens: int) -> int:
+        """Most slots of a decode row: its budget, and the blocks for which no other has gone yet.
+
+        A row takes a slot for a block that it begins; the choice at the end of that step says who goes for it, two
+        steps later.
+        """
+        budget, num_blocks = self.decode_budget(num_tokens), cdiv(num_tokens, self.block_size)
+        return min(num_blocks, budget + cdiv(STEPS_TO_FORCE + 1, self.block_size))
 
     def keeps_all(self, num_tokens: int) -> bool:
         """Whether the budget covers every block, so that there is nothing to select."""
@@ -142,8 +148,8 @@ class BudgetPolicy:
     def _largest_decode_budget(self, shortest: int, longest: int) -> int:
         """Largest decode budget over a range of lengths: at its end, or at the last dense length in it."""
         last_dense = min(longest, self.min_sparse_tokens - 1)
-        at_end = self.decode_budget(longest)
-        return max(at_end, self.decode_budget(last_dense)) if last_dense >= shortest else at_end
+        at_end = self.most_held(longest)
+        return max(at_end, self.most_held(last_dense)) if last_dense >= shortest else at_end
 
     def _largest_chunk(self, num_tokens: int) -> int:
         """Most blocks that one prefill step writes; a chunk may begin and end within a block."""

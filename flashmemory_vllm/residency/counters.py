@@ -78,9 +78,7 @@ class Counters:
         written_back_blocks: blocks copied to the host.
         streamed_blocks: blocks read from the host by prefill rows.
         selections: selections that changed a resident set or confirmed it.
-        drift_selections: requests that came due early, because their queries had turned away.
         missing_selections: first decode steps of a sparse request without a selection.
-        ignored_selections: selections offered for a request that is gone or in prefill.
         selection_candidates: blocks that selections could choose or leave.
         selected_blocks: those of them that were chosen.
         reselected_blocks: blocks chosen by selections after a request's first.
@@ -105,9 +103,7 @@ class Counters:
     written_back_blocks: int = 0
     streamed_blocks: int = 0
     selections: int = 0
-    drift_selections: int = 0
     missing_selections: int = 0
-    ignored_selections: int = 0
     selection_candidates: int = 0
     selected_blocks: int = 0
     reselected_blocks: int = 0

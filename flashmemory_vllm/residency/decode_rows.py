@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.books import Books
+from flashmemory_vllm.residency.budget import cdiv
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.entries import NO_ENTRY
 from flashmemory_vllm.residency.fallback import DenseFallback
-from flashmemory_vllm.residency.host_lists import Ask, HostLists
-from flashmemory_vllm.residency.lists import COMES, WORTH, pairs_of
-from flashmemory_vllm.residency.ranking import Frame
+from flashmemory_vllm.residency.lists import COMES, GOES, HEADER, NOBODY, WORTH, Chosen, FirstSet, pairs_of
+from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import NOTHING, IntArray
-
-
-class _Change(NamedTuple):
-    """A row whose tables change, or may.
-
-    Attributes:
-        row: the request in this step.
-        frame: what it cannot do without.
-        want: blocks that its budget has room for beside these.
-        keeps_all: the budget is for all its blocks.
-        is_new: it decodes for the first time.
-        comes_at_once: however many blocks its list brings, all are there in this step.
-    """
-
-    row: ScheduledRequest
-    frame: Frame
-    want: int
-    keeps_all: bool
-    is_new: bool
-    comes_at_once: bool
-
-    @property
-    def state(self) -> RequestState:
-        """What is known of the request."""
-        return self.row.state
-
-    @property
-    def recent(self) -> int:
-        """How many of its newest blocks keep their order."""
-        return self.frame.num_blocks - self.frame.recent_start
+from flashmemory_vllm.residency.types import NOTHING, Asked, IntArray
 
 
 class DecodeRows:
@@ -56,181 +25,205 @@ class DecodeRows:
     Args:
         slots: where blocks are.
         books: the tables.
-        lists: makes the lists that sets follow.
+        known: the known requests, live.
         counters: take what is done.
         fallback: lets requests keep all their blocks. Default: None, it never does.
-        max_fetches: most blocks that come by lists in one step and group, but for those that come at once.
+        max_fetches: most blocks that one step brings to requests that fall back, in each group.
     """
 
     def __init__(
         self,
         slots: SlotTable,
         books: Books,
-        lists: HostLists,
+        known: RequestRegistry,
         counters: Counters,
         fallback: DenseFallback | None,
         max_fetches: int,
     ) -> None:
         self._slots = slots
         self._books = books
-        self._lists = lists
+        self._known = known
         self._counters = counters
         self._fallback = fallback
         self._max_fetches = max_fetches
 
-    def settle(self, step: int, rows: Sequence[ScheduledRequest]) -> tuple[str, ...]:
+    def settle(self, step: int, rows: Sequence[ScheduledRequest], lists: Sequence[Chosen]) -> tuple[str, ...]:
         """Change the tables of a step's rows. Nothing takes a slot before `Books.settle`.
+
+        Args:
+            step: its number.
+            rows: those that decode.
+            lists: what comes into force, in this order.
 
         Returns:
             The requests for which a selection has come into force.
 
         Raises:
             IntegrityError: a row writes more blocks than its budget has room for. One token, which is all that a
-                decode row computes without drafts, always fits: see `BudgetPolicy.decode_budget`. Or a list does
-                not follow from the sets in force.
+                decode row computes without drafts, always fits: see `BudgetPolicy.decode_budget`. Or a list does not
+                follow from the sets in force, or a row is sparse and no set was chosen.
         """
         for state in self._fallback.revoke() if self._fallback is not None else ():
             self._books.narrow(state.place)
-            state.settled_until = 0
-        changes = [_change_of(row) for row in rows if self._may_change(row)]
-        if not changes:
-            return ()
-        self._grow([change for change in changes if not change.is_new])
-        asking = [one for one in changes if not one.keeps_all and (one.state.is_offered or not one.is_new)]
-        listed = self._lists.make(step, self._asks(asking))
-        selected = [(one, of_row) for one, of_row in zip(asking, listed, strict=True) if one.state.is_offered]
-        for change, of_row in selected:
-            self._note_selection(change, of_row)
-        self._apply(step, asking, listed)
-        for change in changes:
-            if not change.state.is_decoding:
-                self._enter(change, [self._resident(change, group) for group in range(len(self._books.groups))])
-        for change, _ in selected:
-            self._judge(change)
-        self._note_what_came(asking, listed)
-        self._widen(changes, listed[[not one.comes_at_once for one in asking]])
-        for change in changes:
-            self._finish(change)
-        return tuple(change.state.req_id for change, _ in selected)
+        for row in rows:
+            if row.num_tokens > 1:
+                _check_room(row)
+        selected = [req_id for chosen in lists for req_id in self._apply(chosen)]
+        entering = [row for row in rows if not row.state.is_decoding]
+        self._grow([row for row in rows if row.state.is_decoding and row.first_fresh < row.end])
+        for row in entering:
+            self._enter(row)
+        for row in rows:
+            if row.state.first_set is not None:
+                selected += self._begin(step, row, is_dense=row not in entering)
+        self._widen([row for row in rows if row.state.falls_back], lists)
+        scheduled = {row.state.req_id for row in rows}
+        return tuple(req_id for req_id in selected if req_id in scheduled)
 
-    def _may_change(self, row: ScheduledRequest) -> bool:
-        state = row.state
-        return row.num_tokens_after > state.settled_until or state.is_offered or self._lists.is_due(state.place)
-
-    def _grow(self, changes: Sequence[_Change]) -> None:
-        """Rows begin the blocks that they write first in this step, mostly one or none."""
-        if not changes:
-            return
-        growing, begun = changes, 0
-        while growing := [one for one in growing if one.row.first_fresh + begun < one.row.end]:
-            place = _ints(one.state.place for one in growing)
-            position = _ints(one.row.first_fresh + begun for one in growing)
-            blocks = _ints(one.row.fresh[begun] for one in growing)
-            self._books.append(place, position, blocks, self._books.groups[0].recent[place] + 1)
-            begun += 1
-        self._books.keep_recent(_ints(one.state.place for one in changes), _ints(one.recent for one in changes))
-
-    def _asks(self, changes: Sequence[_Change]) -> list[Ask]:
-        """What a list is made for; rows that may bring blocks share the most that may come, the oldest wish first."""
-        sharing = [one for one in changes if self._lists.is_due(one.state.place) and not one.comes_at_once]
-        sharing.sort(key=lambda one: (one.state.is_offered, one.state.selection))
-        share, more = divmod(self._max_fetches, max(1, len(sharing)))
-        caps = {one.state.place: share + (index < more) for index, one in enumerate(sharing)}
-        return [
-            Ask(
-                one.state.place,
-                one.frame,
-                one.want,
-                one.frame.num_candidates if one.comes_at_once else caps.get(one.state.place, 0),
-                one.is_new,
+    def _apply(self, chosen: Chosen) -> list[str]:
+        """Bring a list into force; the requests that it selects for."""
+        of_asked = np.array([(one.place, one.epoch, chosen.step) for one in chosen.asked], np.int32)
+        if (chosen.rows[:, :, :COMES] != of_asked[:, None]).any():
+            raise IntegrityError(
+                f"step {chosen.step}: a list of places, tenants and steps {chosen.rows[:, 0, :COMES].tolist()}, "
+                f"asked were {of_asked.tolist()}"
             )
-            for one in changes
-        ]
+        is_mine = of_asked[:, 1] == self._books.epoch[of_asked[:, 0]]
+        is_new = np.fromiter((one.is_new for one in chosen.asked), np.bool_, len(chosen.asked))
+        for index in np.flatnonzero(is_new & is_mine).tolist():
+            asked = chosen.asked[index]
+            far = [pairs_of(line[None]).come for line in chosen.rows[index]]
+            self._state_of(asked).first_set = FirstSet(asked, far, bool(chosen.is_selected[index]))
+            self._note_selection(asked, chosen.rows[index], is_selected=bool(chosen.is_selected[index]))
+        indices = np.flatnonzero(is_mine & ~is_new)
+        if not indices.size:
+            return []
+        selected = [index for index in indices.tolist() if chosen.is_selected[index]]
+        for index in selected:
+            self._note_selection(chosen.asked[index], chosen.rows[index], is_selected=True)
+        self._books.apply(chosen.step, chosen.rows[indices], at_once=chosen.at_once)
+        for index in indices.tolist():
+            asked, of_row = chosen.asked[index], chosen.rows[index]
+            state = self._state_of(asked)
+            if chosen.is_selected[index]:
+                self._judge(state)
+            if of_row[:, COMES].any():
+                state.came += [(group, pairs_of(line[None]).come) for group, line in enumerate(of_row)]
+            if not chosen.at_once and asked.cap:
+                longest = (of_row.shape[1] - HEADER) // 2
+                is_full = (of_row[:, COMES] >= min(asked.cap, longest)) | (of_row[:, GOES] >= longest)
+                state.lacks_chosen = bool(is_full.any())
+        return [chosen.asked[index].req_id for index in selected]
 
-    def _apply(self, step: int, changes: Sequence[_Change], listed: IntArray) -> None:
-        """Bring a list into force; rows that decode for the first time enter with theirs."""
-        at_once, later = np.zeros(len(changes), np.bool_), np.zeros(len(changes), np.bool_)
-        for index, (one, of_row) in enumerate(zip(changes, listed, strict=True)):
-            if one.is_new:
-                self._enter(one, [pairs_of(of_group[None]).come for of_group in of_row])
-            else:
-                at_once[index], later[index] = one.comes_at_once, not one.comes_at_once
-        if at_once.any():
-            self._books.apply(step, listed[at_once], at_once=True)
-        if later.any():
-            self._books.apply(step, listed[later])
+    def _state_of(self, asked: Asked) -> RequestState:
+        state = self._known.get(asked.req_id)
+        assert state is not None  # it is still the tenant of its place
+        return state
 
-    def _enter(self, change: _Change, chosen: Sequence[IntArray]) -> None:
-        """A row decodes for the first time: with these blocks beside its frame, no longer with what it held."""
-        row, state, frame, policy = change.row, change.state, change.frame, change.state.policy
-        sink = np.arange(frame.sink_end, dtype=np.int32)
-        recent = np.arange(frame.recent_start, frame.num_blocks, dtype=np.int32)
-        ids = state.blocks.ids[: row.end]
+    def _enter(self, row: ScheduledRequest) -> None:
+        """A row decodes for the first time: with its set, or with all blocks if its budget is for all."""
+        state, first, policy = row.state, row.state.first_set, row.state.policy
+        if first is not None:
+            sink_end, first_recent, far = first.asked.sink_end, first.asked.first_recent, first.far
+        elif policy.keeps_all(row.num_tokens_after):
+            sink_end, first_recent = 0, row.end - policy.recent_blocks(row.num_tokens_after)
+            far = [np.arange(first_recent, dtype=np.int32)] * len(self._books.groups)
+        else:
+            raise IntegrityError(f"request {state.req_id}: no set was chosen for its first sparse step")
+        sink, recent = np.arange(sink_end, dtype=np.int32), np.arange(first_recent, row.end, dtype=np.int32)
         self._books.enter(
             state.place,
-            ids,
-            [np.concatenate((sink, far, recent)) for far in chosen],
+            state.blocks.ids[: row.end],
+            [np.concatenate((sink, of_group, recent)) for of_group in far],
             sink=policy.sink_blocks(policy.max_model_len),
-            recent=change.recent,
+            recent=recent.size,
             begun=row.end - row.first_fresh,
         )
         for group, held in enumerate(state.held):
-            self._slots.unpin(group, ids[held])
+            self._slots.unpin(group, state.blocks.ids[held])
             state.held[group] = NOTHING
         state.is_decoding = True
 
-    def _resident(self, change: _Change, group: int) -> IntArray:
-        """Without a selection: all blocks if the budget is for all, or the newest that have a slot."""
-        candidates = np.arange(change.frame.sink_end, change.frame.recent_start, dtype=np.int32)
-        if change.keeps_all:
-            return candidates
-        has_slot = self._slots.is_resident(group, change.state.blocks.ids[candidates])
-        resident = candidates[has_slot]
-        return resident[max(0, resident.size - change.want) :]
+    def _begin(self, step: int, row: ScheduledRequest, *, is_dense: bool) -> list[str]:
+        """A row reads its first set from this step on; its request, if it was selected for.
 
-    def _widen(self, changes: Sequence[_Change], listed: IntArray) -> None:
+        Args:
+            step: its number.
+            row: the row.
+            is_dense: it has read all its blocks so far.
+        """
+        state, first = row.state, row.state.first_set
+        assert first is not None
+        if is_dense:
+            self._shrink(step, state, row.end - first.asked.first_recent, first.far)
+        state.first_set, state.has_set = None, True
+        self._counters.missing_selections += not first.is_selected
+        return [state.req_id] if first.is_selected else []
+
+    def _shrink(self, step: int, state: RequestState, recent: int, far: Sequence[IntArray]) -> None:
+        """A row does without the blocks that were not chosen."""
+        self._books.keep_recent(_ints([state.place]), _ints([recent]))
+        gone = [
+            np.setdiff1d(entries.set_of(state.place), chosen)
+            for entries, chosen in zip(self._books.groups, far, strict=True)
+        ]
+        longest = max(positions.size for positions in gone)
+        rows = np.full((1, len(gone), HEADER + 2 * longest), NOBODY, np.int32)
+        for line, positions in zip(rows[0], gone, strict=True):
+            line[:HEADER] = state.place, self._books.epoch[state.place], step, 0, positions.size, 0
+            line[HEADER + longest : HEADER + longest + positions.size] = positions
+        self._books.apply(step, rows, at_once=True)
+
+    def _grow(self, rows: Sequence[ScheduledRequest]) -> None:
+        """Rows begin the blocks that they write first in this step, mostly one or none."""
+        if not rows:
+            return
+        growing, begun = rows, 0
+        while growing := [row for row in growing if row.first_fresh + begun < row.end]:
+            place = _ints(row.state.place for row in growing)
+            position = _ints(row.first_fresh + begun for row in growing)
+            blocks = _ints(row.fresh[begun] for row in growing)
+            self._books.append(place, position, blocks, self._books.groups[0].recent[place] + 1)
+            begun += 1
+        recent = _ints(row.state.policy.recent_blocks(row.num_tokens_after) for row in rows)
+        self._books.keep_recent(_ints(row.state.place for row in rows), recent)
+
+    def _widen(self, rows: Sequence[ScheduledRequest], lists: Sequence[Chosen]) -> None:
         """Requests that fall back get what they lack, the newest first, as far as lists leave fetches."""
-        left = self._max_fetches - listed[:, :, COMES].sum(0)
-        falling = [one for one in changes if one.state.falls_back]
-        for change in sorted(falling, key=lambda one: one.state.selection):
+        if not rows:
+            return
+        left = np.full(len(self._books.groups), self._max_fetches)
+        for chosen in lists:
+            left -= 0 if chosen.at_once else chosen.rows[:, :, COMES].sum(0)
+        for row in sorted(rows, key=lambda row: row.state.selection):
             lacking = []
-            change.state.lacks_blocks = False
             for group, entries in enumerate(self._books.groups):
-                in_table = entries.entry[change.state.place, : change.row.end] != NO_ENTRY
+                in_table = entries.entry[row.state.place, : row.end] != NO_ENTRY
                 absent = np.flatnonzero(~in_table).astype(np.int32)
-                has_slot = self._slots.is_resident(group, change.state.blocks.ids[absent])
+                has_slot = self._slots.is_resident(group, row.state.blocks.ids[absent])
                 num_left_out = max(0, int(np.count_nonzero(~has_slot) - max(0, left[group])))
                 brought = absent[~has_slot][num_left_out:]
                 left[group] -= brought.size
-                change.state.lacks_blocks |= num_left_out > 0
                 lacking.append(np.concatenate((absent[has_slot], brought)))
-            self._books.widen(change.state.place, lacking)
+            self._books.widen(row.state.place, lacking)
 
-    def _finish(self, change: _Change) -> None:
-        state, after = change.state, change.row.num_tokens_after
-        if state.kept_all and not change.keeps_all and not state.is_offered:
-            self._counters.missing_selections += 1
-        if state.is_offered and not change.keeps_all:
-            state.is_offered = state.at_once = False
-        state.kept_all = change.keeps_all
-        lacks_blocks = state.falls_back and state.lacks_blocks
-        state.settled_until = 0 if lacks_blocks else state.policy.same_budget_until(after)
-
-    def _note_selection(self, change: _Change, of_row: IntArray) -> None:
+    def _note_selection(self, asked: Asked, of_row: IntArray, *, is_selected: bool) -> None:
         """Count what a selection found worth a slot and chose, and whether the request falls back for it.
 
         Args:
-            change: the row.
+            asked: the row.
             of_row: int32 `[G, 6 + 2 L]` of the list.
+            is_selected: whether it is a selection at all.
         """
-        state, num_groups = change.state, len(self._books.groups)
-        num_candidates = num_groups * change.frame.num_candidates
+        if not is_selected:
+            return
+        state, num_candidates = self._state_of(asked), len(self._books.groups) * asked.num_candidates
         self._counters.selections += 1
         state.selection = self._counters.selections
         if self._fallback is not None:
             self._fallback.learn(state, int(of_row[:, WORTH].sum()), num_candidates)
         if not state.falls_back:
-            num_chosen = int(np.minimum(of_row[:, WORTH], change.want).sum())
+            num_chosen = int(np.minimum(of_row[:, WORTH], asked.want).sum())
             self._counters.selection_candidates += num_candidates
             self._counters.selected_blocks += num_chosen
             if state.is_selected:
@@ -238,9 +231,8 @@ class DecodeRows:
                 self._counters.reselected_resident_blocks += num_chosen - int(of_row[:, COMES].sum())
         state.is_selected = True
 
-    def _judge(self, change: _Change) -> None:
+    def _judge(self, state: RequestState) -> None:
         """Count what became of the blocks that came since the selection before, by what this one leaves in the set."""
-        state = change.state
         for group, came in state.came if not state.falls_back else ():
             entries = self._books.groups[group]
             is_chosen = (entries.entry[state.place, came] != NO_ENTRY) & ~entries.is_extra[state.place, came]
@@ -248,27 +240,18 @@ class DecodeRows:
             self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
         state.came = []
 
-    def _note_what_came(self, changes: Sequence[_Change], listed: IntArray) -> None:
-        for change, of_row in zip(changes, listed, strict=True):
-            if not change.is_new and of_row[:, COMES].any():
-                change.state.came += [(group, pairs_of(line[None]).come) for group, line in enumerate(of_row)]
 
-
-def _change_of(row: ScheduledRequest) -> _Change:
+def _check_room(row: ScheduledRequest) -> None:
     state, after = row.state, row.num_tokens_after
-    policy = state.policy
-    budget = policy.decode_budget(after)
-    recent_start = min(row.end - policy.recent_blocks(after), row.first_written)
-    frame = Frame(min(policy.sink_blocks(after), recent_start), recent_start, row.end)
-    keeps_all = budget == row.end
-    if frame.num_forced > budget and not keeps_all:
+    budget, end = state.policy.decode_budget(after), cdiv(after, row.block_size)
+    first_recent = min(end - state.policy.recent_blocks(after), row.first_written)
+    sink_end = min(state.policy.sink_blocks(after), first_recent)
+    if sink_end + end - first_recent > budget and budget < end:
         raise IntegrityError(
             f"request {state.req_id}: a decode step of {row.num_tokens} tokens is given, "
-            f"which with {frame.sink_end} sink blocks exceeds the budget of {budget} blocks; "
+            f"which with {sink_end} sink blocks exceeds the budget of {budget} blocks; "
             f"allowed are {row.block_size} tokens"
         )
-    comes_at_once = not state.is_decoding or (state.is_offered and state.at_once)
-    return _Change(row, frame, budget - frame.num_forced, keeps_all, not state.is_decoding, comes_at_once)
 
 
 def _ints(numbers: Iterable[int]) -> IntArray:

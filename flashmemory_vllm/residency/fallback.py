@@ -80,6 +80,6 @@ class DenseFallback:
         fallen = sum(other.extra_blocks for other in self._known)
         policy = state.policy
         grown = max(state.num_tokens, min(state.num_tokens + policy.growth_reserve_tokens, policy.max_model_len))
-        extra = cdiv(grown, policy.block_size) - policy.decode_budget(state.num_tokens)
+        extra = cdiv(grown, policy.block_size) - policy.most_held(state.num_tokens)
         watermark = LOW_WATERMARK if state.was_revoked else HIGH_WATERMARK
         return reserved + fallen + extra <= watermark * self._capacity

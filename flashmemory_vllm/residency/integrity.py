@@ -88,7 +88,7 @@ def _check_set(state: RequestState, group: int, entries: Entries) -> None:
     policy = state.policy
     where, held = f"request {state.req_id} group {group}", entries.positions_of(state.place)
     num_blocks = cdiv(state.num_tokens, policy.block_size)
-    budget = policy.decode_budget(state.num_tokens)
+    budget = policy.most_held(state.num_tokens)
     if held[-1] != num_blocks - 1:
         raise IntegrityError(f"{where}: a table up to block {held[-1]}, allowed is up to {num_blocks - 1}")
     recent = policy.recent_blocks(state.num_tokens)

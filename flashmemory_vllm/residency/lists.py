@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmemory_vllm.residency.types import BoolArray, IntArray
+from flashmemory_vllm.residency.types import Asked, BoolArray, IntArray
 
 NOBODY = -1
 # Columns of a list's row before its positions: place, epoch, step, how many come, how many go, blocks worth a slot
 HEADER = 6
-COMES, WORTH = 3, 5
+COMES, GOES, WORTH = 3, 4, 5
 
 
 class Pairs(NamedTuple):
@@ -40,3 +40,36 @@ def pairs_of(rows: IntArray) -> Pairs:
     come = np.where(column < comes, rows[:, HEADER : HEADER + longest], NOBODY)
     go = np.where(column < goes, rows[:, HEADER + longest : HEADER + 2 * longest], NOBODY)
     return Pairs(np.broadcast_to(rows[:, :1], used.shape)[used], come[used], go[used])
+
+
+class Chosen(NamedTuple):
+    """A list, or the part of it that comes into force in one step.
+
+    Attributes:
+        step: whose list it is.
+        asked: what was asked for each of its rows.
+        rows: int32 `[n, G, 6 + 2 L]`, see `pairs_of`; L may be another one each time. Of a row without a set all blocks
+            come that are chosen.
+        is_selected: bool `[n]` whose blocks were scored.
+        at_once: it is in force in the step after its own.
+    """
+
+    step: int
+    asked: tuple[Asked, ...]
+    rows: IntArray
+    is_selected: BoolArray
+    at_once: bool
+
+
+class FirstSet(NamedTuple):
+    """The set that a request decodes with first.
+
+    Attributes:
+        asked: the row.
+        far: per group int32 `[k]` the blocks between sink and recent ones, ascending.
+        is_selected: its blocks were scored.
+    """
+
+    asked: Asked
+    far: list[IntArray]
+    is_selected: bool

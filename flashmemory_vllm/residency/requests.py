@@ -9,6 +9,7 @@ import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.lists import FirstSet
 from flashmemory_vllm.residency.types import NOTHING, IntArray, NewRequest, Phase
 
 
@@ -70,23 +71,21 @@ class RequestState:
         blocks: logical blocks, those without tokens yet at the end.
         place: where its tables lie while it decodes.
         held: per group int32 `[k]`, ascending positions of the blocks that it holds in prefill; nothing in decode.
-        is_offered: there is a selection that is not yet in force.
-        is_selected: one is in force.
+        is_asked: a set was asked for.
+        phase: it is due with so many tokens, and with a whole number of cycles more or fewer.
+        first_set: that one, once it is known and until it is in force.
+        has_set: it is in force, or one after it.
+        is_selected: a selection is in force.
         selection: running number of that over all requests.
+        lacks_chosen: its last list left out blocks that were chosen.
         came: per portion that came since then, its group and its positions.
         is_decoding: a decode row was planned.
-        kept_all: the budget of the last decode row covered all blocks; true before the first.
         falls_back: it keeps all its blocks, though its budget does not; see `residency/fallback.py`.
         was_revoked: it fell back before, and had to give up.
-        lacks_blocks: it falls back, and some blocks are still to come.
         num_worth: blocks that its selections found worth a slot, of those that they could do without.
         num_evictable: all that they could do without.
-        asked_at: for each selection on its way, when its scores were asked for; seconds of a monotonic clock.
         opening_steps: decode steps to come that each end with a selection of their own.
-        at_once: the selection that was asked for last is not to wait for the blocks that it lacks.
-        steps_since_due: decode steps since the request was last due, tau or more if it waits; None before the first.
         table: table of the last decode row, None if the next one differs in any case.
-        settled_until: length up to which a decode row reads `table`, unless a selection is offered.
     """
 
     req_id: str
@@ -97,23 +96,21 @@ class RequestState:
     blocks: BlockList
     place: int
     held: list[IntArray]
-    is_offered: bool = False
+    is_asked: bool = False
+    phase: int = 0
+    first_set: FirstSet | None = None
+    has_set: bool = False
     is_selected: bool = False
     selection: int = 0
+    lacks_chosen: bool = False
     came: list[tuple[int, IntArray]] = field(default_factory=list)
     is_decoding: bool = False
-    kept_all: bool = True
     falls_back: bool = False
     was_revoked: bool = False
-    lacks_blocks: bool = False
     num_worth: int = 0
     num_evictable: int = 0
-    asked_at: list[float] = field(default_factory=list)
     opening_steps: int = 0
-    at_once: bool = False
-    steps_since_due: int | None = None
     table: Table | None = None
-    settled_until: int = 0
 
     @classmethod
     def begin(cls, new: NewRequest, policy: BudgetPolicy, num_groups: int, place: int) -> RequestState:
@@ -137,7 +134,7 @@ class RequestState:
         """Slots of a group that it may hold beside its own, because it falls back."""
         if not self.falls_back:
             return 0
-        return cdiv(self.num_tokens, self.policy.block_size) - self.policy.decode_budget(self.num_tokens)
+        return cdiv(self.num_tokens, self.policy.block_size) - self.policy.most_held(self.num_tokens)
 
 
 @dataclass(slots=True, eq=False)

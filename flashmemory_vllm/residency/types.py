@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -123,20 +123,6 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """A selector's result; filled by the worker once the scores of a `DueSelection` are on the host.
-
-    Attributes:
-        req_id: the request.
-        scores: float32 `[G, num_blocks_scored]` by position from 0, higher is better. None: the selector failed.
-            Blocks written after the scoring have no score and rank above all others, the newest first.
-    """
-
-    req_id: str
-    scores: FloatArray | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Copies:
     """Logical blocks and the slots they have in one layer group; filled by the planner.
 
@@ -201,35 +187,53 @@ class Row:
     streamed: tuple[IntArray, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DueSelection:
-    """A request whose blocks are to be scored with the queries of this step; filled by the planner.
+class Asked(NamedTuple):
+    """A row that is chosen for after the step; filled by the planner. Positions are of blocks within their request.
 
     Attributes:
-        req_id: the request.
-        prompt_len: tokens of the request's prompt.
-        num_history_blocks: full blocks of the request after this step.
-        first: the request has no selection to decode with, and its next step needs one: at first, and after each
-            preemption.
-        at_once: the selection is to be offered before the next plan, as first ones always are. Otherwise it may be
-            offered any number of steps later.
-        block_ids: int32 `[num_history_blocks]` logical blocks to score, by position.
+        req_id: vLLM's request id.
+        place: where its tables lie.
+        epoch: which tenant of the place it is.
+        num_tokens: tokens with KV after the step.
+        prompt_len: tokens of its prompt.
+        block_ids: int32 `[n]` its full blocks.
+        sink_end: end of the sink.
+        first_recent: first of the newest blocks that are always in the set.
+        end: blocks of the request, the one being written included.
+        want: how many are to be chosen.
+        cap: how many of them may be new in the set, if its list is not in force at once.
+        is_new: it has no set yet.
+        is_scored: its blocks are scored; otherwise what is known of them counts.
+        at_once: its list is in force in the next step, with as many new blocks as it likes; so is that of a new one.
     """
 
     req_id: str
+    place: int
+    epoch: int
+    num_tokens: int
     prompt_len: int
-    num_history_blocks: int
-    first: bool
-    at_once: bool
     block_ids: IntArray
+    sink_end: int
+    first_recent: int
+    end: int
+    want: int
+    cap: int
+    is_new: bool = False
+    is_scored: bool = True
+    at_once: bool = False
+
+    @property
+    def num_candidates(self) -> int:
+        """Blocks that may be chosen or left."""
+        return self.first_recent - self.sink_end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """Everything one step does to the memory; filled by the planner, executed by the worker.
 
-    Order of execution: recalls and prefetches, then the forward with its rows, then write-backs and the scoring of
-    `due`. No slot that `recalls`, `prefetches` or `fresh` name is read by a row of this step as the block it held
+    Order of execution: recalls and prefetches, then the forward with its rows, then write-backs and the choice
+    for `asked`. No slot that `recalls`, `prefetches` or `fresh` name is read by a row of this step as the block it held
     before; kernels and copies of earlier steps may still use it, and the executor orders itself after them.
     Most slots have rested for a step or more, so that their copies run beside the step before this one.
 
@@ -242,7 +246,7 @@ class StepPlan:
         prefetches: likewise, for later selections.
         write_backs: slot to host after the forward.
         rows: one for each scheduled request.
-        due: requests to score after the forward.
+        asked: rows that are chosen for after the forward.
         selected: requests that read what a selection has chosen, for the first time in this step.
     """
 
@@ -253,7 +257,7 @@ class StepPlan:
     prefetches: tuple[Copies, ...]
     write_backs: WriteBacks
     rows: Mapping[str, Row]
-    due: tuple[DueSelection, ...]
+    asked: tuple[Asked, ...]
     selected: tuple[str, ...] = ()
 
     @property

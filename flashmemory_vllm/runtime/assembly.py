@@ -2,31 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
+from flashmemory_kernels.choose_sets import ChoicePolicy
 
-from flashmemory_vllm.config import SECTION, FlashMemoryConfig
-from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
-from flashmemory_vllm.indexer.checkpoint import read_spec, resolve_indexer
 from flashmemory_vllm.indexer.factory import create_selector, option_names
-from flashmemory_vllm.indexer.neural_model import IndexerSpec
+from flashmemory_vllm.indexer.places import MemoryKind
 from flashmemory_vllm.observability.counters import CounterWriter
-from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.types import Geometry
-from flashmemory_vllm.residency.worth import Worth
-from flashmemory_vllm.runtime.drift import QueryDrift
+from flashmemory_vllm.runtime.choice import ChoiceSizes, ChoiceState
+from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
-from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
+from flashmemory_vllm.runtime.trained import anchor_layers, num_kept, opening_steps, query_window, tau_steps
 from flashmemory_vllm.transfer.checksums import COMPARED
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -35,63 +33,8 @@ from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 from flashmemory_vllm.transfer.streaming import PartialAttention
 
-# Newest queries of each request that the device keeps. A selection reads one; its question is kept by itself.
-NUM_KEPT = 1
-
-
-def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int, ...]:
-    """The layers whose queries and keys feed the selector: those asked for, a trained indexer's own, or the default.
-
-    Raises:
-        ConfigError: a layer does not exist, a group has none, or the indexer cannot be read or is for another depth.
-    """
-    given = config.anchor_layers
-    spec = _trained(config)
-    if spec is not None:
-        if spec.num_layers != shape.num_layers:
-            raise ConfigError(
-                f"{SECTION}.indexer: {config.indexer!r} was trained for a model of {spec.num_layers} attention layers, "
-                f"this one has {shape.num_layers}"
-            )
-        given = spec.anchor_layers if given is None else given
-    return shape.anchor_layers(given, shape.layer_groups(config.layer_groups))
-
-
-def tau_steps(config: FlashMemoryConfig) -> int:
-    """Decode steps between two selections: those asked for, a trained indexer's own, or the default.
-
-    Raises:
-        ConfigError: the indexer cannot be read, or was trained for fewer steps than a selection is late.
-    """
-    trained = _trained(config)
-    return config.tau(None if trained is None else trained.tau)
-
-
-def query_window(config: FlashMemoryConfig) -> int:
-    """Prompt tokens of a first selection: those asked for, a trained indexer's own, or the last one.
-
-    Raises:
-        ConfigError: the indexer cannot be read.
-    """
-    trained = _trained(config)
-    return config.query_window or (1 if trained is None else trained.query_window)
-
-
-def opening_steps(config: FlashMemoryConfig) -> int:
-    """Decode steps that each end with a selection of their own: those asked for, a trained indexer's own, or none.
-
-    Raises:
-        ConfigError: the indexer cannot be read.
-    """
-    if config.opening_steps is not None:
-        return config.opening_steps
-    trained = _trained(config)
-    return 0 if trained is None else trained.opening_steps
-
-
-def _trained(config: FlashMemoryConfig) -> IndexerSpec | None:
-    """What the indexer was trained with, if there is one."""
-    return None if config.indexer is None else read_spec(resolve_indexer(config.indexer, config.indexer_revision))
+# Most blocks of a request that come with one list, unless it is in force at once
+MOST_LISTED = 64
 
 
 def unallocated_selector(config: FlashMemoryConfig, shape: AttentionShape) -> Selector:
@@ -162,11 +105,11 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             shape=shape,
             groups=groups,
             anchors=anchors,
-            planner=_planner(sizes, budget, config, engine.layout, selector.score_threshold),
+            planner=_planner(sizes, budget, config, engine.layout),
             engine=engine,
             page_format=page_format,
             selector=selector,
-            selections=_selections(selector, config, buffers.queries),
+            choices=_choices(selector, config, budget, buffers),
             buffers=buffers,
             questions=QuestionQueries(question_window(selector, config, budget), len(anchors), shape),
             prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
@@ -177,36 +120,46 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     )
 
 
-def _planner(
-    sizes: RuntimeSizes,
-    budget: BudgetPolicy,
-    config: FlashMemoryConfig,
-    layout: PageLayout,
-    selectors_threshold: float | None,
-) -> StepPlanner:
+def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfig, layout: PageLayout) -> StepPlanner:
     geometry = Geometry(
         sizes.num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size, sizes.max_num_seqs
     )
     group_bytes = max(sum(layout.layer_bytes(layer) for layer in group) for group in layout.groups)
-    threshold = selectors_threshold if config.score_threshold is None else config.score_threshold
     return StepPlanner(
         geometry,
         budget,
         tau_steps(config),
-        -inf if threshold is None else threshold,
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
         fallback_share=config.dense_fallback_share,
         opening_steps=opening_steps(config),
-        worth=Worth(config.memory_decay, config.successor_share, config.hysteresis),
     )
 
 
-def _selections(selector: Selector, config: FlashMemoryConfig, queries: QueryRing) -> SelectionQueue:
-    side_stream, delay_steps = SideStream(selector.geometry.device), config.selection_delay_steps
-    drift = None
-    if config.drift_threshold is not None:
-        drift = QueryDrift(config.drift_threshold, delay_steps, queries, side_stream)
-    return SelectionQueue(selector, delay_steps, side_stream, drift)
+def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy, buffers: StepBuffers) -> ChoiceQueue:
+    kind, tables = selector.memory_kind, buffers.tables
+    threshold = selector.score_threshold if config.score_threshold is None else config.score_threshold
+    policy = ChoicePolicy(kind.combine, config.successor_share, config.hysteresis, threshold or 0.0)
+    sizes = choice_sizes(config, budget, kind, tables.sizes.num_places)
+    state = ChoiceState(sizes, buffers.queries.by_place, tables.block_ids, kind, policy)
+    return ChoiceQueue(selector, state, SideStream(selector.geometry.device))
+
+
+def choice_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, kind: MemoryKind, max_num_seqs: int) -> ChoiceSizes:
+    """Sizes of what sets are chosen from, for so many requests."""
+    width = _width(budget)
+    return ChoiceSizes(
+        num_channels=len(kind.channels),
+        num_groups=config.layer_groups,
+        num_places=max_num_seqs,
+        width=width,
+        max_rows=max_num_seqs,
+        listed=min(width, MOST_LISTED),
+    )
+
+
+def _width(budget: BudgetPolicy) -> int:
+    """Most blocks of a request: one more than the longest has, for the scheduler may give it ahead."""
+    return cdiv(budget.max_model_len, budget.block_size) + 1
 
 
 def table_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, max_num_seqs: int, max_num_tokens: int) -> TableSizes:
@@ -215,10 +168,10 @@ def table_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, max_num_seqs: i
         num_groups=config.layer_groups,
         block_size=budget.block_size,
         num_places=max_num_seqs,
-        num_kept=NUM_KEPT,
+        num_kept=num_kept(config),
         max_rows=max_num_seqs,
         max_tokens=max_num_tokens,
-        width=-(-budget.max_model_len // budget.block_size) + 1,
+        width=_width(budget),
     )
 
 
@@ -227,7 +180,7 @@ def _buffers(
 ) -> StepBuffers:
     of_tables = table_sizes(config, budget, sizes.max_num_seqs, sizes.max_num_tokens)
     tables = StepTables(of_tables, shape.device, skip_streamed=shape.device.type == "cuda")
-    return StepBuffers(tables, QueryRing(num_anchors, sizes.max_num_seqs, NUM_KEPT, shape))
+    return StepBuffers(tables, QueryRing(num_anchors, sizes.max_num_seqs, of_tables.num_kept, shape))
 
 
 def _prefill(

@@ -1,17 +1,13 @@
 """Device memory beside the slots, told before anything is allocated."""
 
 from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.indexer.shares import scratch_bytes
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.runtime.assembly import (
-    NUM_KEPT,
-    anchor_layers,
-    question_window,
-    table_sizes,
-    unallocated_selector,
-)
+from flashmemory_vllm.runtime.assembly import choice_sizes, question_window, table_sizes, unallocated_selector
 from flashmemory_vllm.runtime.capacity import BesideSlots, Staging
 from flashmemory_vllm.runtime.question import question_bytes
 from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.trained import anchor_layers, num_kept
 from flashmemory_vllm.transfer.checksums import COMPARED, SUM_BYTES
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 
@@ -39,12 +35,17 @@ def beside_slots(
     """
     selector, num_anchors = unallocated_selector(config, shape), len(anchor_layers(config, shape))
     window = question_window(selector, config, budget)
+    num_tokens, kind = budget.max_num_batched_tokens, selector.memory_kind
+    chosen = choice_sizes(config, budget, kind, max_num_seqs)
+    scratch = scratch_bytes(max_num_seqs, chosen.width, num_anchors * shape.num_query_heads)
     return BesideSlots(
         index_bytes_per_block=selector.bytes_per_block(),
         checksum_bytes_per_block=0 if COMPARED[config.page_checksums] is None else shape.num_layers * SUM_BYTES,
         question_bytes=max_num_seqs * question_bytes(min(window, budget.max_model_len), num_anchors, shape),
-        table_bytes=table_sizes(config, budget, max_num_seqs, budget.max_num_batched_tokens).num_bytes
-        + max_num_seqs * question_bytes(NUM_KEPT, num_anchors, shape),
+        table_bytes=table_sizes(config, budget, max_num_seqs, num_tokens).num_bytes
+        + max_num_seqs * question_bytes(num_kept(config), num_anchors, shape)
+        + chosen.num_bytes
+        + scratch * selector.needs_keys,
         staging=plan_staging(config, shape, device_bytes),
     )
 

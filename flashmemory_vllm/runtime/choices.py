@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
-from flashmemory_kernels.common.due_rows import Due, fill_first_tiles
+from flashmemory_kernels.common.due_rows import Due
 
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.base import Selector
-from flashmemory_vllm.indexer.places import DueRows
-from flashmemory_vllm.indexer.shares import TILE
-from flashmemory_vllm.residency.lists import NOBODY
-from flashmemory_vllm.residency.types import IntArray
-from flashmemory_vllm.runtime.asked import Asked, Chosen, from_long_list
+from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
+from flashmemory_vllm.residency.lists import NOBODY, Chosen, pairs_of
+from flashmemory_vllm.residency.types import Asked, IntArray
 from flashmemory_vllm.runtime.choice import ChoiceState
+from flashmemory_vllm.runtime.choice_work import ChoiceWork, PendingList
+from flashmemory_vllm.runtime.parked import ParkedMemories
 from flashmemory_vllm.runtime.remembering import NOT_FINITE, Remembering
 from flashmemory_vllm.runtime.selector_guard import SelectorGuard
-from flashmemory_vllm.runtime.side_stream import Arrival, SideStream
+from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.uploads import upload
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pending:
-    """A list on its way: `num_new` rows without a set, then others in force at once, then all others."""
-
-    step: int
-    num_new: int
-    num_at_once: int
-    fields: IntArray
-    arrival: Arrival
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Parked:
-    """The memory of a request that lost its place: float32 `[C, G, n]`, and int32 `[1]` how many of them it knows."""
-
-    memory: torch.Tensor
-    known: torch.Tensor
 
 
 class ChoiceQueue:
@@ -55,13 +38,14 @@ class ChoiceQueue:
 
     def __init__(self, selector: Selector, state: ChoiceState, side_stream: SideStream) -> None:
         self._state, self._side_stream = state, side_stream
-        self._kind = selector.memory_kind
+        self._kind, self._block_size = selector.memory_kind, selector.geometry.block_size
         self.guard = SelectorGuard(selector)
         self._remembering = Remembering(self.guard, state.places, is_finite=selector.is_finite)
-        self._pending: list[_Pending] = []
+        self._pending: list[PendingList] = []
         self._num_selections: dict[str, int] = {}
         self._remembered_at = np.zeros(state.sizes.num_places, np.int64)
-        self._parked: dict[str, _Parked] = {}
+        self._parked = ParkedMemories(state)
+        self._latencies: list[float] = []
 
     @property
     def failures(self) -> Mapping[str, int]:
@@ -77,47 +61,91 @@ class ChoiceQueue:
         """Inside, what the selector raises is passed on."""
         return self.guard.strict()
 
-    def choose(self, step: int, asked: Sequence[Asked]) -> None:
+    def choose(self, step: int, asked: Sequence[Asked], earlier: Mapping[str, torch.Tensor] = {}) -> None:
         """Enqueue the choice of a step, after all device work enqueued so far.
 
         Args:
             step: the step whose forward pass has just been enqueued; later than those before.
             asked: the rows, each of a place of its own.
+            earlier: of requests without a set, queries `[q, A, Hq, D]` that they are scored with as well as with their
+                newest one, those of their question, the last one last. Default: none.
         """
         if not asked:
             return
         rows = sorted(map(self._scored_if_possible, asked), key=_order)
         num_new = sum(row.is_new for row in rows)
-        num_at_once = num_new + sum(row.at_once and not row.is_new for row in rows)
-        fields = self._fields(step, rows)
+        num_at_once = sum(row.at_once for row in rows)
+        fields = self._fields(step, rows, earlier)
         spans = (fields[:num_at_once, Due.FIRST_RECENT] - fields[:num_at_once, Due.SINK_END]).astype(np.int64)
         spans *= self._state.sizes.num_groups
         fields[:num_at_once, Due.LONG_START] = np.cumsum(spans) - spans
-        work = _Work(rows, fields, self._selections(rows), num_new, int(spans.sum()))
-        earlier = [row.earlier for row in rows if row.earlier is not None]
-        arrival = self._side_stream.fetch(lambda: self._choose(work), *earlier)
-        self._pending.append(_Pending(step, num_new, num_at_once, fields, arrival))
+        questions = [earlier.get(row.req_id) for row in rows[:num_new]]
+        work = ChoiceWork(rows, fields, self._selections(rows), questions, int(spans.sum()))
+        inputs = [one for one in questions if one is not None]
+        arrival = self._side_stream.fetch(lambda: self._choose(work), *inputs)
+        self._pending.append(PendingList(step, tuple(rows), num_at_once, fields, arrival, time.perf_counter()))
 
-    def take(self, step: int, *, at_once: bool) -> Chosen | None:
-        """A part of a step's list, waited for if it has to be; None if there is none.
+    def take(self, step: int) -> list[Chosen]:
+        """What comes into force in a step, waited for if it has to be; what is due later is not waited for.
 
         Args:
-            step: whose list it is.
-            at_once: the part that is in force in the next step; it must be taken before the other one.
+            step: the one that begins; call it for each.
         """
-        pending = next((one for one in self._pending if one.step == step), None)
-        if pending is None or (at_once and not pending.num_at_once):
-            return None
-        num_rows, sizes = len(pending.fields), self._state.sizes
-        out = self._side_stream.wait(pending.arrival).numpy()
-        end = num_rows * (1 + sizes.num_groups * sizes.columns)
-        listed = out[num_rows:end].reshape(num_rows, sizes.num_groups, sizes.columns)
-        if at_once:
-            first = slice(pending.num_at_once)
-            return from_long_list(pending.fields[first], pending.num_new, listed[first], out[end:])
-        self.guard.note_not_finite(int(np.count_nonzero(out[:num_rows] == NOT_FINITE)))
-        self._pending = [one for one in self._pending if one.step > step]
-        return Chosen(listed[pending.num_at_once :], {})
+        due, left = list[Chosen](), list[PendingList]()
+        for pending in self._pending:
+            is_begun = pending.is_begun or pending.step < step
+            if pending.num_at_once and is_begun and not pending.is_begun:
+                due.append(self._read(pending, pending.at_once))
+            if pending.step + STEPS_TO_FORCE > step:
+                left.append(replace(pending, is_begun=is_begun))
+            elif pending.num_at_once < len(pending.asked):
+                due.append(self._read(pending, pending.later))
+        self._pending = left
+        return due
+
+    def take_latencies(self) -> list[float]:
+        """Seconds from asking to having the list, of each selection that was taken since the last call."""
+        taken, self._latencies = self._latencies, []
+        return taken
+
+    def _read(self, pending: PendingList, part: slice) -> Chosen:
+        """A part of a list."""
+        asked, (listed, failed) = pending.asked[part], self._rows_of(pending, part)
+        self.guard.note_not_finite(int(np.count_nonzero(failed == NOT_FINITE)))
+        is_selected = np.array([row.is_scored for row in asked]) & (failed == 0)
+        self._latencies += [time.perf_counter() - pending.asked_at] * int(np.count_nonzero(is_selected))
+        return Chosen(pending.step, asked, listed, is_selected, part == pending.at_once)
+
+    def _rows_of(self, pending: PendingList, part: slice) -> tuple[IntArray, IntArray]:
+        return pending.read(self._side_stream.wait(pending.arrival).numpy(), part, self._state.sizes)
+
+    def check_sets(self, place: int, epoch: int, sets: Sequence[IntArray]) -> None:
+        """Check that what the host holds becomes what the device has chosen; waits for all lists.
+
+        Args:
+            place: of a request that has a set.
+            epoch: which tenant that is.
+            sets: per layer group int32 `[k]` positions, sink and recent ones included.
+
+        Raises:
+            IntegrityError: it does not.
+        """
+        held = [set(positions.tolist()) for positions in sets]
+        for pending in self._pending:
+            for part in (pending.later,) if pending.is_begun else (pending.at_once, pending.later):
+                asked, (rows, _) = pending.asked[part], self._rows_of(pending, part)
+                mine = [index for index, one in enumerate(asked) if (one.place, one.epoch) == (place, epoch)]
+                for group, own in enumerate(held):
+                    _, come, go = pairs_of(rows[mine, group])
+                    own.difference_update(go.tolist())
+                    own.update(come[come != NOBODY].tolist())
+        for group, own in enumerate(held):
+            chosen = torch.nonzero(self._state.places.in_set[group, place])[:, 0].tolist()
+            if sorted(own) != chosen:
+                raise IntegrityError(
+                    f"place {place} group {group}: blocks {sorted(own)} are held once all lists are in force, "
+                    f"the device has chosen {chosen}"
+                )
 
     def park(self, req_id: str, place: int, num_blocks: int) -> None:
         """A request loses its place and will come back.
@@ -129,18 +157,27 @@ class ChoiceQueue:
         """
         if not (self._kind.outlives and self._num_selections.get(req_id)):
             return
-        memory, known = self._state.places.memory, self._state.known
-
-        def work() -> None:
-            self._parked[req_id] = _Parked(memory[:, :, place, :num_blocks].clone(), known[place : place + 1].clone())
-
-        self._side_stream.run(work)
+        self._side_stream.run(lambda: self._parked.park(req_id, place, num_blocks))
 
     def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is kept for requests that ended; unknown ids are fine."""
         for req_id in req_ids:
             self._num_selections.pop(req_id, None)
-            self._parked.pop(req_id, None)
+            self._parked.forget(req_id)
+            self.guard.forget(req_id)
+
+    def warm_up(self, earlier: torch.Tensor) -> None:
+        """Choose from the null block for a request that does not exist, the first time and again.
+
+        Args:
+            earlier: [q, A, Hq, D], its question.
+        """
+        null = Asked("", 0, NOBODY, self._block_size, 1, np.zeros(1, np.int32), 0, 1, 1, 1, 1)
+        for step, is_new in enumerate((True, False)):
+            self.choose(step, [null._replace(is_new=is_new, at_once=is_new)], {"": earlier} if is_new else {})
+        self.take(1 + STEPS_TO_FORCE)
+        self.take_latencies()
+        self.forget([""])
 
     def reset(self) -> None:
         """Forget every request, and every list on its way."""
@@ -149,7 +186,7 @@ class ChoiceQueue:
 
     def _scored_if_possible(self, row: Asked) -> Asked:
         if row.is_scored and self.guard.lacks_keys(row.block_ids):
-            return row._replace(is_scored=False, at_once=False)
+            return row._replace(is_scored=False, at_once=row.is_new)
         return row
 
     def _selections(self, rows: Sequence[Asked]) -> IntArray:
@@ -160,17 +197,19 @@ class ChoiceQueue:
                 self._num_selections[row.req_id] = self._num_selections.get(row.req_id, 0) + 1
         return before
 
-    def _fields(self, step: int, rows: Sequence[Asked]) -> IntArray:
+    def _fields(self, step: int, rows: Sequence[Asked], earlier: Mapping[str, torch.Tensor]) -> IntArray:
         """Rows int32 `[n, len(Due)]` as the device reads them, but for what it has to look up."""
         fields = np.zeros((len(rows), len(Due)), np.int32)
         most = self._state.places.queries.shape[2] - 1
         for row, of_row in zip(rows, fields, strict=True):
             elapsed = 0 if row.is_new else row.num_tokens - int(self._remembered_at[row.place])
-            newest = row.num_queries if row.is_new else self._kind.num_queries or min(elapsed, most)
+            newest = self._kind.num_queries or min(elapsed, most)
+            if row.is_new:
+                newest = 1 + len(earlier.get(row.req_id, ()))
             if row.is_scored or row.is_new:
                 self._remembered_at[row.place] = row.num_tokens
             goes_on = not row.is_new or row.req_id in self._parked
-            cap = row.end if row.at_once or row.is_new else row.cap
+            cap = row.end if row.at_once else row.cap
             of_row[:] = (
                 row.place, row.epoch, step, row.is_new, row.num_tokens - 1, max(1, newest) if row.is_scored else 0,
                 elapsed, -int(goes_on), row.block_ids.size, 0, row.sink_end, row.first_recent, row.end, row.want, cap,
@@ -178,66 +217,25 @@ class ChoiceQueue:
             )  # fmt: skip
         return fields
 
-    def _choose(self, work: _Work) -> torch.Tensor:
+    def _choose(self, work: ChoiceWork) -> torch.Tensor:
         """Do the work of a step; int32, what `ChoiceState.choose` returns and the long list behind it."""
-        state, num_rows = self._state, len(work.rows)
+        state, device, failed = self._state, self._state.known.device, None
         for row in work.rows[: work.num_new]:
-            self._bring_back(row)
-        num_scored = sum(row.is_scored for row in work.rows[: work.num_new])
-        both = ((slice(num_scored), True), (slice(work.num_new, work.end_scored), False))
-        for part, _ in both:
-            fill_first_tiles(torch.from_numpy(work.fields[part]), TILE)
-        device = state.known.device
-        rows, selections = (upload(array, device) for array in (work.fields, work.selections))
+            self._parked.bring_back(row.req_id, row.place)
+        work.fill_tiles()
+        # A copy: on a CPU it is the same memory, and is filled in
+        rows, selections = (upload(array.copy(), device) for array in (work.fields, work.selections))
         state.look_up(rows)
-        failed = None
-        for part, is_entering in both:
-            own = work.rows[part]
-            if not own:
-                continue
-            due = DueRows(
-                work.fields[part], rows[part], tuple(row.req_id for row in own), work.selections[part],
-                selections[part], np.array([row.prompt_len for row in own], np.int32), is_entering,
-            )  # fmt: skip
-            of_part = self._remembering.enter(due, own) if is_entering else self._remembering.go_on(due)
+        for part, due in work.due(rows, selections):
+            questions, remembering = work.questions[part], self._remembering
+            of_part = remembering.enter(due, questions) if due.is_entering else remembering.go_on(due)
             if of_part is not None:
-                failed = torch.zeros(num_rows, dtype=torch.int32, device=device) if failed is None else failed
+                failed = torch.zeros(len(rows), dtype=torch.int32, device=device) if failed is None else failed
                 failed[part] = of_part
         long_list = torch.empty(work.long_size, dtype=torch.int32, device=device)
         out = state.choose(rows, failed, long_list)
         # On a CPU nobody makes another copy
         return torch.cat((out, long_list)) if work.long_size or device.type == "cpu" else out
-
-    def _bring_back(self, row: Asked) -> None:
-        """Put the memory of a request that comes back to its new place."""
-        parked = self._parked.pop(row.req_id, None)
-        if parked is not None:
-            self._state.places.memory[:, :, row.place, : parked.memory.shape[2]] = parked.memory
-            self._state.known[row.place : row.place + 1] = parked.known
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """What a step chooses.
-
-    Attributes:
-        rows: those without a set first, of both kinds those that are scored first.
-        fields: int32 `[n, len(Due)]` of them.
-        selections: int32 `[n]` that they had before.
-        num_new: rows without a set.
-        long_size: elements of the long list.
-    """
-
-    rows: Sequence[Asked]
-    fields: IntArray
-    selections: IntArray
-    num_new: int
-    long_size: int
-
-    @property
-    def end_scored(self) -> int:
-        """End of the rows with a set that are scored."""
-        return self.num_new + sum(row.is_scored for row in self.rows[self.num_new :])
 
 
 def _order(row: Asked) -> tuple[bool, bool, bool]:

@@ -22,13 +22,13 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
     slots = [slots_of[group_of[layer]] for layer in parts.anchors]
     if parts.page_format.keys_are_views:
         keys = [_keys(parts, layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
-        parts.selections.add_blocks(full.blocks, _upload(parts, full.blocks), keys, slots)
+        parts.choices.guard.add_blocks(full.blocks, _upload(parts, full.blocks), keys, slots)
     else:
         keys = [
             _keys(parts, layer, parts.engine.layout.page_view(layer).index_select(0, at))
             for layer, at in zip(parts.anchors, slots, strict=True)
         ]
-        parts.selections.add_blocks(full.blocks, _upload(parts, full.blocks), keys)
+        parts.choices.guard.add_blocks(full.blocks, _upload(parts, full.blocks), keys)
 
 
 def _keys(parts: RuntimeParts, layer: int, pages: torch.Tensor) -> torch.Tensor:

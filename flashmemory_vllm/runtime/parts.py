@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
-from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
 from flashmemory_vllm.transfer.engine import TransferEngine
@@ -40,7 +40,7 @@ class RuntimeParts:
         engine: moves pages.
         page_format: what lies inside a page.
         selector: scores blocks.
-        selections: runs the selector.
+        choices: has the device choose sets by what the selector says.
         buffers: what attention reads and where it leaves its queries.
         questions: the queries that first selections are made with.
         prefill: attention over history that is not on the device.
@@ -56,7 +56,7 @@ class RuntimeParts:
     engine: TransferEngine
     page_format: PageFormat
     selector: Selector
-    selections: SelectionQueue
+    choices: ChoiceQueue
     buffers: StepBuffers
     questions: QuestionQueries
     prefill: StreamedPrefill

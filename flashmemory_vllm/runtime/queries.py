@@ -47,10 +47,6 @@ class QueryRing:
         """Where the query of the token at a position of its request lies."""
         return place * self._num_kept + position % self._num_kept
 
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """A copy [A, n, Hq, D] of rows, int64 [n] on the device."""
-        return self._queries.index_select(1, indices)
-
     def row(self, index: int) -> torch.Tensor:
         """Queries [A, Hq, D] of one row, a view."""
         return self._queries[:, index]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashmemory_vllm.residency.types import DueSelection, Phase, Row
+from flashmemory_vllm.residency.types import Asked, Phase, Row
 from flashmemory_vllm.runtime.shape import AttentionShape
 
 
@@ -91,18 +91,17 @@ class QuestionQueries:
         for part in self._parts:
             part.queries[part.place, anchor].copy_(query[part.batch])
 
-    def earlier(self, due: DueSelection, row: Row) -> torch.Tensor | None:
+    def earlier(self, asked: Asked) -> torch.Tensor | None:
         """Queries [n, A, Hq, D] of a question, but for the row's last token; a copy, None if there are none.
 
         Args:
-            due: the selection that they are for; only one without a set to go on with is made with the question.
-            row: the request in the step that has just run.
+            asked: the row in the step that has just run.
         """
-        kept = self._kept.get(due.req_id)
-        if kept is None or not due.first:
+        kept = self._kept.get(asked.req_id)
+        if kept is None:
             return None
         # Position of the row's last token, counted from the beginning of the question
-        last = row.num_computed_tokens + row.num_tokens - 1 - (due.prompt_len - len(kept.queries))
+        last = asked.num_tokens - 1 - (asked.prompt_len - len(kept.queries))
         known = kept.queries[kept.start : min(kept.end, last)]
         return known.clone() if len(known) else None
 

@@ -10,7 +10,6 @@ import torch
 from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.indexer.places import DueRows, PlaceState
-from flashmemory_vllm.runtime.asked import Asked
 from flashmemory_vllm.runtime.selector_guard import SelectorGuard
 
 # Why a row's memory is what it was before
@@ -40,24 +39,24 @@ class Remembering:
         done = self._guard.remember(due, self._state)
         return None if done else _all(due, RAISED)
 
-    def enter(self, due: DueRows, rows: Sequence[Asked]) -> torch.Tensor | None:
+    def enter(self, due: DueRows, earlier: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """Rows that have no set yet, scored with their newest query and with those of their question.
 
         Args:
             due: the rows.
-            rows: as they were asked, in the same order.
+            earlier: queries `[q, A, Hq, D]` of each one's question, the last one last.
 
         Returns:
             As `go_on`.
         """
         kept = self._state.queries
         newest = kept[:, due.places, due.on_device[:, Due.POSITION].long() % kept.shape[2]]  # [A, n, Hq, D]
-        most = max(row.num_queries for row in rows)
-        queries = kept.new_zeros((kept.shape[0], len(rows), most, *kept.shape[3:]))
+        most = 1 + max(0 if one is None else len(one) for one in earlier)
+        queries = kept.new_zeros((kept.shape[0], len(earlier), most, *kept.shape[3:]))
         queries[:, :, most - 1] = newest
-        for index, row in enumerate(rows):
-            if row.earlier is not None:
-                queries[:, index, most - row.num_queries : most - 1] = row.earlier.transpose(0, 1)
+        for index, one in enumerate(earlier):
+            if one is not None:
+                queries[:, index, most - 1 - len(one) : most - 1] = one.transpose(0, 1)
         fields, on_device = due.fields.copy(), due.on_device.clone()
         for of_side in (fields, on_device):
             of_side[:, Due.POSITION] = most - 1

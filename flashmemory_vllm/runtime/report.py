@@ -4,7 +4,7 @@ from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.observability.metrics import series
 from flashmemory_vllm.residency.counters import Histogram
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.runtime.selection import SelectionQueue
+from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.transfer.engine import TransferEngine
 
 # Steps between two writes of the histograms: sorting values into buckets costs more than all other counting
@@ -21,16 +21,16 @@ class Reporter:
         counters: this worker's file.
         planner: counts blocks.
         engine: counts bytes and the waits for them.
-        selections: counts the waits for scores.
+        choices: counts the waits for lists.
     """
 
     def __init__(
-        self, counters: CounterWriter, planner: StepPlanner, engine: TransferEngine, selections: SelectionQueue
+        self, counters: CounterWriter, planner: StepPlanner, engine: TransferEngine, choices: ChoiceQueue
     ) -> None:
         self._counters = counters
         self._planner = planner
         self._engine = engine
-        self._selections = selections
+        self._choices = choices
         self._published: dict[str, float] = {}
         self._num_published = 0
         counters.set("workers", 1)
@@ -50,7 +50,6 @@ class Reporter:
             "written_back_blocks_total": planned.written_back_blocks,
             "evictions_total": planned.evictions,
             "selections_total": planned.selections,
-            "drift_selections_total": planned.drift_selections,
             series("dense_fallbacks_total", "score_share"): planned.fallbacks,
             "refused_dense_fallbacks_total": planned.refused_fallbacks,
             "revoked_dense_fallbacks_total": planned.revoked_fallbacks,
@@ -70,9 +69,9 @@ class Reporter:
             "compared_pages_total": moved.compared_pages,
             "page_checksum_failures_total": moved.wrong_pages,
             "late_recalls_total": moved.late_fences,
-            "stall_seconds_total": moved.stall_seconds + self._selections.stall_seconds,
+            "stall_seconds_total": moved.stall_seconds + self._choices.stall_seconds,
         }
-        for reason, count in self._selections.failures.items():
+        for reason, count in self._choices.failures.items():
             totals[series("failed_selections_total", reason)] = count
         for name, total in totals.items():
             if growth := total - self._published.get(name, 0):

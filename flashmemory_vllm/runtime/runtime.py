@@ -11,9 +11,7 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.residency.types import (
-    BoolArray,
     Copies,
-    DueSelection,
     Row,
     StepInput,
     StepPlan,
@@ -35,9 +33,9 @@ from flashmemory_vllm.transfer.step_ends import StepEnds
 class ResidencyRuntime:
     """Drives planner, transfers, tables and selector through the steps of one worker.
 
-    begin   scores that are due -> plan -> recalls and prefetches, beside the step before where their slots have rested
+    begin   lists that are due -> plan -> recalls and prefetches, beside the step before where their slots have rested
     forward tables changed and rows written, metadata compacted, queries captured, absent history streamed
-    end     full blocks written back and indexed, selectors started for requests that are due
+    end     full blocks written back and indexed, sets chosen for the rows that ask, beside the next step
     """
 
     def __init__(self, parts: RuntimeParts) -> None:
@@ -45,7 +43,7 @@ class ResidencyRuntime:
         self._tables, self._queries = parts.buffers.tables, parts.buffers.queries
         self._anchor_of = {layer: anchor for anchor, layer in enumerate(parts.anchors)}
         self._group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
-        self._report = Reporter(parts.counters, parts.planner, parts.engine, parts.selections)
+        self._report = Reporter(parts.counters, parts.planner, parts.engine, parts.choices)
         self._history = SelectionHistory(parts.planner, parts.engine)
         self._ends = StepEnds(parts.engine)
         self._plan: StepPlan | None = None
@@ -142,6 +140,8 @@ class ResidencyRuntime:
         planner = self._parts.planner
         places = [planner.place_of(req_id) for req_id in req_ids]
         flat = slot_mapping.view(-1)
+        for asked in self._plan.asked:
+            self._tables.know_blocks(asked.place, asked.epoch, asked.block_ids)
         self._tables.write(self._rows, places, seq_lens, len(flat), planner.take_edits())
         # vLLM shares this tensor with all who write by it
         flat.copy_(self._tables.slot_mapping(0, len(flat)))
@@ -204,13 +204,13 @@ class ResidencyRuntime:
         parts, shape = self._parts, self._parts.shape
         null = np.zeros(1, np.int32)
         self._tables.warm_up()
-        with parts.engine.warming_up(), parts.selections.strict():
+        with parts.engine.warming_up(), parts.choices.strict():
             for group in range(len(parts.groups)):
                 parts.engine.write_back(group, null, null)
                 parts.engine.recall(group, null, null, parts.engine.marker())
             parts.engine.fence(())
             index_full_blocks(parts, WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
-            parts.selections.warm_up(self._queries.row(0), len(parts.groups))
+            parts.choices.warm_up(self._queries.row(0).unsqueeze(0))
             query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
             key = query[:, : shape.num_kv_heads].contiguous()
             self._queries.capture(0, query, self._tables.query_row(len(query)))
@@ -228,7 +228,7 @@ class ResidencyRuntime:
         """Drop all residency: nothing on the device or in the host pool is valid any more."""
         self.synchronize()
         self._parts.planner.reset()
-        self._parts.selections.reset()
+        self._parts.choices.reset()
         self._parts.questions.reset()
         self._tables.reset()
 
@@ -241,13 +241,14 @@ class ResidencyRuntime:
 
     def _begin(self, step_input: StepInput) -> None:
         parts = self._parts
-        parts.selections.forget(step_input.finished)
+        parts.choices.forget(step_input.finished)
         parts.questions.forget(step_input.finished)
-        parts.selections.preempt(step_input.preempted)
-        for selection in parts.selections.deliver(step_input.step):
-            parts.planner.offer(selection)
-        parts.planner.hasten(parts.selections.drifted(step_input.step))
-        plan = parts.planner.plan(step_input)
+        for req_id in step_input.preempted:
+            self._park(req_id)
+        plan = parts.planner.plan(step_input, parts.choices.take(step_input.step))
+        latencies = np.array(parts.choices.take_latencies())
+        if latencies.size:
+            parts.planner.counters.selection_latency_seconds.observe(latencies)
         # First those that nothing has to be waited for
         for copies in sorted((*plan.recalls, *plan.prefetches), key=attrgetter("rested"), reverse=True):
             parts.engine.recall(copies.group, copies.blocks, copies.slots, self._last_use(copies))
@@ -266,12 +267,13 @@ class ResidencyRuntime:
             parts.engine.write_back(group, plan.write_backs.blocks, slots)
         index_full_blocks(parts, plan.write_backs)
         parts.planner.complete(plan)
-        row_of = {req_id: self._query_row(row) for req_id, row in plan.rows.items()}
-        for due in plan.due:
-            queries = self._queries.row(row_of[due.req_id])
-            earlier = parts.questions.earlier(due, plan.rows[due.req_id])
-            parts.selections.score(plan.step, due, queries, self._resident(due), earlier)
-        parts.selections.watch(plan, row_of)
+        questions = {one.req_id: parts.questions.earlier(one) for one in plan.asked if one.is_new}
+        parts.choices.choose(
+            plan.step, plan.asked, {req_id: earlier for req_id, earlier in questions.items() if earlier is not None}
+        )
+        if parts.check_integrity and parts.shape.device.type == "cpu":
+            for place, epoch, sets in parts.planner.sets():
+                parts.choices.check_sets(place, epoch, sets)
         self._ends.add()
         self._comparisons += parts.engine.take_comparisons()
         self._report.publish()
@@ -280,14 +282,11 @@ class ResidencyRuntime:
         """What a copy from the host has to wait for; poison is written to slots that nobody has."""
         return self._parts.engine.marker() if self._parts.poison else self._ends.before(copies.rested)
 
-    def _query_row(self, row: Row) -> int:
-        """Where the queries of a row's last token lie."""
-        return self._queries.row_of(
-            self._parts.planner.place_of(row.req_id), row.num_computed_tokens + row.num_tokens - 1
-        )
-
-    def _resident(self, due: DueSelection) -> BoolArray | None:
-        return None if due.first else self._parts.planner.resident_mask(due.req_id, len(due.block_ids))
+    def _park(self, req_id: str) -> None:
+        """Keep what is remembered of a request that loses its place."""
+        state = self._parts.planner.requests.get(req_id)
+        if state is not None:
+            self._parts.choices.park(req_id, state.place, state.num_tokens // state.policy.block_size)
 
     def _prompt_len(self, req_id: str) -> int:
         state = self._parts.planner.requests.get(req_id)

@@ -15,7 +15,7 @@ import torch
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.base import Selector, WrongShapeError
 from flashmemory_vllm.indexer.places import DueRows, PlaceState
-from flashmemory_vllm.residency.types import FloatArray, IntArray
+from flashmemory_vllm.residency.types import IntArray
 
 # Below vLLM's logger, which alone has handlers.
 logger = logging.getLogger("vllm.flashmemory")
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class SelectorGuard:
-    """Catches what a selector raises, and checks what it returns.
+    """Catches what a selector raises, and counts what it does wrong.
 
     A device fault and a broken conservation law are passed on: after them nothing can be trusted.
 
@@ -113,31 +113,6 @@ class SelectorGuard:
         """So many requests were given numbers that are none."""
         if count:
             self._fail(NOT_FINITE, "numbers that are NaN or infinite, allowed are finite ones", count)
-
-    def score(self, blocks: IntArray, work: Callable[[], Result]) -> Result | None:
-        """Run what asks the selector for scores; None if it failed.
-
-        Args:
-            blocks: int32 [n] on the host, the blocks that are scored.
-            work: asks.
-        """
-        if self._selector.needs_keys and bool(self._lacks_keys[blocks].any()):
-            self.failures[NOT_INDEXED] += 1
-            return None
-        result = self._attempt("scoring", work)
-        self.failures[EXCEPTION] += result is None
-        return result
-
-    def accepts(self, scores: FloatArray, num_blocks: int) -> bool:
-        """Whether scores are a finite number for each block in each layer group; counts and tells if not."""
-        wanted = (self._selector.geometry.num_groups, num_blocks)
-        if scores.shape != wanted:
-            self._fail(WRONG_SHAPE, f"scores of shape {scores.shape}, allowed is {wanted}")
-            return False
-        if not bool(np.isfinite(scores).all()):
-            self._fail(NOT_FINITE, "scores with NaN or infinity, allowed are finite ones")
-            return False
-        return True
 
     def _fail(self, reason: str, what: str, count: int = 1) -> None:
         self.failures[reason] += count

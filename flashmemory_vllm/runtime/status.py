@@ -210,7 +210,7 @@ def _codes(state: RequestState, held: IntArray, lut: IntArray, recalled: IntArra
     codes[is_held] = _CODES["resident"]
     if recalled is not None:
         codes[recalled[is_held[recalled]]] = _CODES["recalled"]
-    if state.is_decoding and not state.kept_all:
+    if state.has_set:
         sink, recent = state.policy.sink_blocks(state.num_tokens), state.policy.recent_blocks(state.num_tokens)
         codes[:sink][is_held[:sink]] = _CODES["sink"]
         codes[-recent:][is_held[-recent:]] = _CODES["recent"]

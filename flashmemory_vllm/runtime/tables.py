@@ -51,7 +51,6 @@ class TableSizes:
         max_rows: most rows of a batch, padding included.
         max_tokens: most tokens of a batch, padding included.
         width: most blocks of a request.
-        ids_width: most logical blocks of a request that are known on the device. Default: 0, none are.
     """
 
     num_groups: int
@@ -61,13 +60,12 @@ class TableSizes:
     max_rows: int
     max_tokens: int
     width: int
-    ids_width: int = 0
 
     @property
     def num_bytes(self) -> int:
         """What the tensors take."""
         tables = (self.num_places + self.max_rows) * self.width + self.max_rows
-        ids = self.num_places * self.ids_width
+        ids = self.num_places * self.width
         return 4 * (self.num_groups * tables + ids) + (8 * self.num_groups + 4) * self.max_tokens
 
 
@@ -93,7 +91,7 @@ class StepTables:
             return torch.full(size, value, dtype=dtype, device=device)
 
         self._tables = PlaceTables(
-            block_ids=filled(places, sizes.ids_width),
+            block_ids=filled(places, sizes.width),
             entries=filled(groups, places, sizes.width),
             block_table=filled(groups, rows, sizes.width),
             seq_lens=filled(groups, rows),
@@ -104,6 +102,7 @@ class StepTables:
         )
         self._changes = TableChanges(groups * places)
         self._ring = UploadRing(rows * (ROW_FIELDS + groups) + RING_VALUES, device)
+        self._known_blocks: dict[int, tuple[int, int]] = {}
         self._bounds = torch.zeros((groups, 0), dtype=torch.int32)
         self._num_tokens = sizes.max_tokens
 
@@ -120,15 +119,20 @@ class StepTables:
         """Logical blocks of each place by position, int32 [P, W], always in the same memory."""
         return self._tables.block_ids
 
-    def add_blocks(self, place: int, first: int, ids: IntArray) -> None:
-        """Have the next `write` say which logical blocks a place has from a position on.
+    def know_blocks(self, place: int, tenant: int, ids: IntArray) -> None:
+        """Have the next `write` tell the device of the logical blocks of a place that it does not know yet.
 
         Args:
             place: once in a step.
-            first: position of the first one.
-            ids: int32 `[n]`.
+            tenant: who has it now.
+            ids: int32 `[n]` by position; a tenant's only grow.
         """
-        self._changes.put(self.sizes.num_groups * self.sizes.num_places + place, first, ids)
+        known_of, num_known = self._known_blocks.get(place, (tenant, 0))
+        num_known = num_known if known_of == tenant else 0
+        if ids.size > num_known:
+            table = self.sizes.num_groups * self.sizes.num_places + place
+            self._changes.put(table, num_known, ids[num_known:])
+            self._known_blocks[place] = tenant, ids.size
 
     def write(
         self,
@@ -212,6 +216,7 @@ class StepTables:
     def reset(self) -> None:
         """Take nothing for granted that is on the device."""
         self._changes.forget()
+        self._known_blocks.clear()
 
     def _header(self, rows: Sequence[Row], places: Sequence[int], num_rows: int) -> tuple[IntArray, IntArray]:
         """The rows [R, 3 + G] as `apply_step` reads them, and bounds [G, R] of their compacted lengths."""

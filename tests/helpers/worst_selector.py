@@ -3,11 +3,9 @@
 import configparser
 from pathlib import Path
 
-import torch
-
 from flashmemory_vllm.indexer import factory
-from flashmemory_vllm.indexer.base import ScoringRequest
 from flashmemory_vllm.indexer.exact import ExactSelector
+from flashmemory_vllm.indexer.places import DueRows, PlaceState
 
 NAME = "worst_selector"
 
@@ -15,9 +13,11 @@ NAME = "worst_selector"
 class WorstSelector(ExactSelector):
     """Keeps the blocks that the last token attends to least."""
 
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """The scores of `exact`, upside down."""
-        return -super().score(request)
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """What `exact` remembers, upside down."""
+        super().remember(due, state)
+        places = due.places
+        state.memory[:, :, places] = 1 - state.memory[:, :, places]
 
 
 def register() -> None:

@@ -38,7 +38,7 @@ def _what_is_left(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]
 def test_every_selector_leaves_a_process_that_can_be_forked() -> None:
     options: dict[str, dict[str, Any]] = {name: {"selector": name} for name in SELECTOR_NAMES if name != "neural"}
     options["the shipped indexer"] = {"indexer": str(reference_indexer_path())}
-    options["drift and fallback"] = {"drift_threshold": 0.5, "score_threshold": 0.1, "dense_fallback_share": 0.5}
+    options["fallback"] = {"score_threshold": 0.1, "dense_fallback_share": 0.5}
     arguments = {
         "model": str(reference_model_path()),
         "attention_backend": "flashmemory",

@@ -110,22 +110,21 @@ def test_poisoned_memory_changes_no_token(model: Path, one_group: EngineResult) 
 @pytest.mark.parametrize(("layer_groups", "is_async"), [(1, False), (2, True)], ids=["sync", "async"])
 def test_model_runner_v2(model: Path, layer_groups: int, is_async: bool) -> None:
     first = random_prompts(5, 250, 400)
-    run = _sparse_run(model, [first, first[:2]], 60, device_slots=24, layer_groups=layer_groups)
+    run = _sparse_run(model, [first, first[:2]], 60, device_slots=27, layer_groups=layer_groups)
     result = run_engine(replace(run, runner="v2", async_scheduling=is_async))
     _check(result, sparse_rows=400)
     assert result.model_runner == V2_RUNNER
     assert result.scheduler == ("AsyncScheduler" if is_async else "Scheduler")
 
 
-def test_early_selections_and_dense_fallbacks(model: Path) -> None:
-    """Requests come due early, keep all their blocks while there is room, and lose them again."""
+def test_dense_fallbacks(model: Path) -> None:
+    """Requests keep all their blocks while there is room, and lose them again."""
     prompts = random_prompts(8, 300, 500)
     rounds = [prompts[:2], prompts]
-    options = {"drift_threshold": 0.9, "score_threshold": 0.005, "dense_fallback_share": 0.3, "tau_steps": 16}
+    options = {"score_threshold": 0.005, "dense_fallback_share": 0.3, "tau_steps": 16}
     result = run_engine(_sparse_run(model, rounds, 100, device_slots=60, **options))
     _check_errors(result)
     counted = result.counters
-    assert counted["drift_selections_total"] > 0
     assert counted['dense_fallbacks_total{reason="score_share"}'] >= 2
     assert counted["revoked_dense_fallbacks_total"] > 0
     assert counted["refused_dense_fallbacks_total"] > 0
@@ -138,7 +137,7 @@ def test_prompt_that_another_request_computes_in_the_same_step(model: Path) -> N
     prompts = [random_prompts(1, length, length, seed=length)[0] for length in (560, 600, 690)]
     rounds = [requests for prompt in prompts for requests in ([prompt], [prompt, prompt])]
     # One selection for each request: when the next one comes depends on what else runs
-    run = _sparse_run(model, rounds, 40, resident_ratio=0.25, device_slots=12, tau_steps=128)
+    run = _sparse_run(model, rounds, 40, resident_ratio=0.25, device_slots=13, tau_steps=128)
     result = run_engine(replace(run, reset_prefix_cache=True))
     for alone, pair in zip(result.tokens[::2], result.tokens[1::2], strict=True):
         assert pair == alone * 2

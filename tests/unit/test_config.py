@@ -58,16 +58,8 @@ def test_given_options_replace_defaults() -> None:
             ),
         ),
         (
-            {"tau_steps": 2, "selection_delay_steps": 3},
-            "flashmemory.selection_delay_steps is 3: allowed is at most flashmemory.tau_steps, which is 2",
-        ),
-        (
-            {"selection_delay_steps": 17},
-            "flashmemory.selection_delay_steps is 17: allowed is at most flashmemory.tau_steps, which is 16",
-        ),
-        (
-            {"drift_threshold": 1.5},
-            "flashmemory.drift_threshold is 1.5: allowed is unset or a number >= 0 and <= 1",
+            {"score_threshold": -0.5},
+            "flashmemory.score_threshold is -0.5: allowed is unset or a number >= 0",
         ),
         (
             {"selector": "streaming", "hysteresis": 1.0},
@@ -102,11 +94,9 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
 
 
 def test_tau_is_as_asked_for_or_as_trained_or_the_default() -> None:
-    trained = _read(indexer="some/where", selection_delay_steps=40, dense_fallback_share=0.2)
+    trained = _read(indexer="some/where", dense_fallback_share=0.2)
     assert (trained.selector, trained.tau(64)) == ("neural", 64)
     assert (_read(tau_steps=8, indexer="some/where").tau(64), _read().tau(None)) == (8, 16)
-    with pytest.raises(ConfigError, match=r"selection_delay_steps is 40: .*tau_steps, which is 32"):
-        trained.tau(32)
 
 
 def test_config_stays_frozen() -> None:

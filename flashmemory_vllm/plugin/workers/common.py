@@ -22,8 +22,9 @@ from flashmemory_vllm.plugin.lifeline import hold_on_to_server
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.plugin.workers.physical import physical_config
-from flashmemory_vllm.runtime.assembly import RuntimeSizes, anchor_layers, build_runtime, query_window
+from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
 from flashmemory_vllm.runtime.status import StripsAsked
+from flashmemory_vllm.runtime.trained import anchor_layers, num_kept, query_window
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -222,12 +223,13 @@ class ResidencyWorker:
         layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
         shape = sizing.attention_shape(self.vllm_config, layers, self.device)
         groups = shape.layer_groups(config.layer_groups)
-        if groups == runtime.groups and anchor_layers(config, shape) == runtime.anchors:
+        has_room = num_kept(config) <= runtime.buffers.tables.sizes.num_kept
+        if groups == runtime.groups and anchor_layers(config, shape) == runtime.anchors and has_room:
             return runtime.buffers
         if self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             raise ConfigError(
-                "flashmemory.anchor_layers, flashmemory.layer_groups: cannot be changed once CUDA graphs are captured; "
-                "allowed with --enforce-eager"
+                "flashmemory.anchor_layers, flashmemory.layer_groups: cannot be changed once CUDA graphs are captured, "
+                "nor flashmemory.tau_steps raised with flashmemory.memory_decay; allowed with --enforce-eager"
             )
         return None
 

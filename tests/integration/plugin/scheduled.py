@@ -11,6 +11,7 @@ from random import Random
 
 import numpy as np
 import torch
+from flashmemory_kernels.choose_sets import ChoicePolicy
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -29,9 +30,10 @@ from flashmemory_vllm.plugin.admission import FlashMemoryManager, FlashMemorySpe
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import DueSelection, Geometry, Selection, StepPlan
+from flashmemory_vllm.residency.types import Geometry, StepPlan
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
+from tests.unit.residency.list_twin import LateLists
 from tests.unit.residency.memory_twin import MemoryTwin, TagArray
 
 MODULUS = 10**11
@@ -135,25 +137,22 @@ class TaggedWorker:
         self.memory = MemoryTwin(geometry, manager._ledger.policy_of)
         self.requests: dict[str, Known] = {}
         self.random = random
-        self.scores = np.random.default_rng(random.randrange(1 << 30))
+        self.lists = LateLists(self.planner, ChoicePolicy(), random.randrange(1 << 30))
         self.num_questions = 0
-        self._offered: list[DueSelection] = []
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step, as our worker and vLLM's model runner would."""
         step = self.translator.translate(output)
         self.questions.forget(step.finished)
-        for due in self._offered:
-            scores = self.scores.random((1, due.num_history_blocks), np.float32)
-            self.planner.offer(Selection(due.req_id, scores))
-        plan = self.planner.plan(step)
+        plan = self.planner.plan(step, self.lists.take(step.step))
         self.planner.check_integrity()
         self._learn(output)
         self.memory.execute(plan, self.planner, self.requests)
         self._ask(plan)
         self.planner.complete(plan)
         self.planner.check_integrity()
-        self._offered = [due for due in plan.due if due.at_once or self.random.random() < 0.9]
+        self.lists.note(plan)
+        self.lists.check()
         sampled = [self._sample(req_id) for req_id in plan.rows]
         names = list(plan.rows)
         return ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, sampled)
@@ -182,11 +181,11 @@ class TaggedWorker:
         positions = [np.arange(row.num_computed_tokens, row.num_computed_tokens + row.num_tokens) for row in rows]
         if positions:
             self.questions.capture(0, torch.from_numpy(np.concatenate(positions)).float().view(-1, 1, 1))
-        for due in plan.due:
-            row, prompt_len = plan.rows[due.req_id], self.requests[due.req_id].prompt_len
-            earlier = self.questions.earlier(due, row)
-            if due.first:
-                last = row.num_computed_tokens + row.num_tokens - 1
+        for asked in plan.asked:
+            prompt_len, earlier = self.requests[asked.req_id].prompt_len, self.questions.earlier(asked)
+            assert asked.prompt_len == prompt_len
+            if asked.is_new:
+                last = asked.num_tokens - 1
                 expected = np.arange(max(0, prompt_len - self.sizes.query_window), min(prompt_len, last))
                 found = [] if earlier is None else earlier.flatten().tolist()
                 assert found == expected.tolist()

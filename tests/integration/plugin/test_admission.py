@@ -106,7 +106,7 @@ def test_a_preempted_request_reserves_for_a_prefill_of_all_its_tokens(counters: 
     assert admit(manager, "a", tokens, tokens - 1, 40 * BLOCK)
     assert manager._ledger.reserved == 30
     assert schedule(manager, "a", tokens + 1, tokens)
-    assert manager._ledger.reserved == 3
+    assert manager._ledger.reserved == 4
 
 
 def test_under_pressure_requests_start_sparse_and_the_reason_is_counted(counters: Path) -> None:

@@ -18,7 +18,7 @@ from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.oracle import Future, OracleSelector, window_scores
 from flashmemory_vllm.runtime.shape import AttentionShape
 
-BS, LAYERS, TAU, DELAY, PROMPT = 4, 5, 6, 2, 17
+BS, LAYERS, TAU, DELAY, PROMPT = 4, 5, 6, 1, 17
 DIGESTS = [bytes([number] * 32) for number in range(3)]
 
 
@@ -93,7 +93,7 @@ def test_window_against_its_definition(seed: int, first: int, length: int, num_g
 def test_each_request_sees_its_own_future(tmp_path: Path, aggregate: Any) -> None:
     future = Future.load(write_capture(tmp_path))
     with known(future):
-        selector = OracleSelector(make_geometry(), aggregate, TAU, DELAY)
+        selector = OracleSelector(make_geometry(), aggregate, TAU)
     future.name("a-1", DIGESTS[2])
     future.name("b-2", DIGESTS[0])
     for req_id, number in (("a-1", 2), ("b-2", 0)):
@@ -113,7 +113,7 @@ def test_each_request_sees_its_own_future(tmp_path: Path, aggregate: Any) -> Non
 def test_a_longer_text_and_a_finished_request(tmp_path: Path) -> None:
     future = Future.load(write_capture(tmp_path))
     with known(future):
-        selector = OracleSelector(make_geometry(1), "max", TAU, DELAY)
+        selector = OracleSelector(make_geometry(1), "max", TAU)
     future.name("a", DIGESTS[1])
     future.advance("a", PROMPT + 60)
     scores = selector.score(ScoringRequest("a", torch.arange(12), None, step_index=7))

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import Geometry, NewRequest, RunningRequest, Selection, StepInput, StepPlan
+from flashmemory_vllm.residency.types import Geometry, NewRequest, RunningRequest, StepInput, StepPlan
+from tests.unit.residency.list_twin import ListTwin
 
 BLOCK = 4
+AS_NAMED = ChoicePolicy()
 
 
 class Driver:
@@ -25,12 +28,14 @@ class Driver:
         ratio: float = 0.25,
         min_sparse: int = 0,
         recent: int = 1,
+        chooses: ChoicePolicy = AS_NAMED,
         **options: Any,
     ) -> None:
         # Sink of one block, and recent of one unless told otherwise: a sparse set of n blocks has max(3, ratio * n).
         policy = BudgetPolicy(BLOCK, ratio, min_sparse, 1, recent, 400, 400, 0)
         geometry = Geometry(200, num_slots, num_groups, BLOCK)
         self.planner = StepPlanner(geometry, policy, tau, **options)
+        self.lists = ListTwin(self.planner, chooses)
         self.computed: dict[str, int] = {}
         self._step = 0
 
@@ -50,7 +55,9 @@ class Driver:
         running = tuple(
             RunningRequest(req_id, (), self.computed[req_id]) for req_id in num_tokens if req_id not in fresh_ids
         )
-        plan = self.planner.plan(StepInput(self._step, finished, preempted, tuple(new), running, num_tokens))
+        step_input = StepInput(self._step, finished, preempted, tuple(new), running, num_tokens)
+        plan = self.planner.plan(step_input, self.lists.take())
+        self.lists.note(plan)
         self.planner.check_integrity()
         self.planner.complete(plan)
         self.planner.check_integrity()
@@ -65,10 +72,10 @@ class Driver:
 
     def offer(self, req_id: str, num_scored: int, best: Sequence[int]) -> None:
         """A selection that likes the blocks given, the first one most, and all others by age."""
-        scores = -np.arange(num_scored, dtype=np.float32)
-        scores[list(best)] = 100 - np.arange(len(best))
+        worth = 1000 - np.arange(num_scored, dtype=np.float32)
+        worth[list(best)] = 2000 - np.arange(len(best))
         groups = self.planner.lut.shape[0]
-        self.planner.offer(Selection(req_id, np.tile(scores, (groups, 1))))
+        self.lists.offer(req_id, np.tile(worth, (groups, 1)))
 
 
 def positions(plan: StepPlan, req_id: str, group: int = 0) -> list[int]:

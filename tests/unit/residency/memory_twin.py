@@ -126,6 +126,6 @@ class MemoryTwin:
         recent = policy.recent_blocks(num_tokens)
         forced = {*range(policy.sink_blocks(num_tokens)), *range(num_blocks - recent, num_blocks)}
         assert forced <= set(positions.tolist())
-        assert positions.size <= policy.decode_budget(num_tokens) + extra_blocks
+        assert positions.size <= policy.most_held(num_tokens) + extra_blocks
         if policy.keeps_all(num_tokens):
             assert positions.size == num_blocks

@@ -44,10 +44,10 @@ def test_default_numbers() -> None:
     assert policy.decode_budget(131072) == 1105
     assert (policy.sink_blocks(131072), policy.recent_blocks(131072)) == (4, 16)
     assert policy.recent_blocks(2048) == 4
-    assert policy.worst_case() == 1105
+    assert policy.worst_case() == 1106
     # A prompt of 4,096 tokens: its chunks need more than its decode.
     assert policy.reserve(4096, 4096) == 288
-    assert policy.reserve(4097, 4096) == policy.decode_budget(4097 + 512) == 39
+    assert policy.reserve(4097, 4096) == policy.most_held(4097 + 512) == 40
 
 
 def test_a_chunk_that_begins_within_a_block_has_a_slot_more() -> None:

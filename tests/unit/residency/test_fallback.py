@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.residency.requests import RequestState
 from flashmemory_vllm.residency.types import NewRequest
@@ -25,7 +26,13 @@ def driver_with(
     Ten blocks can be left out, five have a slot. It falls back above a share of 0.4.
     """
     driver = Driver(
-        num_slots, num_groups, 50, 0.4, score_threshold=90.0, max_prefetches=max_prefetches, fallback_share=0.4
+        num_slots,
+        num_groups,
+        50,
+        0.4,
+        chooses=ChoicePolicy(threshold=1500.0),
+        max_prefetches=max_prefetches,
+        fallback_share=0.4,
     )
     driver.prefill("a", 12)
     for best in selections:
@@ -112,7 +119,7 @@ def test_it_goes_on_growing() -> None:
     driver = driver_with(selections=[SPREAD, SPREAD])
     for num_blocks in (14, 15, 16):
         assert positions(driver.step(a=4), "a") == [*range(num_blocks)]
-    assert state_of(driver).extra_blocks == 16 - 6
+    assert state_of(driver).extra_blocks == 16 - 7
 
 
 @pytest.mark.parametrize(("num_slots", "fell_back"), [(16, True), (15, False)])
@@ -203,7 +210,7 @@ def test_selections_of_a_fallback_do_not_count_as_choices() -> None:
 
 
 def test_nobody_falls_back_unless_asked_to() -> None:
-    driver = Driver(60, score_threshold=-1000.0)
+    driver = Driver(60)
     driver.prefill("a", 12)
     for _ in range(3):
         driver.offer("a", 12, SPREAD)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from math import inf
 from random import Random
 
 import numpy as np
 import pytest
+from flashmemory_kernels.choose_sets import ChoicePolicy
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.budget import STEPS_TO_FORCE, BudgetPolicy, cdiv
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import DueSelection, Geometry, Selection, StepInput, StepPlan
-from flashmemory_vllm.residency.worth import Worth
+from flashmemory_vllm.residency.types import Geometry, StepInput, StepPlan
+from tests.unit.residency.list_twin import LateLists
 from tests.unit.residency.memory_twin import MemoryTwin
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 
@@ -36,9 +36,8 @@ class World:
     num_groups: int
     tau: int
     max_prefetches: int
-    threshold: float
     opening_steps: int
-    worth: Worth
+    chooses: ChoicePolicy
     fallback_share: float | None
     extra_slots: int
     extra_blocks: int
@@ -68,10 +67,9 @@ def worlds(draw: st.DrawFn) -> World:
         num_groups=draw(st.sampled_from([2, 1, 3])),
         tau=draw(st.sampled_from([4, 1, 2, 9])),
         max_prefetches=draw(st.sampled_from([2, 1, 5, 1000])),
-        threshold=draw(st.sampled_from([-inf, 3.0])),
         fallback_share=draw(st.sampled_from([None, 0.1, 0.5])),
         opening_steps=draw(st.sampled_from([0, 1, 4])),
-        worth=draw(st.sampled_from([Worth(), Worth(0.9, 0.5, 1.0)])),
+        chooses=draw(st.sampled_from([ChoicePolicy(), ChoicePolicy("sum", 0.5, 1.0), ChoicePolicy(threshold=3.0)])),
         extra_slots=draw(st.sampled_from([0, 2, 8, 20, 60])),
         extra_blocks=draw(st.sampled_from([10, 0, 60, 300])),
         num_families=draw(st.sampled_from([2, 1, 5])),
@@ -87,7 +85,6 @@ class History:
     def __init__(self, world: World) -> None:
         self.policy = world.policy
         self.random = Random(world.seed)
-        self.scores = np.random.default_rng(world.seed)
         num_slots = world.policy.worst_case() + 1 + world.extra_slots
         num_blocks = cdiv(world.policy.max_model_len, world.policy.block_size) + 1 + world.extra_blocks
         geometry = Geometry(num_blocks, num_slots, world.num_groups, world.policy.block_size)
@@ -96,66 +93,53 @@ class History:
             geometry,
             world.policy,
             world.tau,
-            world.threshold,
             world.max_prefetches,
             world.fallback_share,
             world.opening_steps,
-            world.worth,
         )
+        self.lists = LateLists(self.planner, world.chooses, world.seed)
         self.max_prefetches = world.max_prefetches
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)
         self.memory = MemoryTwin(geometry, self.scheduler.ledger.policy_of)
         self.requests = {f"r{uid}": self._request(uid, world) for uid in range(world.num_requests)}
         self.arrival_rate = world.arrival_rate
         self.arriving = list(self.requests.values())
-        self.under_way: list[tuple[int, DueSelection]] = []
+        self.num_fetching: dict[int, int] = {}
 
     def run(self) -> None:
         """Step until idle; every plan is executed and every invariant checked."""
-        for step_number in range(MAX_STEPS):
+        for _ in range(MAX_STEPS):
             while self.arriving and self.random.random() < self.arrival_rate:
                 self.scheduler.waiting.append(self.arriving.pop())
             if self.scheduler.is_idle and not self.arriving:
                 break
-            self._deliver(step_number)
-            self._step(step_number)
+            self._step()
         else:
             raise AssertionError(f"{len(self.scheduler.waiting)} requests wait for ever")
         usage = self.planner.usage()
         assert (usage.num_requests, usage.slots_pinned, self.scheduler.ledger.reserved) == (0, 0, 0)
-        # Delivered after all is over: must be ignored.
-        self._deliver(MAX_STEPS * 2)
 
-    def _step(self, step_number: int) -> None:
+    def _step(self) -> None:
         step = self.scheduler.schedule()
-        if self.random.random() < 0.2:
-            self.planner.hasten([f"r{self.random.randrange(len(self.requests) + 1)}"])
-        plan = self.planner.plan(step)
+        plan = self.planner.plan(step, self.lists.take(step.step))
         self.planner.check_integrity()
         self._check_reserves()
-        assert all(copies.blocks.size <= self.max_prefetches for copies in plan.prefetches)
+        # One block a row in any case
+        most = max(self.max_prefetches, self.num_fetching.get(step.step - STEPS_TO_FORCE, 0))
+        assert all(copies.blocks.size <= most for copies in plan.prefetches)
+        self.num_fetching[step.step] = sum(asked.cap > 0 and not asked.at_once for asked in plan.asked)
         self.memory.execute(plan, self.planner, self.requests)
         self.planner.complete(plan)
         self.planner.check_integrity()
         if self.random.random() < 0.1:
             self._check_nothing_lost()
-        self._check_due(plan, step)
-        for due in plan.due:
-            delay = 0 if due.at_once and self.random.random() < 0.8 else self.random.randint(0, 3)
-            if self.random.random() < 0.95:
-                self.under_way.append((step_number + 1 + delay, due))
+        self._check_asked(plan, step)
+        self.lists.note(plan)
+        self.lists.check()
         self.scheduler.step_done(step)
         self.scheduler.ledger.check_integrity()
         if self.scheduler.running and self.random.random() < 0.01:
             self.scheduler.finish(self.random.choice(self.scheduler.running))
-
-    def _deliver(self, step_number: int) -> None:
-        arrived = [due for when, due in self.under_way if when <= step_number]
-        self.under_way = [(when, due) for when, due in self.under_way if when > step_number]
-        for due in arrived:
-            scores = self.scores.integers(0, 6, (self.geometry.num_groups, due.num_history_blocks)).astype(np.float32)
-            scores[scores == 0] = -np.inf
-            self.planner.offer(Selection(due.req_id, scores if self.random.random() < 0.95 else None))
 
     def _check_reserves(self) -> None:
         usage = self.planner.usage()
@@ -177,13 +161,14 @@ class History:
             return source * 10**6 + positions
         return self.requests[f"r{source - 1000}"].tags(position - count + 1, position + 1)
 
-    def _check_due(self, plan: StepPlan, step: StepInput) -> None:
-        for due in plan.due:
-            request = self.requests[due.req_id]
-            assert due.req_id in step.num_scheduled_tokens
-            assert due.num_history_blocks == request.num_computed // self.geometry.block_size > 0
-            assert due.block_ids.tolist() == request.block_ids[: due.num_history_blocks]
-            assert not self.scheduler.ledger.policy_of(due.req_id).keeps_all(request.num_computed + 1)
+    def _check_asked(self, plan: StepPlan, step: StepInput) -> None:
+        for asked in plan.asked:
+            request = self.requests[asked.req_id]
+            assert asked.req_id in step.num_scheduled_tokens
+            assert asked.num_tokens == request.num_computed
+            num_full = request.num_computed // self.geometry.block_size
+            assert asked.block_ids.tolist() == request.block_ids[:num_full]
+            assert not self.scheduler.ledger.policy_of(asked.req_id).keeps_all(request.num_computed + asked.is_new)
 
     def _request(self, uid: int, world: World) -> Request:
         num_tokens = self.random.randint(2, self.policy.max_model_len)

@@ -26,7 +26,7 @@ def test_ledger_counts_an_old_reserve_as_free() -> None:
     with pytest.raises(IntegrityError, match="request b needs 1 slots next to 256"):
         ledger.commit("b", 16, 16)
     ledger.commit("a", 4096, 4095)
-    assert ledger.reserved == policy.decode_budget(4096)
+    assert ledger.reserved == policy.most_held(4096)
     assert ledger.can_admit("b", 16, 16)
     ledger.release("a")
     ledger.release("a")

@@ -6,13 +6,12 @@ Each is run as the random histories are: every read of a memory of tags, every i
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
 
 import pytest
+from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.types import Phase
-from flashmemory_vllm.residency.worth import Worth
 from tests.unit.residency.driver import Driver, positions
 from tests.unit.residency.scheduler_twin import Request
 from tests.unit.residency.test_histories import History, World
@@ -33,8 +32,7 @@ WORLD = World(
     num_groups=2,
     tau=3,
     max_prefetches=2,
-    threshold=-inf,
-    worth=Worth(),
+    chooses=ChoicePolicy(),
     opening_steps=0,
     fallback_share=None,
     extra_slots=0,
@@ -90,7 +88,7 @@ def test_only_sink_and_recent_are_left(prompt: str, tau: int) -> None:
     history.run()
     counted = history.planner.counters
     rows = counted.decode_rows * WORLD.num_groups
-    assert counted.decode_resident_blocks <= rows * policy.decode_budget(policy.max_model_len)
+    assert counted.decode_resident_blocks <= rows * policy.most_held(policy.max_model_len)
     assert policy.decode_budget(policy.max_model_len) == policy.sink_blocks(BLOCK) + 2
 
 
@@ -98,7 +96,7 @@ def test_a_selection_after_every_step_is_in_force_in_the_next() -> None:
     driver = Driver(ratio=0.4, tau=1)
     plan = driver.prefill("a", 12)
     for chosen in ([3, 5], [9, 5], [3, 9]):
-        assert [due.req_id for due in plan.due] == ["a"]
+        assert [asked.req_id for asked in plan.asked] == ["a"]
         driver.offer("a", 12, chosen)
         plan = driver.step(a=1)
         assert plan.rows["a"].phase is Phase.DECODE

@@ -76,7 +76,7 @@ def test_the_ledger_admits_dense_requests_first_and_sparse_ones_then() -> None:
         assert ledger.can_admit(name, tokens, tokens)
         ledger.commit(name, tokens, tokens)
     assert [is_dense(ledger.policy_of(name)) for name in "abc"] == [True, True, False]
-    assert ledger.reserved == 50 + 40 + 5
+    assert ledger.reserved == 50 + 40 + 6
     ledger.check_integrity()
 
 

@@ -16,7 +16,7 @@ def test_a_prompt_is_written_back_as_its_blocks_fill() -> None:
     plan = driver.step([NewRequest("a", (5, 6, 7), 0, 11)], a=6)
     assert plan.fresh[0].blocks.tolist() == [5, 6]
     assert plan.write_backs.blocks.tolist() == [5]
-    assert plan.due == ()
+    assert plan.asked == ()
     plan = driver.step(a=5)
     row = plan.rows["a"]
     assert (row.phase, row.num_computed_tokens, row.num_tokens) == (Phase.PREFILL, 6, 5)
@@ -114,22 +114,22 @@ def test_a_preempted_request_resumes_on_its_cached_blocks() -> None:
     driver.prefill("a", 5)
     driver.step(a=3)
     driver.step(preempted=["a"])
-    driver.offer("a", 5, best=[1])
-    assert driver.planner.counters.ignored_selections == 1
     plan = driver.step([NewRequest("a", (1, 2, 3, 4, 5, 30), 20, 23)], a=3)
     assert plan.rows["a"].phase is Phase.PREFILL
     assert positions(plan, "a") == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_selection_that_meets_its_request_in_prefill_again_is_ignored() -> None:
+def test_a_list_that_meets_its_request_in_prefill_again_is_ignored() -> None:
     driver = Driver()
-    driver.prefill("a", 5)
-    driver.step(a=1)
+    (asked,) = driver.prefill("a", 5).asked
     again = NewRequest("a", (1, 2, 3, 4, 5, 30), 8, 21)
     driver.step([again], preempted=["a"], a=4)
-    driver.offer("a", 2, best=[1])
-    assert driver.planner.counters.ignored_selections == 1
+    assert asked.is_new
+    (state,) = driver.planner.requests
+    assert state.first_set is None
     assert driver.planner.counters.selections == 0
+    driver.step(a=9)
+    assert positions(driver.step(a=1), "a") == [0, 4, 5]
 
 
 def test_a_known_request_that_is_new_again_starts_over() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.types import NewRequest, Selection
+from flashmemory_vllm.residency.types import NewRequest
 from tests.unit.residency.driver import BLOCK, Driver, positions
 
 
 def test_first_selection_is_due_at_the_end_of_prefill_and_recalled_at_once() -> None:
     driver = Driver(num_slots=14)
     driver.step([NewRequest("a", tuple(range(1, 15)), 0, 48)], a=44)
-    (due,) = driver.step(a=4).due
-    assert (due.req_id, due.first, due.num_history_blocks) == ("a", True, 12)
-    assert due.block_ids.tolist() == list(range(1, 13))
+    (asked,) = driver.step(a=4).asked
+    assert (asked.req_id, asked.is_new, asked.block_ids.size) == ("a", True, 12)
+    assert asked.block_ids.tolist() == list(range(1, 13))
     driver.prefill("b", 12, first_block=100)  # takes all slots but that of the block written last
     driver.offer("a", 12, best=[4])
     plan = driver.step(a=1, finished=["b"])
@@ -55,9 +56,8 @@ def test_selections_of_the_opening_are_recalled_at_once() -> None:
     driver = Driver(num_slots=28, ratio=0.4, opening_steps=1)  # five blocks of thirteen
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3, 5, 7])
-    (due,) = driver.step(a=1).due
-    assert (due.first, due.at_once) == (False, True)
-    driver.prefill("b", 22, first_block=100, spare_blocks=0)
+    asked = driver.step([NewRequest("b", tuple(range(100, 122)), 0, 88)], a=1, b=88).asked[0]
+    assert (asked.req_id, asked.is_new, asked.at_once) == ("a", False, True)
     driver.offer("a", 12, best=[9, 5, 10, 3])
     plan = driver.step(a=1, finished=["b"])
     assert plan.recalls[0].blocks.tolist() == [10, 11]
@@ -130,10 +130,11 @@ def test_growth_drops_the_lowest_scored_block() -> None:
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3, 5, 7])
     assert positions(driver.step(a=4), "a") == [0, 3, 5, 7, 12]
-    # Block 12 has left the recent window; unscored, it ranks above all scored ones.
-    plan = driver.step(a=1)
-    assert positions(plan, "a") == [0, 3, 5, 12, 13]
-    assert plan.recalls == plan.prefetches == ()
+    # Block 12 has left the recent window; unscored, it ranks above all scored ones. Who goes is known a step later.
+    for expected in ([0, 3, 5, 7, 12, 13], [0, 3, 5, 12, 13]):
+        plan = driver.step(a=1)
+        assert positions(plan, "a") == expected
+        assert plan.recalls == plan.prefetches == ()
 
 
 def test_growth_keeps_recent_blocks_however_they_scored() -> None:
@@ -142,6 +143,7 @@ def test_growth_keeps_recent_blocks_however_they_scored() -> None:
     chosen = list(range(5, 13))
     driver.offer("a", 23, best=chosen)  # the newest blocks score lowest
     assert positions(driver.step(a=4), "a") == [0, *chosen, 21, 22, 23]
+    assert positions(driver.step(a=1), "a") == [0, *chosen, 21, 22, 23, 24]
     assert positions(driver.step(a=1), "a") == [0, *chosen, 22, 23, 24]
 
 
@@ -158,9 +160,9 @@ def test_a_row_without_changes_keeps_its_arrays() -> None:
 
 def test_turning_sparse_is_announced_one_step_ahead() -> None:
     driver = Driver(min_sparse=30)
-    assert driver.prefill("a", 7).due == ()
-    (due,) = driver.step(a=1).due
-    assert (due.first, due.num_history_blocks) == (True, 7)
+    assert driver.prefill("a", 7).asked == ()
+    (asked,) = driver.step(a=1).asked
+    assert (asked.is_new, asked.block_ids.size) == (True, 7)
     driver.offer("a", 7, best=[2])
     plan = driver.step(a=1)
     assert positions(plan, "a") == [0, 2, 7]
@@ -172,19 +174,10 @@ def test_groups_choose_on_their_own() -> None:
     driver.prefill("a", 12)
     scores = np.zeros((2, 12), np.float32)
     scores[0, 3] = scores[1, 8] = 1.0
-    driver.planner.offer(Selection("a", scores))
+    driver.lists.offer("a", scores)
     plan = driver.step(a=1)
     assert positions(plan, "a", 0) == [0, 3, 12]
     assert positions(plan, "a", 1) == [0, 8, 12]
-
-
-def test_scores_without_an_order_are_refused() -> None:
-    driver = Driver()
-    driver.prefill("a", 12)
-    scores = np.zeros((1, 12), np.float32)
-    scores[0, 5] = np.nan
-    with pytest.raises(IntegrityError, match="request a: a score is NaN"):
-        driver.planner.offer(Selection("a", scores))
 
 
 def test_after_a_selection_that_failed_the_set_in_force_stays() -> None:
@@ -192,7 +185,6 @@ def test_after_a_selection_that_failed_the_set_in_force_stays() -> None:
     driver.prefill("a", 12)
     driver.offer("a", 12, best=[3])
     assert positions(driver.step(a=1), "a") == [0, 3, 12]
-    driver.planner.offer(Selection("a", None))
     assert positions(driver.step(a=1), "a") == [0, 3, 12]
     driver.offer("a", 12, best=[7])
     driver.step(a=1)
@@ -202,15 +194,14 @@ def test_after_a_selection_that_failed_the_set_in_force_stays() -> None:
 def test_a_request_whose_first_selection_failed_decodes_with_what_has_a_slot() -> None:
     driver = Driver()
     driver.prefill("a", 12)
-    driver.planner.offer(Selection("a", None))
     assert positions(driver.step(a=1), "a") == [0, 11, 12]
     assert driver.planner.counters.missing_selections == 1
 
 
 def test_blocks_below_the_threshold_get_no_slot_though_there_is_room() -> None:
-    driver = Driver(num_slots=28, ratio=0.4, score_threshold=99.0)  # five blocks of thirteen
+    driver = Driver(num_slots=28, ratio=0.4, chooses=ChoicePolicy(threshold=1999.0))  # five blocks of thirteen
     driver.prefill("a", 12)
-    driver.offer("a", 12, best=[3, 5, 7])  # scored 100, 99 and 98
+    driver.offer("a", 12, best=[3, 5, 7])  # worth 2000, 1999 and 1998
     assert positions(driver.step(a=1), "a") == [0, 3, 5, 12]
 
 
@@ -219,10 +210,3 @@ def test_a_decode_step_that_writes_more_than_the_budget_is_refused() -> None:
     driver.prefill("a", 12)
     with pytest.raises(IntegrityError, match="a decode step of 16 tokens"):
         driver.step(a=16)
-
-
-def test_scores_of_the_wrong_shape_are_refused() -> None:
-    driver = Driver()
-    driver.prefill("a", 12)
-    with pytest.raises(IntegrityError, match=r"shape \(1, 13\)"):
-        driver.planner.offer(Selection("a", np.zeros((1, 13), np.float32)))

@@ -12,7 +12,7 @@ from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, Selector
 from flashmemory_vllm.residency.lists import pairs_of
-from flashmemory_vllm.runtime.asked import Asked
+from flashmemory_vllm.residency.types import Asked
 from flashmemory_vllm.runtime.choice import ChoiceSizes, ChoiceState
 from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.queries import QueryRing
@@ -21,11 +21,11 @@ from flashmemory_vllm.runtime.side_stream import SideStream
 
 BLOCK, HQ, HKV, D, A = 8, 4, 2, 16, 3
 PLACES, WIDTH, NUM_BLOCKS, LISTED = 4, 24, 90, 24
-SINK, RECENT = 1, 2
+SINK, RECENT = 1, 1
 MakeSelector = Callable[[IndexGeometry], Selector]
 
 
-def make_geometry(layer_groups: tuple[int, ...] = (0, 0, 0)) -> IndexGeometry:
+def make_geometry(layer_groups: tuple[int, ...] = (0, 0, 0), device: str = "cpu") -> IndexGeometry:
     return IndexGeometry(
         num_logical_blocks=NUM_BLOCKS,
         block_size=BLOCK,
@@ -37,7 +37,7 @@ def make_geometry(layer_groups: tuple[int, ...] = (0, 0, 0)) -> IndexGeometry:
         layer_groups=layer_groups,
         num_groups=max(layer_groups) + 1,
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 
@@ -81,22 +81,25 @@ class Request:
 class World:
     """Keys and queries at random, which depend on position and request alone."""
 
-    def __init__(self, make: MakeSelector, groups: tuple[int, ...] = (0, 0, 0), num_kept: int = 2) -> None:
-        self.geometry = make_geometry(groups)
-        self.selector, self.twin = make(self.geometry), make(self.geometry)
+    def __init__(
+        self, make: MakeSelector, groups: tuple[int, ...] = (0, 0, 0), num_kept: int = 2, device: str = "cpu"
+    ) -> None:
+        self.geometry = make_geometry(groups, device)
+        self.selector, self.twin = make(self.geometry), make(make_geometry(groups))
         self.rng, self.generator = random.Random(0), torch.Generator().manual_seed(0)
         kind, num_groups = self.selector.memory_kind, self.geometry.num_groups
         self.num_kept = num_kept
         sizes = ChoiceSizes(len(kind.channels), num_groups, PLACES, WIDTH, PLACES, LISTED)
-        shape = AttentionShape(("0",), HQ, HKV, D, 0.5, BLOCK, torch.float32, torch.device("cpu"))
+        shape = AttentionShape(("0",), HQ, HKV, D, 0.5, BLOCK, torch.float32, self.geometry.device)
         self.ring = QueryRing(A, PLACES, num_kept, shape)
-        self.block_ids = torch.zeros(PLACES, WIDTH, dtype=torch.int32)
+        self.block_ids = torch.zeros(PLACES, WIDTH, dtype=torch.int32, device=device)
         threshold = self.selector.score_threshold or 0.0
         self.threshold = threshold
         policy = ChoicePolicy(kind.combine, threshold=threshold)
         self.state = ChoiceState(sizes, self.ring.by_place, self.block_ids, kind, policy)
         # What an earlier tenant left must not matter
-        self.state.places.memory.uniform_(generator=self.generator)
+        memory = self.state.places.memory
+        memory.copy_(torch.rand(memory.shape, generator=self.generator))
         self.state.places.in_set.fill_(1)
         self.state.known.fill_(9)
         self.queue = ChoiceQueue(self.selector, self.state, SideStream(self.geometry.device))
@@ -125,7 +128,8 @@ class World:
         if filled and self.selector.needs_keys:
             keys = torch.randn(A, len(filled), HKV, BLOCK, D, generator=self.generator)
             for selector in (self.selector, self.twin):
-                selector.add_blocks(torch.tensor(filled), list(keys))
+                at = selector.geometry.device
+                selector.add_blocks(torch.tensor(filled, device=at), list(keys.to(at)))
         return request.num_tokens % BLOCK == 1
 
     def query(self, request: Request, position: int) -> torch.Tensor:
@@ -135,37 +139,39 @@ class World:
             self._queries[key] = torch.randn(A, HQ, D, generator=self.generator) * 2
         return self._queries[key]
 
-    def asked(self, request: Request, *, scored: bool = True, window: int = 1, cap: int = WIDTH, **more: bool) -> Asked:
-        """The row of a request, with the last tokens of its prompt as its question."""
-        known = min(request.num_tokens - 1, request.prompt_len)
-        earlier = [self.query(request, at) for at in range(request.prompt_len - window, known)] if window > 1 else []
+    def asked(self, request: Request, *, scored: bool = True, cap: int = WIDTH, at_once: bool = False) -> Asked:
+        """The row of a request."""
         return Asked(
             request.name, request.place, 100 + request.place, request.num_tokens, request.prompt_len,
             np.array(request.ids[: request.num_full], np.int32), SINK, request.end - RECENT, request.end,
-            request.want, cap, is_new=request.is_new, is_scored=scored,
-            earlier=torch.stack(earlier) if earlier else None, **more,
+            request.want, cap, request.is_new, scored, at_once or request.is_new,
         )  # fmt: skip
 
-    def choose(self, *rows: Asked, requests: dict[str, Request]) -> None:
-        """One step: choose, and apply what comes of it to the sets."""
+    def earlier(self, request: Request, window: int) -> torch.Tensor:
+        """Queries of the last tokens of a prompt, but for the request's newest token."""
+        end = min(request.num_tokens - 1, request.prompt_len)
+        return torch.stack([self.query(request, at) for at in range(request.prompt_len - window, end)])
+
+    def choose(self, *rows: Asked, requests: dict[str, Request], window: int = 1) -> None:
+        """One step: choose, with the questions of new requests, and apply what comes of it to the sets."""
         self.step += 1
-        self.queue.choose(self.step, rows)
-        at_once, later = (self.queue.take(self.step, at_once=is_first) for is_first in (True, False))
+        earlier = {row.req_id: self.earlier(requests[row.req_id], window) for row in rows if row.is_new and window > 1}
+        on_device = {req_id: queries.to(self.geometry.device) for req_id, queries in earlier.items()}
+        self.queue.choose(self.step, rows, on_device)
         by_place = {request.place: request for request in requests.values()}
-        for place, sets in (at_once.sets if at_once else {}).items():
-            by_place[place].sets = [set(positions.tolist()) | by_place[place].forced for positions in sets]
-            by_place[place].is_new = False
-        for part in (at_once, later):
-            if part is None or not len(part.rows):
-                continue
-            assert (part.rows[:, 0, 2] == self.step).all()
-            for group in range(part.rows.shape[1]):
-                for place, come, go in zip(*pairs_of(part.rows[:, group]), strict=True):
-                    own = by_place[int(place)].sets[group]
-                    assert come not in own
-                    own.discard(int(go))
-                    if come >= 0:
-                        own.add(int(come))
+        for chosen in (*self.queue.take(self.step + 1), *self.queue.take(self.step + 2)):
+            assert (chosen.rows[:, :, 2] == self.step).all()
+            for asked, of_row in zip(chosen.asked, chosen.rows, strict=True):
+                request = by_place[asked.place]
+                assert asked.req_id == request.name
+                if asked.is_new:
+                    request.sets, request.is_new = [set(request.forced) for _ in of_row], False
+                for own, line in zip(request.sets, of_row, strict=True):
+                    for place, come, go in zip(*pairs_of(line[None]), strict=True):
+                        assert place == asked.place
+                        assert come not in own
+                        own.discard(int(go))
+                        own.update({int(come)} - {-1})
 
     def device_sets(self, request: Request) -> list[set[int]]:
         """The sets on the device, without forced blocks."""

@@ -38,7 +38,6 @@ OPTIONS: Mapping[str, Any] = {
     "recent_tokens": 1,
     "growth_reserve_tokens": 0,
     "tau_steps": 2,
-    "selection_delay_steps": 1,
     "staging_blocks": 2,
     "check_integrity": True,
     "poison_free_slots": True,

@@ -13,14 +13,15 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from flashmemory_kernels.common.due_rows import Due
 from flashmemory_kernels.partial_attention import partial_attention
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.indexer.base import ScoringRequest
 from flashmemory_vllm.indexer.exact import ExactSelector
+from flashmemory_vllm.indexer.places import DueRows, PlaceState
 from flashmemory_vllm.observability.counters import CounterWriter, worker_name
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
-from flashmemory_vllm.residency.types import IntArray, Phase, Row, Selection, StepInput
+from flashmemory_vllm.residency.types import IntArray, Phase, Row, StepInput
 from flashmemory_vllm.runtime import assembly
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import CompactedTable
@@ -117,7 +118,6 @@ class ModelTwin:
         self.parts = self.runtime._parts
         self.requests: dict[str, Request] = {}
         self.num_sparse = self.num_streamed = self.num_scored = 0
-        self._scores: dict[str, list[torch.Tensor]] = {}
         # Requests without a prefix hit
         self._computed_whole: set[str] = set()
         self._wrong: list[str] = []
@@ -212,54 +212,43 @@ class ModelTwin:
         return self._contents[torch.from_numpy(tags % NUM_CONTENTS)]
 
     def _watch(self) -> None:
-        """Compare what the selector is asked, and what the planner is offered, with what they must be."""
-        selector, planner = self.parts.selector, self.parts.planner
+        """Compare what the selector is asked with what it must be."""
+        selector = self.parts.selector
         assert isinstance(selector, ExactSelector)
-        score, offer, forget = selector.score, planner.offer, selector.forget
+        remember = selector.remember
 
-        def checked_score(asked: ScoringRequest) -> torch.Tensor:
+        def checked_remember(due: DueRows, state: PlaceState) -> None:
             # Noted, not raised: a selector that fails is survived
-            self._wrong += self._wrong_in(asked, selector.index)
-            scores = score(asked)
-            self._scores.setdefault(asked.req_id, []).append(scores.clone())
-            self.num_scored += 1
-            return scores
+            for row in range(len(due)):
+                self._wrong += self._wrong_in(due, row, state, selector.index)
+            self.num_scored += len(due)
+            remember(due, state)
 
-        def checked_offer(selection: Selection) -> None:
-            # Selections of a request arrive in order; some never do
-            assert selection.scores is not None
-            of_request = self._scores[selection.req_id]
-            assert any(np.array_equal(scores.numpy(), selection.scores) for scores in of_request), "scores of another"
-            offer(selection)
+        vars(selector)["remember"] = checked_remember
 
-        def checked_forget(req_id: str) -> None:
-            self._scores.pop(req_id, None)
-            forget(req_id)
-
-        vars(selector)["score"], vars(selector)["forget"] = checked_score, checked_forget
-        vars(planner)["offer"] = checked_offer
-
-    def _wrong_in(self, asked: ScoringRequest, index: torch.Tensor) -> list[str]:
+    def _wrong_in(self, due: DueRows, row: int, state: PlaceState, index: torch.Tensor) -> list[str]:
         """What the selector is asked that it should not be, in words."""
-        request = self.requests[asked.req_id]
+        request, place = self.requests[due.req_ids[row]], int(due.fields[row, Due.PLACE])
         last, num_full = request.num_computed - 1, request.num_computed // BLOCK_SIZE
-        num_earlier = 0 if asked.earlier is None else len(asked.earlier)
-        anchors = list(self.runtime.anchors)
+        num_queries, anchors = int(due.fields[row, Due.NUM_QUERIES]), list(self.runtime.anchors)
         end = min(request.num_prompt, last)  # of the question, without the last token
-        earlier = self._of(request.tags(end - num_earlier, end))[:, anchors, :QUERY_HEADS]
-        newest = self._of(request.tags(last, last + 1))[0, anchors, :QUERY_HEADS]
+        tags = np.concatenate((request.tags(last, last + 1), request.tags(end - num_queries + 1, end)[::-1]))
+        expected_queries = self._of(tags)[:, anchors, :QUERY_HEADS]
+        at = (int(due.fields[row, Due.POSITION]) - torch.arange(num_queries)) % state.queries.shape[2]
+        block_ids = state.block_ids[place, :num_full]
         keys = self._of(request.tags(0, num_full * BLOCK_SIZE))[:, anchors, QUERY_HEADS : QUERY_HEADS + KV_HEADS]
         expected = keys.reshape(num_full, BLOCK_SIZE, *keys.shape[1:]).permute(2, 0, 3, 1, 4)
         is_right = {
-            "other blocks": asked.block_ids.tolist() == request.block_ids[:num_full],
-            "queries of another token": asked.queries is not None and torch.equal(asked.queries, newest),
-            "queries of another question": asked.earlier is None or torch.equal(asked.earlier, earlier),
-            "index keys of another block": torch.equal(index[:, asked.block_ids].reshape(expected.shape), expected),
+            "another number of blocks": int(due.fields[row, Due.NUM_BLOCKS]) == num_full,
+            "other blocks": block_ids.tolist() == request.block_ids[:num_full],
+            "queries of other tokens": torch.equal(state.queries[:, place, at].transpose(0, 1), expected_queries),
+            "index keys of another block": torch.equal(index[:, block_ids.long()].reshape(expected.shape), expected),
+            "a question": due.is_entering or num_queries == 1,
         }
-        if asked.resident is None and request.req_id in self._computed_whole:
+        if due.is_entering and due.req_ids[row] in self._computed_whole:
             start = max(0, request.num_prompt - QUERY_WINDOW)
-            is_right["a question cut short"] = num_earlier == end - start
-        return [f"request {asked.req_id}: {what}" for what, right in is_right.items() if not right]
+            is_right["a question cut short"] = num_queries - 1 == end - start
+        return [f"request {due.req_ids[row]}: {what}" for what, right in is_right.items() if not right]
 
 
 def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def test_sets_are_those_of_ranked_scores(policy: str, groups: tuple[int, ...], i
     for request in requests.values():
         world.twin_scored(request, window)
         world.twin_chosen(request)
-    world.choose(*(world.asked(one, window=window) for one in requests.values()), requests=requests)
+    world.choose(*map(world.asked, requests.values()), requests=requests, window=window)
     same(world, requests)
     for step in range(18):
         rows = []
@@ -96,7 +96,7 @@ def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(po
     for one in requests.values():
         world.twin_scored(one, window)
         world.twin_chosen(one)
-    world.choose(*(world.asked(one, window=window) for one in requests.values()), requests=requests)
+    world.choose(*map(world.asked, requests.values()), requests=requests, window=window)
     for place in (3, 0):
         for _ in range(5):
             world.grow(request, 2)
@@ -110,8 +110,11 @@ def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(po
         newest = [world.query(request, request.num_tokens - 1), *world.question(request, window)]
         world.twin_scored(request, newest=newest)
         world.twin_chosen(request)
-        world.choose(world.asked(request, window=window), requests=requests)
+        world.choose(world.asked(request), requests=requests, window=window)
         same(world, requests)
+        remembered = world.state.places.memory[:, :, place, : request.num_full].amax(0)
+        assert request.worth is not None
+        torch.testing.assert_close(remembered, request.worth, rtol=1e-4, atol=1e-6)
     world.queue.forget(["a", "nobody"])
 
 
@@ -131,7 +134,7 @@ def test_a_memory_is_of_all_tokens_in_any_portions(
         world.twin_scored(request, 7)
         assert request.worth is not None
         memory[request.name] = request.worth
-    world.choose(*(world.asked(one, window=7) for one in requests.values()), requests=requests)
+    world.choose(*map(world.asked, requests.values()), requests=requests, window=7)
     for _ in range(4):
         rows = []
         for request, count in zip(requests.values(), (7, 2), strict=True):
@@ -186,10 +189,10 @@ class ShortSelector(FailingSelector):
 @pytest.mark.parametrize(
     ("selector", "reason", "num_failed"),
     [
-        (FailingSelector, "exception", 8),
-        (NanSelector, "not_finite", 4),
-        (InfinitySelector, "not_finite", 4),
-        (ShortSelector, "wrong_shape", 8),
+        (FailingSelector, "exception", 17),
+        (NanSelector, "not_finite", 9),
+        (InfinitySelector, "not_finite", 9),
+        (ShortSelector, "wrong_shape", 17),
     ],
 )
 def test_what_a_selector_does_wrong_leaves_sets_as_they_are(
@@ -199,14 +202,16 @@ def test_what_a_selector_does_wrong_leaves_sets_as_they_are(
     requests = {"a": world.start("a", 2, prompt_len=93, want=4), "b": world.start("b", 0, prompt_len=60, want=4)}
     world.choose(*map(world.asked, requests.values()), requests=requests)
     assert requests["a"].chosen == requests["b"].chosen == [{1, 2, 3, 4}]
-    for _ in range(4):
+    world.choose(world.asked(requests["a"]), requests=requests)
+    assert requests["a"].chosen == [{1, 2, 3, 4}]
+    for _ in range(8):
         for request in requests.values():
-            world.grow(request, 2 * BLOCK)
+            world.grow(request, BLOCK)
         world.choose(*map(world.asked, requests.values()), requests=requests)
     # Blocks begun since then are newer than what is known
-    assert requests["a"].chosen == world.device_sets(requests["a"]) == [{14, 15, 16, 17}]
+    assert requests["a"].chosen == world.device_sets(requests["a"]) == [{15, 16, 17, 18}]
     assert world.queue.failures == dict.fromkeys(world.queue.failures, 0) | {reason: num_failed}
-    if num_failed == 4:
+    if num_failed == 9:
         assert requests["b"].chosen == world.device_sets(requests["b"]) == [{1, 2, 3, 4}]
 
 
@@ -218,7 +223,7 @@ def test_one_that_fails_at_once_leaves_the_newest_blocks(selector: type[Selector
     world = World(at_once)
     requests = {"a": world.start("a", 2, prompt_len=93, want=4)}
     world.choose(world.asked(requests["a"]), requests=requests)
-    assert requests["a"].chosen == world.device_sets(requests["a"]) == [{6, 7, 8, 9}]
+    assert requests["a"].chosen == world.device_sets(requests["a"]) == [{7, 8, 9, 10}]
     assert sum(world.queue.failures.values()) == 1
 
 
@@ -233,7 +238,7 @@ class RecordingSelector(FailingSelector):
 def test_one_that_scores_request_by_request_is_told_all() -> None:
     world = World(RecordingSelector)
     requests = {"a": world.start("a", 2, prompt_len=93, want=4), "b": world.start("b", 0, prompt_len=60, want=4)}
-    world.choose(*(world.asked(one, window=3) for one in requests.values()), requests=requests)
+    world.choose(*map(world.asked, requests.values()), requests=requests, window=3)
     world.grow(requests["b"], 6)
     world.choose(world.asked(requests["b"]), requests=requests)
     first, second, later = RecordingSelector.asked
@@ -250,7 +255,7 @@ def test_one_that_scores_request_by_request_is_told_all() -> None:
     assert torch.equal(later.queries, world.query(requests["b"], 65))
     # Without scores all are equal, and the newest stay
     assert later.resident is not None
-    assert torch.nonzero(later.resident[0])[:, 0].tolist() == [0, 2, 3, 4, 5, 6, 7]
+    assert torch.nonzero(later.resident[0])[:, 0].tolist() == [0, 3, 4, 5, 6, 7]
 
 
 def test_a_device_fault_and_a_broken_law_are_passed_on() -> None:
@@ -299,15 +304,36 @@ def test_a_row_with_blocks_without_keys_is_not_scored() -> None:
 
 def test_lists_come_in_two_parts_and_can_be_forgotten() -> None:
     world = World(ExactSelector)
-    a, b = world.start("a", 2, prompt_len=93, want=4), world.start("b", 0, prompt_len=93, want=4)
-    world.queue.choose(1, [world.asked(a), world.asked(b)])
-    first = world.queue.take(1, at_once=True)
-    assert first is not None
-    assert sorted(first.sets) == [0, 2]
-    assert world.queue.take(1, at_once=False).rows.shape[0] == 0  # type: ignore[union-attr]
-    assert world.queue.take(1, at_once=False) is None
-    world.queue.choose(2, [])
-    assert world.queue.take(2, at_once=False) is None
-    world.queue.choose(3, [world.asked(a)])
+    requests = {"a": world.start("a", 2, prompt_len=93, want=4), "b": world.start("b", 0, prompt_len=93, want=4)}
+    a, b = requests.values()
+    world.choose(world.asked(b), requests=requests)
+    world.queue.choose(5, [world.asked(a), world.asked(b)])
+    assert world.queue.take(5) == []
+    (first,) = world.queue.take(6)
+    assert ([one.req_id for one in first.asked], first.at_once, first.is_selected.tolist()) == (["a"], True, [True])
+    assert world.queue.take(6) == []
+    (later,) = world.queue.take(7)
+    assert ([one.req_id for one in later.asked], later.at_once) == (["b"], False)
+    assert len(world.queue.take_latencies()) == 3
+    world.queue.choose(8, [])
+    world.queue.choose(9, [world.asked(a, scored=False)])
+    (both,) = world.queue.take(11)
+    assert both.is_selected.tolist() == [False]
+    world.queue.choose(12, [world.asked(a)])
     world.queue.reset()
-    assert world.queue.take(3, at_once=True) is None
+    assert world.queue.take(14) == []
+
+
+def test_sets_that_differ_from_those_of_the_device_are_found() -> None:
+    world = World(ExactSelector)
+    requests = {"a": world.start("a", 2, prompt_len=93, want=4)}
+    (a,) = requests.values()
+    world.choose(world.asked(a), requests=requests)
+    held = np.array(sorted(a.sets[0]), np.int32)
+    world.queue.check_sets(2, 102, [held])
+    with pytest.raises(IntegrityError, match="place 2 group 0"):
+        world.queue.check_sets(2, 102, [held[:-1]])
+    world.grow(a, 8)
+    world.queue.choose(20, [world.asked(a)])
+    # What is on its way counts
+    world.queue.check_sets(2, 102, [np.append(held, np.int32(a.end - 1))])

@@ -72,7 +72,7 @@ class FailingSelector(Selector):
     first_failure = 1
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
-        scores = -torch.arange(float(len(request.block_ids))).unsqueeze(0)
+        scores = 1000 - torch.arange(float(len(request.block_ids))).unsqueeze(0)
         return scores if request.step_index < self.first_failure else self.fail(scores)
 
     def fail(self, scores: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from flashmemory_vllm.observability.counters import CounterWriter, worker_name
+from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
 from flashmemory_vllm.runtime.history import SelectionHistory
 from tests.helpers.indexers import save_untrained
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 from tests.unit.runtime.runtimes import BLOCK, HEAD_DIM, KV_HEADS, QUERY_HEADS, TinyModel, small_budget
 
-NUM_SLOTS, NUM_BLOCKS, DELAY = 40, 60, 1
+NUM_SLOTS, NUM_BLOCKS = 40, 60
 POLICY = small_budget()
 
 
@@ -40,7 +41,7 @@ def run_to_the_end(model: TinyModel, requests: list[Request]) -> int:
         scheduler.step_done(step)
         if scheduler.running and random.random() < 0.03:
             scheduler.finish(random.choice(scheduler.running))
-    for _ in range(DELAY + 1):  # what drifted is known some steps later
+    for _ in range(STEPS_TO_FORCE + 1):  # lists are known some steps later
         model.step(scheduler.schedule())
     return scheduler.num_preemptions
 
@@ -62,7 +63,7 @@ def texts_kept_by(root: object) -> Iterator[str]:
 
 @pytest.mark.parametrize("selector", ["h2o", "neural"])
 def test_nothing_is_kept_of_requests_that_ended(tmp_path: Path, selector: str) -> None:
-    options: dict[str, Any] = {"selector": selector, "drift_threshold": 0.9, "selection_delay_steps": DELAY}
+    options: dict[str, Any] = {"selector": selector}
     if selector == "neural":
         sizes = {"num_query_heads": QUERY_HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK}
         options["indexer"] = str(save_untrained(tmp_path / "toy.safetensors", chunk_size=2, **sizes))

@@ -54,7 +54,6 @@ class Traffic:
             tau_steps=2,
             query_window=3,
             opening_steps=1,
-            drift_threshold=0.5,
             score_threshold=0.01,
             dense_fallback_share=0.3,
             **options,

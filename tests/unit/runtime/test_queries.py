@@ -47,12 +47,3 @@ def test_a_batch_that_is_nobodys_leaves_all_queries_as_they_are() -> None:
     tables.pass_through(torch.zeros((1, 1), dtype=torch.int32), torch.ones(1, dtype=torch.int32), torch.zeros(1), 1)
     ring.capture(0, torch.ones(30, 3, 8), tables.query_row(30))
     assert not ring.all_rows.any()
-
-
-def test_rows_are_copied() -> None:
-    ring = QueryRing(2, NUM_PLACES, 1, SHAPE)
-    ring.all_rows.copy_(torch.randn(2, NUM_PLACES, 3, 8))
-    rows = ring.rows(torch.tensor([2, 0]))
-    assert torch.equal(rows, torch.stack([ring.row(2), ring.row(0)], dim=1))
-    ring.all_rows.zero_()
-    assert rows.any()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashmemory_vllm.residency.types import DueSelection, Phase, Row
+from flashmemory_vllm.residency.types import Asked, Phase, Row
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
 
@@ -32,10 +32,9 @@ class Prompts:
         for anchor in range(NUM_ANCHORS):
             self.kept.capture(anchor, batch[:, anchor])
 
-    def earlier(self, name: str, end: int, *, first: bool = True) -> torch.Tensor | None:
+    def earlier(self, name: str, end: int) -> torch.Tensor | None:
         """What a selection is given beside the token before `end`, which is the last one computed."""
-        due = DueSelection(name, self.prompt_lens[name], 1, first, first, np.zeros(1, np.int32))
-        return self.kept.earlier(due, Row(name, Phase.PREFILL, end - 1, 1, (), (), (), ()))
+        return self.kept.earlier(Asked(name, 0, 0, end, self.prompt_lens[name], np.zeros(1, np.int32), 0, 0, 1, 1, 1))
 
     def expected(self, name: str, window: int = WINDOW, newest: int = 1) -> torch.Tensor:
         """The question, but for its newest tokens."""
@@ -112,11 +111,10 @@ def test_tokens_that_were_never_computed_are_left_out() -> None:
     assert torch.equal(found, prompts.expected("a", window=8))
 
 
-def test_only_selections_without_a_set_are_made_with_the_question() -> None:
+def test_a_prompt_of_one_token_has_no_other() -> None:
     prompts = Prompts(a=60, b=1)
     prompts.step(a=(0, 60), b=(0, 1))
-    assert prompts.earlier("a", 60, first=False) is None
-    assert prompts.earlier("b", 1) is None  # it has no other token
+    assert prompts.earlier("b", 1) is None
     assert prompts.earlier("b", 2) is not None
 
 

@@ -12,14 +12,14 @@ from flashmemory_vllm.observability.counters import CounterReader, CounterWriter
 from flashmemory_vllm.observability.metrics import SERIES, series
 from flashmemory_vllm.residency.counters import SECOND_BOUNDS, STEP_BOUNDS
 from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.report import HISTOGRAM_STEPS, Reporter
-from flashmemory_vllm.runtime.selection import SelectionQueue
 from flashmemory_vllm.transfer.engine import TransferCounters, TransferEngine
 from tests.unit.residency.driver import Driver
 
-# The reporter reads nothing else of an engine and of a selection queue
+# The reporter reads nothing else of an engine and of a choice queue
 ENGINE = SimpleNamespace(counters=TransferCounters(bytes_h2d=5, stall_seconds=1.0))
-SELECTIONS = SimpleNamespace(stall_seconds=0.5, failures={"exception": 2})
+CHOICES = SimpleNamespace(stall_seconds=0.5, failures={"exception": 2})
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def counters(tmp_path: Path) -> Iterator[CounterWriter]:
 
 
 def report(counters: CounterWriter, planner: StepPlanner) -> Reporter:
-    return Reporter(counters, planner, cast(TransferEngine, ENGINE), cast(SelectionQueue, SELECTIONS))
+    return Reporter(counters, planner, cast(TransferEngine, ENGINE), cast(ChoiceQueue, CHOICES))
 
 
 def read(counters: CounterWriter) -> dict[str, float]:
@@ -43,13 +43,12 @@ def busy_driver() -> Driver:
     for best in ([3, 5, 7], [9, 5, 10]):
         driver.offer("a", 12, best)
         driver.step(a=1)
-    driver.planner.hasten(["a"])
     return driver
 
 
 def falling_back_driver() -> Driver:
     """A request that falls back, and one that would."""
-    driver = Driver(num_slots=16, score_threshold=-1000.0, fallback_share=0.5)
+    driver = Driver(num_slots=16, fallback_share=0.5)
     for name, first_block in (("a", 1), ("b", 30)):
         driver.prefill(name, 12, first_block=first_block)
         for _ in range(2):
@@ -76,7 +75,6 @@ def test_totals_are_published_once(counters: CounterWriter) -> None:
     assert values["selections_total"] == counted.selections == 2
     assert values["selected_blocks_total"] == counted.selected_blocks == 6
     assert values["selection_candidates_total"] == counted.selection_candidates == 22
-    assert values["drift_selections_total"] == counted.drift_selections == 1
     assert values["reselected_blocks_total"] == counted.reselected_blocks == 3
     assert values["reselected_resident_blocks_total"] == counted.reselected_resident_blocks == 1
 

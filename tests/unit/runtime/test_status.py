@@ -89,7 +89,7 @@ def test_a_sparse_request_has_a_frame_and_chosen_blocks() -> None:
 
 
 def test_a_request_tells_how_it_decodes_and_why() -> None:
-    driver = Driver(60, ratio=0.4, min_sparse=12, score_threshold=-1000.0, tau=50, fallback_share=0.5)
+    driver = Driver(60, ratio=0.4, min_sparse=12, tau=50, fallback_share=0.5)
     observed = Observed(driver)
     driver.prefill("a", 12)
     driver.prefill("short", 2, first_block=50)

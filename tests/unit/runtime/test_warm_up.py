@@ -10,7 +10,7 @@ from tests.unit.runtime.runtimes import TinyModel, small_budget
 
 def test_nothing_is_counted_before_the_first_request(tmp_path: Path) -> None:
     with CounterWriter.create(tmp_path / "flashmemory-test-0", worker_name(0)) as counters:
-        model = TinyModel(counters, small_budget(), 40, 60, selector="h2o", drift_threshold=0.9)
+        model = TinyModel(counters, small_budget(), 40, 60, selector="h2o")
         model.runtime.warm_up()
         model.step(StepInput(1, (), (), (), (), {}))
         values = CounterReader(counters.path.parent).read()

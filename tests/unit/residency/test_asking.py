@@ -1,4 +1,4 @@
-"""When requests come due: spread over the cycle from the first time on, and never too many at once."""
+"""When requests come due: spread over the cycle from the first time on; rows that grow are chosen for in any case."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmemory_vllm.residency.asking import farthest
 from flashmemory_vllm.residency.budget import cdiv
-from flashmemory_vllm.residency.cadence import farthest
-from tests.unit.residency.driver import Driver
+from tests.unit.residency.driver import BLOCK, Driver
 
 
 def started(names: Iterable[str], tau: int) -> Driver:
@@ -23,7 +23,8 @@ def started(names: Iterable[str], tau: int) -> Driver:
 
 def due_by_step(driver: Driver, names: Iterable[str], num_steps: int) -> list[list[str]]:
     tokens = dict.fromkeys(names, 1)
-    return [[one.req_id for one in driver.step(tokens=tokens).due] for _ in range(num_steps)]
+    plans = [driver.step(tokens=tokens) for _ in range(num_steps)]
+    return [[one.req_id for one in plan.asked if one.is_scored and not one.at_once] for plan in plans]
 
 
 def test_a_lone_request_is_due_every_tau_steps() -> None:
@@ -34,7 +35,7 @@ def test_a_lone_request_is_due_every_tau_steps() -> None:
 def test_requests_that_start_together_come_due_evenly() -> None:
     driver = started("abcd", tau=8)
     steps = due_by_step(driver, "abcd", 16)
-    assert steps == [[], ["d"], [], ["b"], [], ["c"], [], ["a"]] * 2
+    assert [sorted(names) for names in steps] == [[], ["d"], [], ["b"], [], ["c"], [], ["a"]] * 2
 
 
 @given(st.integers(1, 9), st.integers(1, 12))
@@ -54,59 +55,34 @@ def test_a_request_that_comes_later_takes_the_free_half_of_the_cycle() -> None:
     assert [step for step, names in enumerate(due_by_step(driver, "b", 12), 1) if "b" in names] == [2, 10]
 
 
-def test_the_longest_waiting_is_scored_first() -> None:
-    driver = started("abc", tau=6)
-    # They are due in 6, 3 and 4 steps; a catches up with b.
-    due_by_step(driver, "a", 3)
-    assert due_by_step(driver, "cab", 5) == [[], [], ["a"], ["b"], ["c"]]
-
-
-def test_an_opening_is_scored_step_by_step_whatever_the_cap() -> None:
+def test_an_opening_is_scored_step_by_step() -> None:
     driver = Driver(num_slots=190, tau=8, opening_steps=2)
     for index, name in enumerate("abc"):
-        (due,) = driver.prefill(name, 4, first_block=1 + 12 * index, spare_blocks=8).due
-        assert (due.first, due.at_once) == (True, True)
+        asked = driver.prefill(name, 4, first_block=1 + 12 * index, spare_blocks=8).asked[-1]
+        assert (asked.is_new, asked.at_once) == (True, True)
     tokens = dict.fromkeys("abc", 1)
     plans = [driver.step(tokens=tokens) for _ in range(12)]
-    opening = [{due.req_id for due in plan.due if due.at_once} for plan in plans]
+    opening = [{one.req_id for one in plan.asked if one.at_once} for plan in plans]
     assert opening == [set("abc"), set("abc"), *[set()] * 10]
-    assert not any(due.first for plan in plans for due in plan.due)
-    later = [due.req_id for plan in plans for due in plan.due if not due.at_once]
+    assert not any(one.is_new for plan in plans for one in plan.asked)
+    later = [one.req_id for plan in plans for one in plan.asked if one.is_scored and not one.at_once]
     assert set(later) == set("abc")
 
 
-def test_a_hastened_request_is_due_with_its_next_step() -> None:
-    driver = started("ab", tau=8)
-    due_by_step(driver, "ab", 1)
-    # They would be due in seven and in three steps.
-    driver.planner.hasten(["a", "gone"])
-    assert due_by_step(driver, "b", 1) == [[]]
-    assert due_by_step(driver, "ab", 9) == [["a"], ["b"], *[[]] * 6, ["a"]]
-    assert driver.planner.counters.drift_selections == 1
+def test_a_row_that_begins_a_block_is_chosen_for_without_scores_or_fetches() -> None:
+    driver = started("a", tau=50)
+    asked = [driver.step(a=1).asked for _ in range(2 * BLOCK)]
+    assert [len(of_step) for of_step in asked] == [1, 0, 0, 0] * 2
+    for (one,) in asked[::BLOCK]:
+        assert (one.is_scored, one.cap, one.at_once, one.is_new) == (False, 0, False, False)
 
 
-def test_the_cap_holds_for_hastened_requests_too() -> None:
-    driver = started("abcd", tau=8)
-    due_by_step(driver, "abcd", 1)
-    driver.planner.hasten("abcd")
-    driver.planner.hasten("abcd")
-    # d is due now anyway. All four want to be, and one in eight rows, rounded up, may.
-    by_step = due_by_step(driver, "abcd", 4)
-    assert [len(names) for names in by_step] == [1, 1, 1, 1]
-    assert sorted(name for names in by_step for name in names) == ["a", "b", "c", "d"]
-    assert driver.planner.counters.drift_selections == 3
-
-
-def test_nobody_is_hastened_before_a_first_selection_or_with_all_blocks() -> None:
-    driver = Driver(num_slots=60, tau=8, score_threshold=-1000.0, fallback_share=0.5)
-    driver.prefill("a", 12)
-    driver.prefill("dense", 2, first_block=50)
-    for _ in range(2):
-        driver.offer("a", 12, [3])
-        driver.step(a=1, dense=1)
-    driver.planner.hasten(["a", "dense"])
-    assert driver.planner.counters.drift_selections == 0
-    assert due_by_step(driver, ["a", "dense"], 1) == [[]]
+def test_rows_share_what_may_be_fetched_and_have_a_block_each_in_any_case() -> None:
+    for max_prefetches, share in ((7, 3), (1, 1)):
+        driver = Driver(num_slots=190, tau=1, max_prefetches=max_prefetches)
+        for index, name in enumerate("ab"):
+            driver.prefill(name, 4, first_block=1 + 12 * index, spare_blocks=8)
+        assert [one.cap for one in driver.step(a=1, b=1).asked] == [share, share]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.runtime.assembly import opening_steps, query_window, tau_steps
+from flashmemory_vllm.runtime.trained import num_kept, opening_steps, query_window, tau_steps
 from tests.helpers.indexers import save_untrained
 
 
@@ -29,7 +26,10 @@ def test_an_opening_is_as_long_as_trained_unless_another_is_asked_for(tmp_path: 
 def test_tau_is_the_trained_one_unless_another_is_asked_for(tmp_path: Path) -> None:
     indexer = str(save_untrained(tmp_path / "toy.safetensors", tau=48))
     assert tau_steps(FlashMemoryConfig()) == 16
-    assert tau_steps(FlashMemoryConfig(indexer=indexer, selection_delay_steps=20)) == 48
+    assert tau_steps(FlashMemoryConfig(indexer=indexer)) == 48
     assert tau_steps(FlashMemoryConfig(indexer=indexer, tau_steps=5)) == 5
-    with pytest.raises(ConfigError, match=r"selection_delay_steps is 49: .*tau_steps, which is 48"):
-        tau_steps(FlashMemoryConfig(indexer=indexer, selection_delay_steps=49))
+
+
+def test_queries_are_kept_for_a_selection_and_the_running_step() -> None:
+    assert num_kept(FlashMemoryConfig(tau_steps=9)) == 2
+    assert num_kept(FlashMemoryConfig(tau_steps=9, memory_decay=0.5)) == 10

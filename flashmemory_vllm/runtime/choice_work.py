@@ -1,0 +1,125 @@
+"""A step's choice: what the device is asked, and the list that is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flashmemory_kernels.common.due_rows import fill_first_tiles
+
+from flashmemory_vllm.indexer.places import DueRows
+from flashmemory_vllm.indexer.shares import TILE
+from flashmemory_vllm.residency.types import Asked, IntArray
+from flashmemory_vllm.runtime.choice import ChoiceSizes
+from flashmemory_vllm.runtime.long_list import from_long_list
+from flashmemory_vllm.runtime.side_stream import Arrival
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChoiceWork:
+    """What a step chooses.
+
+    Attributes:
+        rows: those without a set first, of both kinds those that are scored first.
+        fields: int32 `[n, len(Due)]` of them.
+        selections: int32 `[n]` that they had before.
+        questions: of each row without a set, queries `[q, A, Hq, D]` of its question.
+        long_size: elements of the long list.
+    """
+
+    rows: Sequence[Asked]
+    fields: IntArray
+    selections: IntArray
+    questions: Sequence[torch.Tensor | None]
+    long_size: int
+
+    @property
+    def num_new(self) -> int:
+        """Rows without a set."""
+        return len(self.questions)
+
+    def fill_tiles(self) -> None:
+        """Say where the log-masses of each row begin, among those that are scored together."""
+        for part in self._scored():
+            fill_first_tiles(torch.from_numpy(self.fields[part]), TILE)
+
+    def due(self, on_device: torch.Tensor, selections: torch.Tensor) -> Iterator[tuple[slice, DueRows]]:
+        """The rows to score, those without a set apart from the others, and where they stand.
+
+        Args:
+            on_device: int32 `[n, len(Due)]` all rows, looked up.
+            selections: int32 `[n]` on the device.
+        """
+        for part in self._scored():
+            own = self.rows[part]
+            if own:
+                prompt_lens = np.array([row.prompt_len for row in own], np.int32)
+                yield (
+                    part,
+                    DueRows(
+                        self.fields[part],
+                        on_device[part],
+                        tuple(row.req_id for row in own),
+                        self.selections[part],
+                        selections[part],
+                        prompt_lens,
+                        part.start == 0 and self.num_new > 0,
+                    ),
+                )
+
+    def _scored(self) -> tuple[slice, slice]:
+        new, others = self.rows[: self.num_new], self.rows[self.num_new :]
+        return (
+            slice(0, sum(row.is_scored for row in new)),
+            slice(self.num_new, self.num_new + sum(row.is_scored for row in others)),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingList:
+    """A list on its way: rows that are in force at once, those without a set first, then all others.
+
+    Attributes:
+        step: whose list it is.
+        asked: its rows.
+        num_at_once: how many of them are in force in the next step.
+        fields: int32 `[n, len(Due)]`, as the device was asked.
+        arrival: what `ChoiceState.choose` returns, and the long list behind it.
+        asked_at: when; seconds of a monotonic clock.
+        is_begun: the rows that are in force at once were read.
+    """
+
+    step: int
+    asked: tuple[Asked, ...]
+    num_at_once: int
+    fields: IntArray
+    arrival: Arrival
+    asked_at: float
+    is_begun: bool = False
+
+    @property
+    def at_once(self) -> slice:
+        """The rows that are in force in the next step."""
+        return slice(self.num_at_once)
+
+    @property
+    def later(self) -> slice:
+        """All others."""
+        return slice(self.num_at_once, len(self.asked))
+
+    def read(self, out: IntArray, part: slice, sizes: ChoiceSizes) -> tuple[IntArray, IntArray]:
+        """A part of the list, int32 `[n, G, 6 + 2 L]`, and int32 `[n]` which of its rows have failed.
+
+        Args:
+            out: all that has arrived.
+            part: which rows.
+            sizes: of lists.
+        """
+        num_rows = len(self.asked)
+        end = num_rows * (1 + sizes.num_groups * sizes.columns)
+        listed = out[num_rows:end].reshape(num_rows, sizes.num_groups, sizes.columns)[part]
+        if part == self.at_once:
+            listed = from_long_list(self.fields[part], listed, out[end:])
+        return listed, out[:num_rows][part]
