@@ -48,6 +48,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="factors a token by which memories of attention fade that a forecast reads; '' for content alone. "
         f"Default: {_DECAYS}",
     )
+    parser.add_argument(
+        "--power",
+        type=float,
+        default=4.0,
+        help="of its largest share that a block is worth in the loss: less, and what many heads pay a little to counts "
+        "more, as is better with language models; more, and lookups do. Default: 4",
+    )
     parser.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate. Default: 0.00015")
     parser.add_argument("--query-window", type=int, help="prompt tokens of a first selection. Default: as recorded")
     parser.add_argument("--delay", type=int, help="steps until a selection is in force. Default: as recorded")
@@ -107,6 +114,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, given, least in smallest:
         if given < least:
             raise ConfigError(f"--{name} is {given}: allowed is {least} or more")
+    if not args.power > 0:
+        raise ConfigError(f"--power is {args.power}: allowed is a number above 0")
     if not args.lr > 0:
         raise ConfigError(f"--lr is {args.lr}: allowed is a number above 0")
     if not 0 < args.validation_share < 1:

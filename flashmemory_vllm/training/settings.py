@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flashmemory_kernels.ensemble_scores import Aggregate
 
+from flashmemory_vllm.evaluation.worth import POWER
 from flashmemory_vllm.indexer.neural_model import IndexerSpec
 from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.validation import THRESHOLD
@@ -33,6 +34,7 @@ class TrainSettings:
         tau: decode steps for which a selection is in force.
         delay: steps from a query to the step before its selection is in force.
         decays: of the channels of the memory that a forecast reads; none: content is all it knows.
+        power: of its largest share that a block is worth in the loss.
         seed: seed of weights, split, order and negatives.
         validation_share: share of the documents that is kept back.
         validate_every: steps between two validations; 0 is half an epoch.
@@ -55,6 +57,7 @@ class TrainSettings:
     tau: int = 16
     delay: int = 1
     decays: tuple[float, ...] = DECAYS
+    power: float = POWER
     seed: int = 0
     validation_share: float = 0.1
     validate_every: int = 0

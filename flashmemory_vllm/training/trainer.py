@@ -205,9 +205,9 @@ class Trainer:
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with half:
             logits: Logits = forward(batch)
-        loss = self._loss(logits.content, batch.labels, batch.weights)
+        loss = self._loss(logits.content, batch)
         if logits.forecast is not None:
-            loss = loss + self._loss(logits.forecast, batch.labels, batch.weights)
+            loss = loss + self._loss(logits.forecast, batch)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
@@ -215,11 +215,14 @@ class Trainer:
         self.step += 1
         self._losses.append(loss.detach())
 
-    def _loss(self, *parts: torch.Tensor) -> torch.Tensor:
-        """Loss of logits, labels and weights, [N, S, M] each: first selections, their opening, and later ones."""
+    def _loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Loss of logits [N, S, M]: first selections, their opening, and later ones."""
         later = 1 + self.settings.opening_steps
         spans = (slice(0, 1), 1.0), (slice(1, later), 1.0), (slice(later, None), LATER_SHARE)
-        losses = [share * attention_loss(*(part[:, span] for part in parts)) for span, share in spans]
+        losses = [
+            share * attention_loss(logits[:, span], batch.labels[:, span], batch.weights[:, span], self.settings.power)
+            for span, share in spans
+        ]
         return torch.stack(losses).sum()
 
     def _validate(self) -> None:

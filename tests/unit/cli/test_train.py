@@ -89,6 +89,7 @@ def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
         (["--reach", "-1"], "--reach is -1: allowed is 0 or more"),
         (["--delay", "-1"], "--delay is -1: allowed is 0 or more"),
         (["--lr", "nan"], "--lr is nan: allowed is a number above 0"),
+        (["--power", "0"], "--power is 0.0: allowed is a number above 0"),
         (["--validation-share", "1"], "--validation-share is 1.0: allowed is a number between 0 and 1"),
         (["--device", "abacus"], "--device is 'abacus': allowed is a device of torch"),
         (["--out", "weights.pt"], "--out is weights.pt: allowed is a file that ends in .safetensors"),
@@ -100,6 +101,22 @@ def test_a_wrong_option_is_named(
 ) -> None:
     assert _run(data, tmp_path / "x.safetensors", *options) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["0.5,2", "much"])
+def test_decays_are_numbers_from_0_to_1(
+    given: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _run(data, tmp_path / "x.safetensors", "--memory-decays", given)
+    assert f"{given!r}: allowed are numbers from 0 to 1" in capsys.readouterr().err
+
+
+def test_without_decays_there_is_no_head(data: Path, tmp_path: Path) -> None:
+    assert _run(data, tmp_path / "x.safetensors", "--memory-decays", "", "--epochs", "1", "--power", "2") == 0
+    model = load_indexer(tmp_path / "x.safetensors", torch.device("cpu"))
+    assert (model.head, model.spec.memory_decays) == (None, ())
+    assert "memory fades a token by | none" in (tmp_path / "x.md").read_text()
 
 
 def test_missing_matplotlib_is_told_before_training(

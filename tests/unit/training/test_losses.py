@@ -16,16 +16,20 @@ def parts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, shares, (torch.rand(SHAPE, generator=generator) < 0.8).float()
 
 
-def test_it_is_its_definition(parts: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize("power", [4, 2])
+def test_it_is_its_definition(parts: tuple[torch.Tensor, ...], power: int) -> None:
     logits, shares, weights = parts
     behind = worth = torch.zeros(())
     for of_row, paid, is_block in zip(*(part.flatten(0, 1) for part in parts), strict=True):
         total = of_row[is_block > 0].exp().sum()
         for own, share, counts in zip(of_row, paid, is_block, strict=True):
-            behind = behind - counts * share**4 * (own.exp() / total).log()
-            worth = worth + counts * share**4
+            behind = behind - counts * share**power * (own.exp() / total).log()
+            worth = worth + counts * share**power
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, shares, weights, reduction="sum")
-    torch.testing.assert_close(attention_loss(logits, shares, weights), behind / worth + 0.01 * entropy / weights.sum())
+    expected = behind / worth + 0.01 * entropy / weights.sum()
+    torch.testing.assert_close(attention_loss(logits, shares, weights, power), expected)
+    if power == 4:
+        assert attention_loss(logits, shares, weights) == attention_loss(logits, shares, weights, 4)
 
 
 def test_what_has_no_weight_has_no_say(parts: tuple[torch.Tensor, ...]) -> None:
