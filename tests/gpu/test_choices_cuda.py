@@ -1,7 +1,8 @@
-"""A choice on a GPU makes the sets that a CPU makes of the same keys and queries, and remembers the same."""
+"""A choice on a GPU makes the sets that a CPU makes of the same keys and queries, without a wait."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,8 +23,23 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
+def without_waiting(choose: Callable[..., None]) -> Callable[..., None]:
+    """The same, and an error if the host waits for the device meanwhile."""
+
+    def watched(*arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            choose(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
 @pytest.mark.parametrize("name", POLICIES)
-def test_sets_are_those_of_a_cpu(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_sets_are_those_of_a_cpu(
+    name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = POLICIES[name]
     if name == "neural":
         path = tmp_path_factory.mktemp("indexer") / "indexer.safetensors"
@@ -36,6 +52,7 @@ def test_sets_are_those_of_a_cpu(name: str, tmp_path_factory: pytest.TempPathFac
     worlds = [World(make, (1, 0, 1), num_kept=5, device=device) for device in ("cpu", "cuda")]
     found = []
     for world in worlds:
+        monkeypatch.setattr(world.queue, "choose", without_waiting(world.queue.choose))
         requests = {"a": world.start("a", 2, prompt_len=93, want=4), "b": world.start("b", 0, prompt_len=75, want=3)}
         world.choose(*map(world.asked, requests.values()), requests=requests, window=4)
         for step in range(12):
