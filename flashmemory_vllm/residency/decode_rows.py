@@ -12,7 +12,7 @@ from flashmemory_vllm.residency.budget import cdiv
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.entries import NO_ENTRY
 from flashmemory_vllm.residency.fallback import DenseFallback
-from flashmemory_vllm.residency.lists import COMES, GOES, HEADER, NOBODY, WORTH, Chosen, FirstSet, pairs_of
+from flashmemory_vllm.residency.lists import COMES, GOES, HEADER, NOBODY, WORTH, Chosen, FirstSet
 from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
 from flashmemory_vllm.residency.slots import SlotTable
@@ -92,7 +92,7 @@ class DecodeRows:
         is_new = np.fromiter((one.is_new for one in chosen.asked), np.bool_, len(chosen.asked))
         for index in np.flatnonzero(is_new & is_mine).tolist():
             asked = chosen.asked[index]
-            far = [pairs_of(line[None]).come for line in chosen.rows[index]]
+            far = [_who_comes(line) for line in chosen.rows[index]]
             self._state_of(asked).first_set = FirstSet(asked, far, bool(chosen.is_selected[index]))
             self._note_selection(asked, chosen.rows[index], is_selected=bool(chosen.is_selected[index]))
         indices = np.flatnonzero(is_mine & ~is_new)
@@ -102,17 +102,19 @@ class DecodeRows:
         for index in selected:
             self._note_selection(chosen.asked[index], chosen.rows[index], is_selected=True)
         self._books.apply(chosen.step, chosen.rows[indices], at_once=chosen.at_once)
-        for index in indices.tolist():
-            asked, of_row = chosen.asked[index], chosen.rows[index]
+        for index in selected:
+            self._judge(self._state_of(chosen.asked[index]))
+        comes, longest = chosen.rows[:, :, COMES], (chosen.rows.shape[2] - HEADER) // 2
+        mine = [chosen.asked[index] for index in indices.tolist()]
+        caps = np.minimum([asked.cap for asked in mine], longest)
+        is_full = ((comes[indices] >= caps[:, None]) | (chosen.rows[indices, :, GOES] >= longest)).any(1)
+        num_coming = comes[indices].sum(1)
+        for index, asked, is_left, count in zip(indices.tolist(), mine, is_full, num_coming, strict=True):
             state = self._state_of(asked)
-            if chosen.is_selected[index]:
-                self._judge(state)
-            if of_row[:, COMES].any():
-                state.came += [(group, pairs_of(line[None]).come) for group, line in enumerate(of_row)]
-            if not chosen.at_once and asked.cap:
-                longest = (of_row.shape[1] - HEADER) // 2
-                is_full = (of_row[:, COMES] >= min(asked.cap, longest)) | (of_row[:, GOES] >= longest)
-                state.lacks_chosen = bool(is_full.any())
+            if count:
+                state.came += [(group, _who_comes(line)) for group, line in enumerate(chosen.rows[index])]
+            if asked.cap and not chosen.at_once:
+                state.lacks_chosen = bool(is_left)
         return [chosen.asked[index].req_id for index in selected]
 
     def _state_of(self, asked: Asked) -> RequestState:
@@ -239,6 +241,11 @@ class DecodeRows:
             self._counters.judged_prefetches += came.size
             self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
         state.came = []
+
+
+def _who_comes(line: IntArray) -> IntArray:
+    """Positions int32 `[k]` that come, of one group's row of a list."""
+    return line[HEADER : HEADER + line[COMES]]
 
 
 def _check_room(row: ScheduledRequest) -> None:
