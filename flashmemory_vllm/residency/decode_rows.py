@@ -89,6 +89,9 @@ class DecodeRows:
                 f"asked were {of_asked.tolist()}"
             )
         is_mine = of_asked[:, 1] == self._books.epoch[of_asked[:, 0]]
+        num_selected = np.count_nonzero(is_mine & chosen.is_selected)
+        if num_selected:
+            self._counters.selection_latency_seconds.observe(np.full(num_selected, chosen.seconds))
         is_new = np.fromiter((one.is_new for one in chosen.asked), np.bool_, len(chosen.asked))
         for index in np.flatnonzero(is_new & is_mine).tolist():
             asked = chosen.asked[index]

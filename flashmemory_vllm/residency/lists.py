@@ -52,6 +52,7 @@ class Chosen(NamedTuple):
             come that are chosen.
         is_selected: bool `[n]` whose blocks were scored.
         at_once: it is in force in the step after its own.
+        seconds: from asking for it to having it.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Chosen(NamedTuple):
     rows: IntArray
     is_selected: BoolArray
     at_once: bool
+    seconds: float
 
 
 class FirstSet(NamedTuple):

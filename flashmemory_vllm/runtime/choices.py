@@ -45,7 +45,6 @@ class ChoiceQueue:
         self._num_selections: dict[str, int] = {}
         self._remembered_at = np.zeros(state.sizes.num_places, np.int64)
         self._parked = ParkedMemories(state)
-        self._latencies: list[float] = []
 
     @property
     def failures(self) -> Mapping[str, int]:
@@ -103,18 +102,13 @@ class ChoiceQueue:
         self._pending = left
         return due
 
-    def take_latencies(self) -> list[float]:
-        """Seconds from asking to having the list, of each selection that was taken since the last call."""
-        taken, self._latencies = self._latencies, []
-        return taken
-
     def _read(self, pending: PendingList, part: slice) -> Chosen:
         """A part of a list."""
         asked, (listed, failed) = pending.asked[part], self._rows_of(pending, part)
         self.guard.note_not_finite(int(np.count_nonzero(failed == NOT_FINITE)))
         is_selected = np.array([row.is_scored for row in asked]) & (failed == 0)
-        self._latencies += [time.perf_counter() - pending.asked_at] * int(np.count_nonzero(is_selected))
-        return Chosen(pending.step, asked, listed, is_selected, part == pending.at_once)
+        seconds = time.perf_counter() - pending.asked_at
+        return Chosen(pending.step, asked, listed, is_selected, part == pending.at_once, seconds)
 
     def _rows_of(self, pending: PendingList, part: slice) -> tuple[IntArray, IntArray]:
         return pending.read(self._side_stream.wait(pending.arrival).numpy(), part, self._state.sizes)
@@ -176,7 +170,6 @@ class ChoiceQueue:
         for step, is_new in enumerate((True, False)):
             self.choose(step, [null._replace(is_new=is_new, at_once=is_new)], {"": earlier} if is_new else {})
         self.take(1 + STEPS_TO_FORCE)
-        self.take_latencies()
         self.forget([""])
 
     def reset(self) -> None:

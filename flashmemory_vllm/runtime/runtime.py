@@ -246,9 +246,6 @@ class ResidencyRuntime:
         for req_id in step_input.preempted:
             self._park(req_id)
         plan = parts.planner.plan(step_input, parts.choices.take(step_input.step))
-        latencies = np.array(parts.choices.take_latencies())
-        if latencies.size:
-            parts.planner.counters.selection_latency_seconds.observe(latencies)
         # First those that nothing has to be waited for
         for copies in sorted((*plan.recalls, *plan.prefetches), key=attrgetter("rested"), reverse=True):
             parts.engine.recall(copies.group, copies.blocks, copies.slots, self._last_use(copies))

@@ -76,7 +76,7 @@ class ListTwin:
         rows, nothing = make_rows(fields, len(asked), tile=width), torch.zeros(0, dtype=torch.int32)
         choose_sets(self._memory, self.in_set, rows, torch.ones(1), self._policy, listed, nothing)
         is_selected = np.array([one.req_id in self._offered for one in asked])
-        return Chosen(step, tuple(asked), listed.numpy(), is_selected, asked[0].at_once)
+        return Chosen(step, tuple(asked), listed.numpy(), is_selected, asked[0].at_once, 0.25)
 
     def _fields(self, step: int, asked: Asked) -> dict[Due, int]:
         """As the device reads them."""

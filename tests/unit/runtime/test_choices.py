@@ -314,7 +314,7 @@ def test_lists_come_in_two_parts_and_can_be_forgotten() -> None:
     assert world.queue.take(6) == []
     (later,) = world.queue.take(7)
     assert ([one.req_id for one in later.asked], later.at_once) == (["b"], False)
-    assert len(world.queue.take_latencies()) == 3
+    assert later.seconds >= first.seconds > 0
     world.queue.choose(8, [])
     world.queue.choose(9, [world.asked(a, scored=False)])
     (both,) = world.queue.take(11)
