@@ -3,10 +3,13 @@
 import random
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+GPU_TESTS = Path(__file__).parent / "gpu"
 
 # How long an example takes says something about the machine, not about the code
 settings.register_profile("untimed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,8 +30,12 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one; slow files first: the others fill the gaps at the end."""
+    """Mark all of tests/gpu `gpu` and skip it where it cannot run; slow files first: the others fill the gaps."""
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if gpu_items else None
     for item in gpu_items if reason is not None else ():

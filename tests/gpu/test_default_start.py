@@ -19,7 +19,6 @@ HANGS_AFTER_SECONDS = 500
 LEFT_TO_VLLM = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "OMP_NUM_THREADS")
 
 
-@pytest.mark.gpu
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_a_trained_indexer_starts_in_a_forked_engine() -> None:

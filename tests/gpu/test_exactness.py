@@ -16,7 +16,6 @@ SPARSE_ON_GPU = [regime for regime in SPARSE_REGIMES if regime.device == "cuda"]
 
 
 # What the CPU regime measures, `tests/integration/test_identity.py` asserts.
-@pytest.mark.gpu
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
@@ -27,7 +26,6 @@ def test_our_text_is_that_of_vllms_own_backend(regime: Regime, tmp_path: Path) -
         assert row.problems() == [], str(row)
 
 
-@pytest.mark.gpu
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1800)

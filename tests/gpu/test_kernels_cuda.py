@@ -64,11 +64,6 @@ from flashmemory_kernels.summarise_keys.naive import summarise_keys_naive
 from tests.helpers.poisoned import poisoned_memory
 from tests.kernels import far_cases
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 # exp, log and one division in float32 by two compilers.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}
 # A sum of products in another order, with a result of about one.

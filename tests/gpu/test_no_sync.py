@@ -40,7 +40,6 @@ print("counters", json.dumps(counters), flush=True)
 """
 
 
-@pytest.mark.gpu
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_steady_decode_steps_do_not_synchronise(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.broken_kv import ask_around_a_broken_block, assert_the_request_failed_alone
 from tests.helpers.tiny_model import save_tiny_llama
 
-pytestmark = [pytest.mark.gpu, pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(("runner", "is_async"), [("v1", False), ("v1", True), ("v2", True)])

@@ -19,11 +19,6 @@ from flashmemory_vllm.transfer.page_format import InterleavedPages
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS, StagingRing, split_history
 from flashmemory_vllm.transfer.streaming import Chunk, StreamedAttention, StreamedHistory
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 LAYERS, SLOTS, BLOCKS, BLOCK_SIZE = 3, 16, 64, 16
 # exp, log and one division in float32 by two compilers.
 TOL_FP32: dict[str, Any] = {"rtol": 3e-6, "atol": 3e-6}

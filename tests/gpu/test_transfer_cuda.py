@@ -23,11 +23,6 @@ from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import POISON, PageLayout
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 LAYERS, SLOTS, BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM = 3, 16, 64, 2, 16, 64
 PAGE_ELEMS = HEADS * BLOCK_SIZE * 2 * HEAD_DIM
 # About a second: what waits for it is seen to.

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from flashmemory_vllm.runtime.uploads import NUM_BUFFERS, UploadRing
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 
 # About a second: what waits for it is seen to.
 LONG_CYCLES = 1_500_000_000
