@@ -56,6 +56,11 @@ class Entries:
         """int32 `[count]` slots of the same blocks, a view."""
         return self.slot[place, : self.count[place]]
 
+    def copied(self, place: IntArray) -> tuple[IntArray, IntArray]:
+        """Positions int32 `[n, k]` of the tables of places in their order, and `[n]` how many of them there are."""
+        count = self.count[place]
+        return self.position[place, : int(count.max(initial=0))], count
+
     def set_of(self, place: int) -> IntArray:
         """int32 `[k]` positions of the far blocks that are in the set."""
         far = self.position[place, self.sink[place] : self.count[place] - self.recent[place]]

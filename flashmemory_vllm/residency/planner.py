@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.residency.asking import Asking
 from flashmemory_vllm.residency.books import Books
@@ -202,6 +204,11 @@ class StepPlanner:
         if not state.is_decoding:
             return state.held
         return [entries.positions_of(state.place) for entries in self._books.groups]
+
+    def tables_of(self, places: Sequence[int]) -> list[tuple[IntArray, IntArray]]:
+        """What decode rows at these places read: per group positions int32 `[n, k]` in any order, `[n]` how many."""
+        place = np.array(places, np.int32)
+        return [entries.copied(place) for entries in self._books.groups]
 
     def sets(self) -> Iterator[tuple[int, int, list[IntArray]]]:
         """Place, tenant and per group the set of each request whose set was chosen: int32 `[k]` positions."""

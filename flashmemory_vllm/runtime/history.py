@@ -1,15 +1,15 @@
 """The last selections of a worker: what each one changed, what it had fetched, and whether a step waited for it."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import RequestState
-from flashmemory_vllm.residency.types import NOTHING, IntArray, StepPlan
+from flashmemory_vllm.residency.types import Copies, IntArray, StepPlan
 
 MAX_SELECTIONS = 16
 # Fences whose selections are remembered until it is known whether they waited.
@@ -27,34 +27,109 @@ class Fences(Protocol):
         """See `TransferEngine`."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tables:
+    """What some decode rows read in a step, copied.
+
+    Attributes:
+        step: number of the step.
+        num_blocks: blocks of each request that held tokens after it.
+        positions: per group int32 `[n, k]`, the blocks of each row in any order, and `[n]` how many of them there are.
+    """
+
+    step: int
+    num_blocks: Sequence[int]
+    positions: Sequence[tuple[IntArray, IntArray]]
+
+    def of(self, row: int) -> list[IntArray]:
+        """Per group int32 `[k]` positions of one row, ascending."""
+        return [np.sort(positions[row, : counts[row]]) for positions, counts in self.positions]
+
+
 @dataclass(slots=True, eq=False)
-class Cycle:
-    """One selection that came into force. Positions are those of blocks within the request.
+class Selections:
+    """The selections that came into force in one step; names no request.
+
+    Attributes:
+        tables: what their rows read from then on.
+        before: of each row what it read by its selection before, and which row it was there; None if it had none.
+        copies: what the step recalled and prefetched.
+        waited: the step waited for these copies.
+    """
+
+    tables: Tables
+    before: list[tuple[Tables, int] | None]
+    copies: tuple[Copies, ...]
+    waited: bool = False
+
+
+class Cycle(NamedTuple):
+    """One selection that came into force. What it changed is worked out when it is asked for.
+
+    Positions are those of blocks within the request.
 
     Attributes:
         state: the request.
-        step: the step that it was first planned with.
-        first: the request had none before.
-        num_blocks: blocks of the request that held tokens after that step.
-        chosen: per group int32 `[k]`, the blocks of the set.
-        recalled: per group int32 `[m]`, those of them that had to come from the host.
-        num_changed: blocks that the selection before it had not chosen, over all groups; blocks that did not
-            exist then do not count. All chosen ones if it is the first.
-        late: the step waited for copies, some of `recalled` among them.
+        selections: all that came into force with it.
+        row: which of them it is.
     """
 
     state: RequestState
-    step: int
-    first: bool
-    num_blocks: int
-    chosen: tuple[IntArray, ...]
-    recalled: tuple[IntArray, ...]
-    num_changed: int
-    late: bool = False
+    selections: Selections
+    row: int
+
+    @property
+    def step(self) -> int:
+        """The step that it was first planned with."""
+        return self.selections.tables.step
+
+    @property
+    def first(self) -> bool:
+        """The request had none before."""
+        return self.selections.before[self.row] is None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the request that held tokens after that step."""
+        return self.selections.tables.num_blocks[self.row]
+
+    @property
+    def chosen(self) -> list[IntArray]:
+        """Per group int32 `[k]`, the blocks of the set, ascending."""
+        return self.selections.tables.of(self.row)
+
+    @property
+    def recalled(self) -> list[IntArray]:
+        """Per group int32 `[m]`, blocks of the request that had to come from the host in that step, ascending."""
+        ids = self.state.blocks.ids[: self.num_blocks]
+        is_recalled = [np.zeros(ids.size, np.bool_) for _ in self.selections.tables.positions]
+        for copies in self.selections.copies:
+            is_recalled[copies.group] |= np.isin(ids, copies.blocks)
+        return [np.flatnonzero(of_group).astype(np.int32) for of_group in is_recalled]
+
+    @property
+    def num_changed(self) -> int:
+        """Blocks that the selection before it had not chosen, over all groups.
+
+        Blocks that did not exist then do not count. All chosen ones if it is the first.
+        """
+        before = self.selections.before[self.row]
+        if before is None:
+            return sum(positions.size for positions in self.chosen)
+        tables, row = before
+        return sum(
+            int(np.count_nonzero(~np.isin(positions[positions < tables.num_blocks[row]], earlier)))
+            for positions, earlier in zip(self.chosen, tables.of(row), strict=True)
+        )
+
+    @property
+    def late(self) -> bool:
+        """The step waited for copies, some of `recalled` among them."""
+        return self.selections.waited and any(map(len, self.recalled))
 
 
 class SelectionHistory:
-    """Notes each selection as it comes into force.
+    """Notes each selection as it comes into force: what a step changes is copied, and looked at when somebody asks.
 
     Args:
         planner: whose selections.
@@ -66,7 +141,7 @@ class SelectionHistory:
         self._fences = fences
         self._latest: dict[str, Cycle] = {}
         self._last: deque[Cycle] = deque(maxlen=MAX_SELECTIONS)
-        self._behind: dict[int, list[Cycle]] = {}
+        self._behind: dict[int, Selections] = {}
         self.step = 0
 
     def __iter__(self) -> Iterator[Cycle]:
@@ -81,61 +156,37 @@ class SelectionHistory:
     def note(self, plan: StepPlan) -> None:
         """Learn of a step, after its recalls are fenced and before its plan is complete."""
         self.step = plan.step
-        new = [self._begin(req_id, plan) for req_id in plan.selected]
-        self._note_fence([cycle for cycle in new if any(map(len, cycle.recalled))])
-        if new or len(self._latest) > len(self._planner.requests):
-            self._forget_gone()
+        new = self._begin(plan) if plan.selected else None
+        self._note_fence(new if plan.recalls or plan.prefetches else None)
+        if new is not None or len(self._latest) > len(self._planner.requests):
+            get = self._planner.requests.get
+            self._latest = {req_id: cycle for req_id, cycle in self._latest.items() if get(req_id) is cycle.state}
 
-    def _note_fence(self, due: list[Cycle]) -> None:
+    def _note_fence(self, new: Selections | None) -> None:
         """Learn whose blocks the step's fence is for, and which of the fences so far had to wait."""
         number = self._fences.num_fences
-        if due:
-            self._behind[number] = due
+        if new is not None:
+            self._behind[number] = new
         for fence in self._fences.take_late_fences():
-            for cycle in self._behind.get(fence, ()):
-                cycle.late = True
-        known = ((fence, [*filter(self._knows, cycles)]) for fence, cycles in self._behind.items())
-        self._behind = {fence: cycles for fence, cycles in known if cycles and fence > number - MAX_FENCES}
+            if fence in self._behind:
+                self._behind.pop(fence).waited = True
+        if self._behind:
+            self._behind = {fence: behind for fence, behind in self._behind.items() if fence > number - MAX_FENCES}
 
-    def _begin(self, req_id: str, plan: StepPlan) -> Cycle:
-        state, row = self._planner.requests.get(req_id), plan.rows[req_id]
-        assert state is not None  # it is scheduled
-        before = self.cycle_of(state)
-        num_blocks = -(-(row.num_computed_tokens + row.num_tokens) // self._planner.geometry.block_size)
-        chosen = tuple(np.sort(positions) for positions in row.positions)
-        cycle = Cycle(
-            state=state,
-            step=plan.step,
-            first=before is None,
-            num_blocks=num_blocks,
-            chosen=chosen,
-            recalled=_recalled(state, plan),
-            num_changed=_num_changed(chosen, before),
-        )
-        self._latest[state.req_id] = cycle
-        self._last.append(cycle)
-        return cycle
-
-    def _forget_gone(self) -> None:
-        self._latest = {req_id: cycle for req_id, cycle in self._latest.items() if self._knows(cycle)}
-
-    def _knows(self, cycle: Cycle) -> bool:
-        return self._planner.requests.get(cycle.state.req_id) is cycle.state
-
-
-def _recalled(state: RequestState, plan: StepPlan) -> tuple[IntArray, ...]:
-    """Per group the positions that this plan recalls or prefetches."""
-    recalled = [NOTHING] * len(plan.rows[state.req_id].positions)
-    for copies in (*plan.recalls, *plan.prefetches):
-        now = np.flatnonzero(np.isin(state.blocks.ids, copies.blocks)).astype(np.int32)
-        recalled[copies.group] = np.union1d(recalled[copies.group], now)
-    return tuple(recalled)
-
-
-def _num_changed(chosen: tuple[IntArray, ...], before: Cycle | None) -> int:
-    if before is None:
-        return sum(positions.size for positions in chosen)
-    return sum(
-        int(np.count_nonzero(~np.isin(positions[positions < before.num_blocks], earlier)))
-        for positions, earlier in zip(chosen, before.chosen, strict=True)
-    )
+    def _begin(self, plan: StepPlan) -> Selections:
+        block_size, states = self._planner.geometry.block_size, []
+        for req_id in plan.selected:
+            state = self._planner.requests.get(req_id)
+            assert state is not None  # it is scheduled
+            states.append(state)
+        positions = self._planner.tables_of([state.place for state in states])
+        num_blocks = [-(-state.num_tokens // block_size) for state in states]
+        before = [
+            None if cycle is None else (cycle.selections.tables, cycle.row) for cycle in map(self.cycle_of, states)
+        ]
+        tables = Tables(plan.step, num_blocks, positions)
+        selections = Selections(tables, before, (*plan.recalls, *plan.prefetches))
+        cycles = [Cycle(state, selections, row) for row, state in enumerate(states)]
+        self._latest.update(zip(plan.selected, cycles, strict=True))
+        self._last.extend(cycles[-MAX_SELECTIONS:])
+        return selections

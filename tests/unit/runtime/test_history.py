@@ -126,7 +126,7 @@ def test_a_request_that_comes_again_under_its_name_starts_over() -> None:
     watched = Watched()
     watched.step(best=[3, 5, 7])
     (state,) = watched.driver.planner.requests
-    assert watched.history.cycle_of(state) is watched.newest()
+    assert watched.history.cycle_of(state) == watched.newest()
     watched.driver.step(preempted=["a"])
     watched.driver.prefill("a", 12, first_block=50)
     (state,) = watched.driver.planner.requests
