@@ -7,13 +7,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from flashmemory_vllm import config_text
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.own_options import (
+    DECAYING_SELECTORS,
+    DEFAULT_SELECTOR,
+    KEY_SELECTORS,
+    SHARE_SELECTORS,
+    IndexDtype,
+    OwnOptions,
+    own_options,
+)
 
 SECTION = config_text.SECTION
-# Decode steps between two selections by a selector that was not trained for any number of them
-DEFAULT_TAU = 16
-
-# Whose scores are shares of attention, or sums of them: 0 or more
-SHARE_SELECTORS = ("mean", "bounds", "exact", "h2o")
+# What options are allowed with that only some selectors heed
+_ALLOWED_WITH: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "memory_decay": (DECAYING_SELECTORS, "has no score that fades"),
+    "successor_share": (SHARE_SELECTORS, "does not score by shares of attention"),
+    "hysteresis": (SHARE_SELECTORS, "does not score by shares of attention"),
+    "index_dtype": (KEY_SELECTORS, "keeps no keys as they are"),
+}
 
 SelectorName = Literal["full", "streaming", "random", "mean", "bounds", "exact", "h2o", "neural"]
 Aggregate = Literal["max", "mean"]
@@ -56,10 +67,10 @@ class FlashMemoryConfig(BaseModel):
         default=None,
         ge=1,
         description="Decode steps between two selections of a request. Unset: those that the indexer was trained for, "
-        "or 16, which suits untrained selectors.",
+        "or what suits the selector: 4 with `exact`, else 16.",
     )
     selector: Literal[SelectorName, "oracle"] = Field(
-        default="h2o",
+        default=DEFAULT_SELECTOR,
         description="How a request's blocks are scored: `exact` by their keys, `bounds` by per-channel key "
         "bounds, `mean` by mean keys, `h2o` by the attention they received, `neural` by a trained indexer. "
         "`streaming` keeps sink and recent tokens only; `random` and `full` (everything) are the baselines, "
@@ -104,25 +115,30 @@ class FlashMemoryConfig(BaseModel):
         description="Blocks that a selection scores below this get no slot, though the ratio leaves room. Scores are "
         "shares of attention in 0 to 1, of all selections so far with `h2o`. Unset: the ratio alone decides.",
     )
-    memory_decay: float = Field(
-        default=0.0,
+    memory_decay: float | None = Field(
+        default=None,
         ge=0,
         le=1,
         description="What a score is still worth a token later: a block is worth the best of its scores so far, each "
-        "times this for every token since. 0: a selection forgets the ones before it.",
+        "times this for every token since. 0: a selection forgets the ones before it. Unset: 0.9 with `exact`, else 0.",
     )
-    successor_share: float = Field(
-        default=0.0,
+    successor_share: float | None = Field(
+        default=None,
         ge=0,
         le=1,
         description="What a block is worth at least, as a share of what the block before it is worth: text that is "
-        "read goes on.",
+        "read goes on. Unset: 0.5 with `exact`, else 0.",
     )
-    hysteresis: float = Field(
-        default=0.0,
+    hysteresis: float | None = Field(
+        default=None,
         ge=0,
         description="How much more a block is worth that the request holds already, as a share: what is not much "
-        "better is not copied.",
+        "better is not copied. Unset: 1 with `exact`, else 0.",
+    )
+    index_dtype: IndexDtype | None = Field(
+        default=None,
+        description="How `exact` and `h2o` keep index keys: `auto` as the model does, `fp8` (e4m3) with a scale for "
+        "each block and KV head, which is half of 16-bit keys. Unset: `fp8` with `exact`, else `auto`.",
     )
     dense_fallback_share: float | None = Field(
         default=None,
@@ -215,12 +231,13 @@ class FlashMemoryConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_worth(self) -> "FlashMemoryConfig":
-        for name in ("memory_decay", "successor_share", "hysteresis"):
-            if getattr(self, name) and self.selector not in SHARE_SELECTORS:
+    def _check_heeded(self) -> "FlashMemoryConfig":
+        for name, (selectors, lack) in _ALLOWED_WITH.items():
+            given = getattr(self, name)
+            if given not in {None, 0, "auto"} and self.selector not in selectors:
                 raise ConfigError(
-                    f"{SECTION}.{name} is {getattr(self, name)}, but {SECTION}.selector {self.selector!r} does not "
-                    f"score by shares of attention: allowed with {', '.join(SHARE_SELECTORS)}"
+                    f"{SECTION}.{name} is {given!r}, but {SECTION}.selector {self.selector!r} {lack}: allowed with "
+                    f"{', '.join(selectors)}"
                 )
         return self
 
@@ -233,13 +250,20 @@ class FlashMemoryConfig(BaseModel):
             )
         return self
 
+    @property
+    def own(self) -> OwnOptions:
+        """Options that each selector has defaults of its own for: as asked for, or those. Not what is trained."""
+        suited = own_options(self.selector)._asdict()
+        given = {name: value for name in suited if (value := getattr(self, name)) is not None}
+        return OwnOptions(**{**suited, **given})
+
     def tau(self, trained: int | None) -> int:
-        """Decode steps between two selections: as asked for, as trained, or the default.
+        """Decode steps between two selections: as asked for, as trained, or what suits the selector.
 
         Args:
             trained: those that the indexer was trained for; None without one.
         """
-        return self.tau_steps or trained or DEFAULT_TAU
+        return self.tau_steps or trained or self.own.tau_steps
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, object]) -> "FlashMemoryConfig":

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flashmemory_vllm"
 KERNELS = "flashmemory_kernels"
-BASE = frozenset({"errors", "config", "config_text", "files", "host_memory", "types"})
+BASE = frozenset({"errors", "config", "config_text", "files", "host_memory", "own_options", "types"})
 
 # Part of the package -> the other parts it may import; everything may import BASE and itself.
 MAY_IMPORT = {
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "types": set(),
     "config": set(),
     "config_text": set(),
+    "own_options": set(),
     "files": set(),
     "host_memory": set(),
     "doctor": set(),

@@ -18,7 +18,7 @@ class BoundsSelector(IndexedSelector):
     """
 
     name: ClassVar[str] = "bounds"
-    summary: ClassVar[Kind] = "bounds"
+    summary: Kind = "bounds"
 
     def _expand(self, queries: torch.Tensor) -> torch.Tensor:
         return torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)

@@ -15,6 +15,7 @@ from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
 from flashmemory_vllm.indexer.exact import ExactSelector
 from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 from flashmemory_vllm.indexer.shares import only_rows, remember_rows
+from flashmemory_vllm.own_options import IndexDtype
 
 
 class HeavyHitterSelector(ExactSelector):
@@ -29,12 +30,13 @@ class HeavyHitterSelector(ExactSelector):
     Args:
         geometry: sizes; every layer group needs an anchor layer.
         aggregate: how heads and layers are combined before mass is added up. Default: "max".
+        index_dtype: see `ExactSelector`. Default: "auto".
     """
 
     name: ClassVar[str] = "h2o"
 
-    def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max") -> None:
-        super().__init__(geometry, aggregate)
+    def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max", index_dtype: IndexDtype = "auto") -> None:
+        super().__init__(geometry, aggregate, index_dtype=index_dtype)
         self._gathered: dict[str, torch.Tensor] = {}
 
     @property

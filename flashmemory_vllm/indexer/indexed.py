@@ -10,6 +10,7 @@ import torch
 from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
 from flashmemory_kernels.remember_shares import Channel, Channels
 from flashmemory_kernels.score_blocks import score_blocks
+from flashmemory_kernels.score_chunks import CODE_DTYPE
 from flashmemory_kernels.summarise_keys import Kind, row_shape, summarise_keys
 
 from flashmemory_vllm.errors import ConfigError
@@ -22,7 +23,8 @@ class IndexedSelector(Selector):
     """Keeps R rows of E elements per block, KV head and anchor layer; scores blocks by softmax share.
 
     A subclass says how a block's keys become rows (`summary`) and how a query is laid out against a row
-    (`_expand`). The index [A, N, Hkv, R, E] is allocated once; rows of blocks never added are uninitialised.
+    (`_expand`). The index [A, N, Hkv, R, E], for rows in fp8 with scales [A, N, Hkv], is allocated once; rows of blocks
+    never added are uninitialised.
 
     Args:
         geometry: sizes; every layer group needs an anchor layer.
@@ -37,7 +39,7 @@ class IndexedSelector(Selector):
     is_finite: ClassVar[bool] = True
     needs_queries: ClassVar[bool] = True
     needs_keys: ClassVar[bool] = True
-    summary: ClassVar[Kind]
+    summary: Kind
 
     def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max", memory_decay: float = 0.0) -> None:
         super().__init__(geometry)
@@ -54,26 +56,25 @@ class IndexedSelector(Selector):
         # A question asks with all of its tokens alike
         self._entering = Channels.of([Channel(1.0, aggregate)], geometry.device)
         self._layer_groups = torch.tensor(geometry.layer_groups, dtype=torch.int32, device=geometry.device)
-        self.index = torch.empty(
-            len(geometry.anchor_layers),
-            geometry.num_logical_blocks,
-            geometry.num_kv_heads,
-            *row_shape(self.summary, geometry.block_size, geometry.head_dim),
-            dtype=geometry.dtype,
-            device=geometry.device,
-        )
+        size = (len(geometry.anchor_layers), geometry.num_logical_blocks, geometry.num_kv_heads)
+        rows, is_fp8 = row_shape(self.summary, geometry.block_size, geometry.head_dim), self.summary == "exact_fp8"
+        dtype = CODE_DTYPE if is_fp8 else geometry.dtype
+        self.index = torch.empty(*size, *rows, dtype=dtype, device=geometry.device)
+        self.scales = torch.empty(size, device=geometry.device) if is_fp8 else None
 
     def bytes_per_block(self) -> int:
         """Device bytes of index keys per logical block, all anchor layers together."""
-        return self.index[:, 0].numel() * self.index.element_size()
+        parts = [self.index] if self.scales is None else [self.index, self.scales]
+        return sum(part[:, 0].numel() * part.element_size() for part in parts)
 
     def add_blocks(
         self, block_ids: torch.Tensor, keys: Sequence[torch.Tensor], slots: Sequence[torch.Tensor] | None = None
     ) -> None:
         """Make the index keys of blocks that became full; see `Selector.add_blocks`."""
         layer_slots = repeat(None, len(keys)) if slots is None else slots
-        for rows, pages, in_slots in zip(self.index, keys, layer_slots, strict=True):
-            summarise_keys(pages, in_slots, rows, block_ids, self.summary)
+        scales = repeat(None, len(keys)) if self.scales is None else self.scales
+        for rows, pages, in_slots, of_rows in zip(self.index, keys, layer_slots, scales, strict=True):
+            summarise_keys(pages, in_slots, rows, block_ids, self.summary, of_rows)
 
     @property
     def memory_kind(self) -> MemoryKind:
@@ -86,7 +87,7 @@ class IndexedSelector(Selector):
         remember_rows(due, state, self._keys(), self._entering if due.is_entering else self._channels)
 
     def _keys(self) -> KeyIndex:
-        return KeyIndex(self.index, self._layer_groups, self.geometry.softmax_scale)
+        return KeyIndex(self.index, self.scales, self._layer_groups, self.geometry.softmax_scale)
 
     def score(self, request: ScoringRequest) -> torch.Tensor:
         """Share of each block in the attention of the request's last token, the largest of several tokens' shares."""
@@ -98,7 +99,12 @@ class IndexedSelector(Selector):
 
     def _log_mass(self, queries: torch.Tensor, request: ScoringRequest) -> torch.Tensor:
         """Log-mass of each block for queries [A, Hq, D], float32 [A, Hq, n]."""
-        return score_blocks(self._expand(queries), self.index, request.block_ids, self.geometry.softmax_scale)
+        index, ids = self.index, request.block_ids
+        if self.scales is not None:
+            codes = index.view(torch.uint8)[:, ids].view(CODE_DTYPE)
+            index = (codes.float() * self.scales[:, ids, :, None, None]).to(self.geometry.dtype)
+            ids = torch.arange(len(ids), device=ids.device)
+        return score_blocks(self._expand(queries), index, ids, self.geometry.softmax_scale)
 
     def _aggregate(self, log_mass: torch.Tensor) -> torch.Tensor:
         return ensemble_scores(log_mass, self._layer_groups, self.geometry.num_groups, self.aggregate)

@@ -13,4 +13,4 @@ class MeanSelector(IndexedSelector):
     """Cheapest index, 1 / (2 * block_size) of an anchor layer's page; needles drown among neighbours."""
 
     name: ClassVar[str] = "mean"
-    summary: ClassVar[Kind] = "mean"
+    summary: Kind = "mean"

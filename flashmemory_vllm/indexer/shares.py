@@ -29,11 +29,13 @@ class KeyIndex:
 
     Attributes:
         rows: `[A, N, Hkv, R, E]`.
+        scales: of rows in fp8, float32 `[A, N, Hkv]`; None of others.
         groups: int32 `[A]`, layer group of each anchor layer.
         softmax_scale: factor on `q . k`.
     """
 
     rows: torch.Tensor
+    scales: torch.Tensor | None
     groups: torch.Tensor
     softmax_scale: float
 
@@ -123,6 +125,6 @@ def _remember(
     heads = index.rows.shape[0] * state.queries.shape[3]
     mass = torch.empty((num_tiles, heads, num_queries, TILE), device=rows.device)
     lse = torch.empty((len(rows), heads, num_queries), device=rows.device)
-    score_rows(state.queries, index.rows, None, state.block_ids, rows, index.softmax_scale, mass, only)
+    score_rows(state.queries, index.rows, index.scales, state.block_ids, rows, index.softmax_scale, mass, only)
     row_lse(mass, rows, lse)
     remember_shares(mass, lse, rows, index.groups, channels, state.memory)

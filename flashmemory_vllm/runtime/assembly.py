@@ -138,7 +138,8 @@ def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfi
 def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy, buffers: StepBuffers) -> ChoiceQueue:
     kind, tables = selector.memory_kind, buffers.tables
     threshold = selector.score_threshold if config.score_threshold is None else config.score_threshold
-    policy = ChoicePolicy(kind.combine, config.successor_share, config.hysteresis, threshold or 0.0)
+    own = config.own
+    policy = ChoicePolicy(kind.combine, own.successor_share, own.hysteresis, threshold or 0.0)
     sizes = choice_sizes(config, budget, kind, tables.sizes.num_places)
     state = ChoiceState(sizes, buffers.queries.by_place, tables.block_ids, kind, policy)
     return ChoiceQueue(selector, state, SideStream(selector.geometry.device))
@@ -235,5 +236,5 @@ def _geometry(config: FlashMemoryConfig, shape: AttentionShape, num_blocks: int,
 
 def _selector(config: FlashMemoryConfig, geometry: IndexGeometry) -> Selector:
     """The selector asked for; its options have the names of the configuration fields that they come from."""
-    known = config.model_dump() | {"tau_steps": tau_steps(config)}
+    known = config.model_dump() | config.own._asdict() | {"tau_steps": tau_steps(config)}
     return create_selector(config.selector, geometry, **{name: known[name] for name in option_names(config.selector)})

@@ -26,7 +26,7 @@ def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int
 
 
 def tau_steps(config: FlashMemoryConfig) -> int:
-    """Decode steps between two selections: those asked for, a trained indexer's own, or the default.
+    """Decode steps between two selections: those asked for, a trained indexer's own, or what suits the selector.
 
     Raises:
         ConfigError: the indexer cannot be read.
@@ -53,7 +53,7 @@ def num_kept(config: FlashMemoryConfig) -> int:
     Raises:
         ConfigError: the indexer cannot be read.
     """
-    return 1 + (tau_steps(config) if config.memory_decay else 1)
+    return 1 + (tau_steps(config) if config.own.memory_decay else 1)
 
 
 def opening_steps(config: FlashMemoryConfig) -> int:

@@ -38,7 +38,11 @@ def _sparse_run(model: Path, rounds: list[list[list[int]]], max_tokens: int, **o
         "min_sparse_tokens": 0,
         "sink_tokens": BLOCK_SIZE,
         "recent_tokens": 2 * BLOCK_SIZE,
-        "selector": "exact",  # of all, the one whose sets change most
+        # Of all, the one whose sets change most, where it remembers nothing
+        "selector": "exact",
+        "memory_decay": 0.0,
+        "successor_share": 0.0,
+        "hysteresis": 0.0,
         "tau_steps": 8,
         "growth_reserve_tokens": 0,
         "staging_blocks": 3,

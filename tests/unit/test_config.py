@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.config_text import describe_allowed
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.own_options import OwnOptions
 
 
 def _read(**options: object) -> FlashMemoryConfig:
@@ -69,6 +70,21 @@ def test_given_options_replace_defaults() -> None:
             ),
         ),
         (
+            {"selector": "h2o", "memory_decay": 0.5},
+            (
+                "flashmemory.memory_decay is 0.5, but flashmemory.selector 'h2o' has no score that fades: allowed with "
+                "mean, bounds, exact"
+            ),
+        ),
+        (
+            {"selector": "bounds", "index_dtype": "fp8"},
+            (
+                "flashmemory.index_dtype is 'fp8', but flashmemory.selector 'bounds' keeps no keys as they are: "
+                "allowed with exact, h2o"
+            ),
+        ),
+        ({"index_dtype": "int8"}, "flashmemory.index_dtype is 'int8': allowed is unset or one of auto, fp8"),
+        (
             {"dense_fallback_share": 0.2},
             (
                 "flashmemory.dense_fallback_share is 0.2, but nothing says which blocks are worth a slot: allowed with "
@@ -93,10 +109,24 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
         FlashMemoryConfig.from_additional_config({"flashmemory": 0.2})
 
 
-def test_tau_is_as_asked_for_or_as_trained_or_the_default() -> None:
+def test_tau_is_as_asked_for_or_as_trained_or_the_selectors_own() -> None:
     trained = _read(indexer="some/where", dense_fallback_share=0.2)
     assert (trained.selector, trained.tau(64)) == ("neural", 64)
-    assert (_read(tau_steps=8, indexer="some/where").tau(64), _read().tau(None)) == (8, 16)
+    assert _read(tau_steps=8, indexer="some/where").tau(64) == 8
+    assert (_read(selector="exact").tau(None), _read(selector="h2o").tau(None), _read(tau_steps=9).tau(None)) == (
+        4,
+        16,
+        9,
+    )
+
+
+def test_each_selector_has_options_of_its_own() -> None:
+    assert _read(selector="exact").own == OwnOptions(4, 0.9, 0.5, 1.0, "fp8")
+    for options in ({"selector": "h2o"}, {"selector": "streaming"}, {"selector": "bounds"}, {"indexer": "some/where"}):
+        assert _read(**options).own == OwnOptions(16, 0.0, 0.0, 0.0, "auto")
+    plain = {"tau_steps": 16, "memory_decay": 0.0, "successor_share": 0.0, "hysteresis": 0.0, "index_dtype": "auto"}
+    assert _read(selector="exact", **plain).own == OwnOptions(16, 0.0, 0.0, 0.0, "auto")
+    assert _read(selector="bounds", memory_decay=0.5).own == OwnOptions(16, 0.5, 0.0, 0.0, "auto")
 
 
 def test_config_stays_frozen() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer import SELECTOR_NAMES, IndexGeometry, ScoringRequest, Selector, create_selector
+from flashmemory_vllm.indexer.exact import ExactSelector
 
 N, BS, HQ, HKV, D, A = 40, 4, 6, 2, 20, 3
 SCALE = 0.25
@@ -133,6 +134,29 @@ def test_bytes_per_block_is_what_the_index_takes(name: str, dtype: torch.dtype) 
     assert selector.bytes_per_block() * N == index.untyped_storage().nbytes()
     per_key_head = {"mean": D, "bounds": 2 * D, "exact": BS * D, "h2o": BS * D}[name]
     assert selector.bytes_per_block() == A * HKV * per_key_head * dtype.itemsize
+
+
+@pytest.mark.parametrize("name", ["exact", "h2o"])
+def test_keys_in_fp8_rank_as_keys_do_for_half_of_the_bytes(name: str) -> None:
+    history = History()
+    history.keys[:, 3] *= 1e-3
+    scores = []
+    for index_dtype in ("auto", "fp8"):
+        selector = create_selector(name, make_geometry(dtype=torch.bfloat16), index_dtype=index_dtype)
+        history.add_to(selector)
+        scores.append(selector.score(history.request()))
+    assert isinstance(selector, ExactSelector)
+    assert selector.scales is not None
+    parts = (selector.index, selector.scales)
+    assert selector.bytes_per_block() * N == sum(part.untyped_storage().nbytes() for part in parts)
+    assert selector.bytes_per_block() == A * HKV * (BS * D + 4)
+    # Three bits behind the point, of logits of a few units
+    torch.testing.assert_close(scores[1], scores[0], rtol=0.3, atol=1e-3)
+    assert set(scores[1][0].topk(6).indices.tolist()) == set(scores[0][0].topk(6).indices.tolist())
+    # Blocks with small keys have scales of their own
+    small = history.ids[3]
+    restored = selector.index[:, small].float() * selector.scales[:, small, :, None, None]
+    torch.testing.assert_close(restored, history.keys[:, 3], rtol=0.1, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(set(SELECTOR_NAMES) - {"neural"}))  # that one needs a checkpoint

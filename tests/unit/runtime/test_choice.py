@@ -55,7 +55,7 @@ class Asker:
         fields = rows.numpy().copy()
         self.state.look_up(rows)
         due = DueRows(fields, rows, ("",) * len(given), nothing, torch.from_numpy(nothing), nothing, is_entering=False)
-        index = KeyIndex(self.index, torch.zeros(1, dtype=torch.int32), SHAPE.softmax_scale)
+        index = KeyIndex(self.index, None, torch.zeros(1, dtype=torch.int32), SHAPE.softmax_scale)
         remember_rows(due, self.state.places, index, self._channels)
         out = self.state.choose(rows, None, torch.zeros(0, dtype=torch.int32))[len(given) :]
         return out.view(len(given), 1, SIZES.columns).numpy().copy()

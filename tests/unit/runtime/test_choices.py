@@ -21,10 +21,12 @@ TAU = 3
 POLICIES: dict[str, dict[str, object]] = {
     "exact": {},
     "exact mean": {"aggregate": "mean"},
+    "exact fp8": {"index_dtype": "fp8"},
     "bounds": {},
     "mean": {},
     "h2o": {},
     "h2o mean": {"aggregate": "mean"},
+    "h2o fp8": {"index_dtype": "fp8"},
     "streaming": {},
     "random": {"seed": 5},
     "neural": {},
@@ -119,15 +121,15 @@ def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(po
 
 
 @pytest.mark.parametrize("scratch", [None, 1])
-@pytest.mark.parametrize("name", ["exact", "mean"])
+@pytest.mark.parametrize(("name", "options"), [("exact", {}), ("exact", {"index_dtype": "fp8"}), ("mean", {})])
 def test_a_memory_is_of_all_tokens_in_any_portions(
-    name: str, scratch: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, object], scratch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two passes over queries, and a row at a time, make of it what a loop over tokens does."""
     if scratch is not None:
         monkeypatch.setattr(shares, "SCRATCH_ELEMS", scratch)
     decay = 0.8
-    world = World(lambda geometry: create_selector(name, geometry, memory_decay=decay), num_kept=8)
+    world = World(lambda geometry: create_selector(name, geometry, memory_decay=decay, **options), num_kept=8)
     requests = {"a": world.start("a", 2, prompt_len=100, want=4), "b": world.start("b", 0, prompt_len=70, want=4)}
     memory: dict[str, torch.Tensor] = {}
     for request in requests.values():

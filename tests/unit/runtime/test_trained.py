@@ -25,11 +25,14 @@ def test_an_opening_is_as_long_as_trained_unless_another_is_asked_for(tmp_path: 
 
 def test_tau_is_the_trained_one_unless_another_is_asked_for(tmp_path: Path) -> None:
     indexer = str(save_untrained(tmp_path / "toy.safetensors", tau=48))
-    assert tau_steps(FlashMemoryConfig()) == 16
+    assert tau_steps(FlashMemoryConfig(selector="exact")) == 4
+    assert tau_steps(FlashMemoryConfig(selector="h2o")) == 16
     assert tau_steps(FlashMemoryConfig(indexer=indexer)) == 48
     assert tau_steps(FlashMemoryConfig(indexer=indexer, tau_steps=5)) == 5
 
 
 def test_queries_are_kept_for_a_selection_and_the_running_step() -> None:
-    assert num_kept(FlashMemoryConfig(tau_steps=9)) == 2
-    assert num_kept(FlashMemoryConfig(tau_steps=9, memory_decay=0.5)) == 10
+    assert num_kept(FlashMemoryConfig(selector="exact")) == 5
+    assert num_kept(FlashMemoryConfig(selector="exact", tau_steps=9)) == 10
+    assert num_kept(FlashMemoryConfig(selector="exact", tau_steps=9, memory_decay=0.0)) == 2
+    assert num_kept(FlashMemoryConfig(selector="h2o", tau_steps=9)) == 2
