@@ -34,7 +34,18 @@ def test_shipped_files_name_themselves_and_hold_options_that_we_allow(path: Path
 
 
 def test_there_is_a_file_for_every_shipped_scenario() -> None:
-    assert [path.stem for path in FILES] == ["checksums", "p1", "p2", "p3", "p4", "p5", "p6", "smoke", "sweep"]
+    assert [path.stem for path in FILES] == [
+        "checksums",
+        "p1",
+        "p2",
+        "p3",
+        "p4",
+        "p5",
+        "p6",
+        "real-step",
+        "smoke",
+        "sweep",
+    ]
 
 
 @pytest.mark.parametrize(
