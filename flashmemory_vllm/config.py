@@ -21,6 +21,7 @@ SECTION = config_text.SECTION
 # What options are allowed with that only some selectors heed
 _ALLOWED_WITH: Mapping[str, tuple[tuple[str, ...], str]] = {
     "memory_decay": (DECAYING_SELECTORS, "has no score that fades"),
+    "question_share": (DECAYING_SELECTORS, "has no score that fades"),
     "successor_share": (SHARE_SELECTORS, "does not score by shares of attention"),
     "hysteresis": (SHARE_SELECTORS, "does not score by shares of attention"),
     "index_dtype": (KEY_SELECTORS, "keeps no keys as they are"),
@@ -121,6 +122,12 @@ class FlashMemoryConfig(BaseModel):
         le=1,
         description="What a score is still worth a token later: a block is worth the best of its scores so far, each "
         "times this for every token since. 0: a selection forgets the ones before it. Unset: 0.9 with `exact`, else 0.",
+    )
+    question_share: float | None = Field(
+        default=None,
+        ge=0,
+        description="What a block stays worth beside that, as a share of its score in the first selection, which a "
+        "request's question made: an answer may come late. Unset: 0.3 with `exact`, else 0.",
     )
     successor_share: float | None = Field(
         default=None,

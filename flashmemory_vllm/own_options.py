@@ -18,6 +18,7 @@ class OwnOptions(NamedTuple):
     Attributes:
         tau_steps: decode steps between two selections.
         memory_decay: what a score is still worth a token later.
+        question_share: what a block stays worth of its score by the question.
         successor_share: what a block hands on to the next one.
         hysteresis: how much more a block is worth that is held.
         index_dtype: how index keys are kept.
@@ -25,13 +26,18 @@ class OwnOptions(NamedTuple):
 
     tau_steps: int = 16
     memory_decay: float = 0.0
+    question_share: float = 0.0
     successor_share: float = 0.0
     hysteresis: float = 0.0
     index_dtype: IndexDtype = "auto"
 
 
 DEFAULT_SELECTOR: Final = "h2o"
-_OWN = {"exact": OwnOptions(tau_steps=4, memory_decay=0.9, successor_share=0.5, hysteresis=1.0, index_dtype="fp8")}
+_OWN = {
+    "exact": OwnOptions(
+        tau_steps=4, memory_decay=0.9, question_share=0.3, successor_share=0.5, hysteresis=1.0, index_dtype="fp8"
+    )
+}
 
 
 def own_options(selector: str) -> OwnOptions:

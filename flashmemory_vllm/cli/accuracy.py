@@ -32,7 +32,7 @@ _CELL_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("questions", 200, "questions of each cell"),
     ("ratio", 0.135, "resident ratio, with the index keys on top"),
     ("device-share", None, "share of a request's bytes on the device, index keys included, instead of a ratio"),
-    ("tau", 16, "decode steps between selections"),
+    ("tau", None, "decode steps between selections. Default: what suits the selector"),
     ("groups", 1, "layer groups"),
     ("anchor-layers", None, "layers that feed the selector. Default: three, in the middle third"),
     ("score-threshold", None, "score below which a block gets no slot. Default: the selector's own"),
@@ -185,7 +185,7 @@ def _group(chosen: Mapping[str, Any]) -> "CellGroup":
 
 def _check_numbers(chosen: Mapping[str, Any]) -> None:
     for name in ("questions", "tau", "groups", "batch"):
-        if chosen[name] < 1:
+        if chosen[name] is not None and chosen[name] < 1:
             raise ConfigError(f"--{name} is {chosen[name]}: allowed is 1 or more")
     for name in ("ratio", "device-share"):
         if chosen[name] is not None and not 0 < chosen[name] <= 1:

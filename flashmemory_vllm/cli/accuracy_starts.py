@@ -109,7 +109,7 @@ def index_bytes(setting: Setting, shape: "AttentionShape") -> int:
 
 
 def _config(setting: Setting) -> FlashMemoryConfig:
-    return FlashMemoryConfig.from_additional_config({SECTION: setting.options()})
+    return FlashMemoryConfig.from_additional_config({SECTION: setting.all_options()})
 
 
 def plan_starts(cells: Sequence[Cell], shape: "AttentionShape", choices: EngineChoices) -> list[Start]:
@@ -147,7 +147,7 @@ def _start(cells: Sequence[Cell], bytes_of: Mapping[Setting, int], choices: Engi
     all.
     """
     largest = max((cell.setting for cell in cells), key=bytes_of.__getitem__)
-    options = largest.options() | {
+    options = largest.all_options() | {
         "resident_ratio": max(cell.setting.ratio for cell in cells),
         # Accuracy is to be measured at lengths, too, at which a small model gains nothing
         "min_sparse_tokens": MIN_SPARSE_TOKENS,

@@ -187,7 +187,7 @@ class AccuracyRun:
         for setting, group in by_setting.items():
             if self._is_late():
                 return
-            self._generator.reconfigure(setting.options())
+            self._generator.reconfigure(setting.all_options())
             yield from takewhile(lambda _: not self._is_late(), group)
 
     def _is_late(self) -> bool:

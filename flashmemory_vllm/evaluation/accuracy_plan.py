@@ -1,6 +1,6 @@
 """Files that say which cells of an accuracy table to measure, a few lines for each sweep."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from flashmemory_vllm.config import SelectorName
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.accuracy import Cell
-from flashmemory_vllm.evaluation.accuracy_rows import DENSE, NEURAL, Setting
+from flashmemory_vllm.evaluation.accuracy_rows import DENSE, NEURAL, OptionValue, Setting
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES, AnyTaskName
+from flashmemory_vllm.own_options import own_options
 
 ORACLE = "oracle"
 DEFAULT_RATIO = 0.135
@@ -42,7 +43,7 @@ class CellGroup(_Strict):
         ratios: resident ratios, with index keys on top. Default: 0.135, unless there are device shares.
         device_shares: instead of ratios, device bytes of a request, index keys included, over those of all its
             blocks. Default: none.
-        taus: decode steps between two selections. Default: 16.
+        taus: decode steps between two selections, null for what suits the selector. Default: that alone.
         groups: numbers of layer groups. Default: 1.
         anchor_layers: sets of layers that feed the selector, null for our default. Default: that alone.
         score_thresholds: scores below which a block gets no slot, null for the selector's own. Default: that alone.
@@ -53,6 +54,7 @@ class CellGroup(_Strict):
         opening_steps: decode steps that each end with a selection of their own, null for as many as trained, and none
             without. Default: that alone.
         batches: requests that run at once. Default: 64.
+        options: further options of ours, for selectors that heed them. Default: none.
         questions: questions of each cell. Default: 200.
         indexer: trained indexer, for the selector `neural`. Default: that of the command line.
     """
@@ -62,7 +64,7 @@ class CellGroup(_Strict):
     tasks: Annotated[list[AnyTaskName], Field(min_length=1)] = list(TASK_NAMES)
     ratios: Annotated[list[Ratio], Field(min_length=1)] = [DEFAULT_RATIO]
     device_shares: Annotated[list[Ratio], Field(min_length=1)] | None = None
-    taus: Annotated[list[Positive], Field(min_length=1)] = [16]
+    taus: Annotated[list[Positive | None], Field(min_length=1)] = [None]
     groups: Annotated[list[Positive], Field(min_length=1)] = [1]
     anchor_layers: Annotated[list[Layers | None], Field(min_length=1)] = [None]
     score_thresholds: Annotated[list[Threshold | None], Field(min_length=1)] = [None]
@@ -70,6 +72,7 @@ class CellGroup(_Strict):
     query_windows: Annotated[list[Positive | None], Field(min_length=1)] = [None]
     opening_steps: Annotated[list[Annotated[int, Field(ge=0)] | None], Field(min_length=1)] = [None]
     batches: Annotated[list[Positive], Field(min_length=1)] = [64]
+    options: Mapping[str, OptionValue] = {}
     questions: Positive = 200
     indexer: str | None = None
 
@@ -107,7 +110,7 @@ class CellGroup(_Strict):
     def _settings(self, indexer: str | None) -> Iterator[Setting]:
         """Settings with a device share have that as their ratio, too, which is right without index keys."""
         if DENSE in self.selectors:
-            yield Setting(DENSE, self.taus[0], 1.0, 1)
+            yield Setting(DENSE, _tau(self.taus[0], DENSE), 1.0, 1)
         shares = self.device_shares
         sizes = [(ratio, None) for ratio in self.ratios] if shares is None else [(share, share) for share in shares]
         ways = product(
@@ -118,10 +121,24 @@ class CellGroup(_Strict):
             anchors = None if layers is None else tuple(sorted(set(layers)))
             for selector in dict.fromkeys(self.selectors):
                 if selector != DENSE:
-                    own = indexer if selector == NEURAL else None
                     yield Setting(
-                        selector, tau, ratio, groups, anchors, own, threshold, fallback, share, window, opening
+                        selector,
+                        _tau(tau, selector),
+                        ratio,
+                        groups,
+                        anchors,
+                        indexer if selector == NEURAL else None,
+                        threshold,
+                        fallback,
+                        share,
+                        window,
+                        opening,
+                        tuple(sorted(self.options.items())),
                     )
+
+
+def _tau(given: int | None, selector: str) -> int:
+    return own_options(selector).tau_steps if given is None else given
 
 
 class AccuracyPlan(_Strict):

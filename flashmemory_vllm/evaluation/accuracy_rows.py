@@ -10,6 +10,10 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.tasks import AnyTaskName
 from flashmemory_vllm.files import write_json
 
+# Further options of ours, by name, in the order of the names
+OptionValue = str | int | float | bool | None
+MoreOptions = tuple[tuple[str, OptionValue], ...]
+
 DENSE = "full"
 NEURAL = "neural"
 MIB = 1 << 20
@@ -33,6 +37,7 @@ class Setting:
             the index keys leave of it. Default: the ratio was asked for, and the index keys come on top.
         query_window: prompt tokens that a first selection is made with. Default: a trained indexer's own, else 1.
         opening_steps: decode steps that each end with a selection of their own. Default: as trained, else none.
+        options: further options of ours. Default: what suits the selector.
     """
 
     selector: str
@@ -46,8 +51,9 @@ class Setting:
     device_share: float | None = None
     query_window: int | None = None
     opening_steps: int | None = None
+    options: MoreOptions = ()
 
-    def options(self) -> dict[str, object]:
+    def all_options(self) -> dict[str, object]:
         """The same as options of our configuration."""
         return {
             "selector": self.selector,
@@ -60,6 +66,7 @@ class Setting:
             "dense_fallback_share": self.fallback_share,
             "query_window": self.query_window,
             "opening_steps": self.opening_steps,
+            **dict(self.options),
         }
 
 
@@ -97,7 +104,7 @@ class AccuracyRow:
         fallbacks: requests that fell back to all their blocks.
         refused_fallbacks: selections after which a request would have, had there been slots.
         not_measured: why accuracy is None.
-        query_window: see `Setting`, as is opening_steps.
+        query_window: see `Setting`, as are opening_steps and options.
     """
 
     model: str
@@ -130,6 +137,7 @@ class AccuracyRow:
     not_measured: str | None = None
     query_window: int | None = None
     opening_steps: int | None = None
+    options: MoreOptions = ()
 
     @property
     def setting(self) -> Setting:
@@ -172,7 +180,14 @@ def load_rows(path: Path) -> list[AccuracyRow]:
         names = ", ".join(field.name for field in fields(AccuracyRow))
         raise ConfigError(f"{path} ({error}): allowed is a JSON list of objects with {names}") from None
     # JSON has no tuples
-    return [replace(row, anchors=None if row.anchors is None else tuple(row.anchors)) for row in rows]
+    return [
+        replace(
+            row,
+            anchors=None if row.anchors is None else tuple(row.anchors),
+            options=tuple((name, value) for name, value in row.options),
+        )
+        for row in rows
+    ]
 
 
 def save_rows(path: Path, rows: Sequence[AccuracyRow]) -> None:
@@ -249,7 +264,7 @@ def _differing(rows: Sequence[AccuracyRow]) -> list[str]:
     """What only some tables need a column for: whatever has more than one value."""
     names = (
         *("device_share", "batch", "query_window", "opening_steps"),
-        *("score_threshold", "fallback_share", "indexer"),
+        *("score_threshold", "fallback_share", "indexer", "options"),
     )
     without = {"indexer": {row.indexer for row in rows if row.selector != NEURAL}}
     return [name for name in names if len({getattr(row, name) for row in rows} - without.get(name, set())) > 1]
@@ -259,4 +274,6 @@ def _cell(row: AccuracyRow, name: str) -> str:
     value = getattr(row, name)
     if name == "anchors":
         return "default" if value is None else " ".join(map(str, value))
+    if name == "options":
+        return ", ".join(f"{option} {given}" for option, given in value)
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,6 +21,7 @@ class ExactSelector(IndexedSelector):
         geometry: sizes; every layer group needs an anchor layer.
         aggregate: how heads and layers are combined, "max" or "mean". Default: "max".
         memory_decay: what a share is still worth a token later. Default: 0, nothing.
+        question_share: what the question's share adds to a block's worth from then on. Default: 0, nothing.
         index_dtype: "auto" to keep keys as they are, "fp8" for codes of a byte with a scale for each block and KV head.
             Default: "auto".
     """
@@ -32,7 +33,8 @@ class ExactSelector(IndexedSelector):
         geometry: IndexGeometry,
         aggregate: Aggregate = "max",
         memory_decay: float = 0.0,
+        question_share: float = 0.0,
         index_dtype: IndexDtype = "auto",
     ) -> None:
         self.summary = "exact_fp8" if index_dtype == "fp8" else "exact"
-        super().__init__(geometry, aggregate, memory_decay)
+        super().__init__(geometry, aggregate, memory_decay, question_share)

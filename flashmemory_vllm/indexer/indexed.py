@@ -31,6 +31,8 @@ class IndexedSelector(Selector):
         aggregate: how heads and layers are combined, "max" or "mean". Default: "max".
         memory_decay: what a share is still worth a token later; a block is remembered for the best of them.
             Default: 0, nothing.
+        question_share: what the share that a request's question paid to a block adds to its worth from then on.
+            Default: 0, nothing.
 
     Raises:
         ConfigError: a group has no anchor layer, or `aggregate` is unknown.
@@ -41,7 +43,13 @@ class IndexedSelector(Selector):
     needs_keys: ClassVar[bool] = True
     summary: Kind
 
-    def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max", memory_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        geometry: IndexGeometry,
+        aggregate: Aggregate = "max",
+        memory_decay: float = 0.0,
+        question_share: float = 0.0,
+    ) -> None:
         super().__init__(geometry)
         if aggregate not in get_args(Aggregate):
             raise ConfigError(f"aggregate must be one of {', '.join(get_args(Aggregate))}; got {aggregate!r}")
@@ -51,10 +59,11 @@ class IndexedSelector(Selector):
                 f"selector {self.name!r}: each layer group needs an anchor layer; groups {missing} have none"
             )
         self.aggregate: Aggregate = aggregate
-        self._memory_decay = memory_decay
-        self._channels = Channels.of(self.memory_kind.channels, geometry.device)
+        self._memory_decay, self._question_share = memory_decay, question_share
+        channels = self.memory_kind.channels
+        self._channels = Channels.of(channels, geometry.device)
         # A question asks with all of its tokens alike
-        self._entering = Channels.of([Channel(1.0, aggregate)], geometry.device)
+        self._entering = Channels.of([Channel(1.0, aggregate)] * len(channels), geometry.device)
         self._layer_groups = torch.tensor(geometry.layer_groups, dtype=torch.int32, device=geometry.device)
         size = (len(geometry.anchor_layers), geometry.num_logical_blocks, geometry.num_kv_heads)
         rows, is_fp8 = row_shape(self.summary, geometry.block_size, geometry.head_dim), self.summary == "exact_fp8"
@@ -78,9 +87,13 @@ class IndexedSelector(Selector):
 
     @property
     def memory_kind(self) -> MemoryKind:
-        """The largest share that a token paid to a block, each fading with its age."""
-        channels = (Channel(self._memory_decay, self.aggregate),)
-        return MemoryKind(channels, num_queries=0 if self._memory_decay else 1)
+        """The largest share that a token paid to a block, each fading with its age; beside it the question's."""
+        newest, num_queries = Channel(self._memory_decay, self.aggregate), 0 if self._memory_decay else 1
+        if not self._question_share:
+            return MemoryKind((newest,), num_queries=num_queries)
+        # Later shares have no weight in it
+        asked = Channel(1.0, self.aggregate, "rms")
+        return MemoryKind((newest, asked), (1.0, self._question_share), "sum", num_queries)
 
     def remember(self, due: DueRows, state: PlaceState) -> None:
         """Attention shares of all rows in one pass over their keys; see `Selector.remember`."""

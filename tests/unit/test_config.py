@@ -121,12 +121,12 @@ def test_tau_is_as_asked_for_or_as_trained_or_the_selectors_own() -> None:
 
 
 def test_each_selector_has_options_of_its_own() -> None:
-    assert _read(selector="exact").own == OwnOptions(4, 0.9, 0.5, 1.0, "fp8")
+    assert _read(selector="exact").own == OwnOptions(4, 0.9, 0.3, 0.5, 1.0, "fp8")
     for options in ({"selector": "h2o"}, {"selector": "streaming"}, {"selector": "bounds"}, {"indexer": "some/where"}):
-        assert _read(**options).own == OwnOptions(16, 0.0, 0.0, 0.0, "auto")
-    plain = {"tau_steps": 16, "memory_decay": 0.0, "successor_share": 0.0, "hysteresis": 0.0, "index_dtype": "auto"}
-    assert _read(selector="exact", **plain).own == OwnOptions(16, 0.0, 0.0, 0.0, "auto")
-    assert _read(selector="bounds", memory_decay=0.5).own == OwnOptions(16, 0.5, 0.0, 0.0, "auto")
+        assert _read(**options).own == OwnOptions(16, 0.0, 0.0, 0.0, 0.0, "auto")
+    plain = OwnOptions()._asdict()
+    assert _read(selector="exact", **plain).own == OwnOptions(16, 0.0, 0.0, 0.0, 0.0, "auto")
+    assert _read(selector="bounds", memory_decay=0.5).own == OwnOptions(16, 0.5, 0.0, 0.0, 0.0, "auto")
 
 
 def test_config_stays_frozen() -> None:

@@ -43,7 +43,7 @@ def test_every_setting_is_one_that_our_configuration_allows() -> None:
     assert {setting.anchors for setting in settings} == {None, (0, 5)}
     assert {setting.score_threshold for setting in settings} == {None, 0.1}
     for setting in settings:
-        FlashMemoryConfig.model_validate(setting.options())
+        FlashMemoryConfig.model_validate(setting.all_options())
     for start in starts(*given):
         FlashMemoryConfig.model_validate(start.options)
 
@@ -52,7 +52,8 @@ def test_what_is_not_given_has_its_default() -> None:
     cells = make_cells(parse())
     assert {cell.setting for cell in cells} == {
         Setting("full", 16, 1.0, 1),
-        *(Setting(name, 16, 0.135, 1) for name in ("streaming", "random", "mean", "bounds", "exact", "h2o")),
+        *(Setting(name, 16, 0.135, 1) for name in ("streaming", "random", "mean", "bounds", "h2o")),
+        Setting("exact", 4, 0.135, 1),
     }
     assert {(cell.tokens, cell.questions, cell.batch) for cell in cells} == {
         (tokens, 200, 64) for tokens in (4096, 16384, 32768)
@@ -63,9 +64,10 @@ def test_a_device_share_leaves_each_selector_what_its_index_does_not_take() -> N
     args = parse("--device-share", "0.4", "--selectors", "full,streaming,bounds,exact", "--dtype", "float32")
     cells = {cell.setting.selector: cell.setting for cell in make_cells(args)}
     ratios = {name: setting.ratio for name, setting in cells.items()}
-    # Three of six layers: of each block all keys, or two vectors a KV head
+    # Three of six layers: of each block all keys, in a byte instead of four and with a scale, or two vectors a KV head
     block_size = block_size_of(args)
-    assert ratios == pytest.approx({"full": 1.0, "streaming": 0.4, "bounds": 0.4 - 0.5 / block_size, "exact": 0.15})
+    exact = 0.4 - 1 / 16 - 1 / (256 * block_size)
+    assert ratios == pytest.approx({"full": 1.0, "streaming": 0.4, "bounds": 0.4 - 0.5 / block_size, "exact": exact})
     assert {setting.device_share for name, setting in cells.items() if name != "full"} == {0.4}
 
 

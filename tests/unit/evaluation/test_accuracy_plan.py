@@ -10,6 +10,7 @@ from flashmemory_vllm.evaluation.accuracy import Cell
 from flashmemory_vllm.evaluation.accuracy_plan import CellGroup, cells_of, load_plan
 from flashmemory_vllm.evaluation.accuracy_rows import Setting
 from flashmemory_vllm.evaluation.tasks import TASK_NAMES
+from flashmemory_vllm.own_options import OwnOptions
 from tests.docs.pages import ROOT
 
 PLANS = sorted((ROOT / "configs" / "accuracy").glob("*.yaml"))
@@ -64,13 +65,26 @@ def test_a_device_share_gives_each_selector_the_ratio_that_its_index_leaves() ->
 
 def test_what_the_first_selections_read_is_a_setting_of_its_own() -> None:
     cells = group(query_windows=[None, 16], opening_steps=[2]).cells(None, without_index)
-    options = [FlashMemoryConfig.from_additional_config({"flashmemory": cell.setting.options()}) for cell in cells]
+    options = [FlashMemoryConfig.from_additional_config({"flashmemory": cell.setting.all_options()}) for cell in cells]
     assert [(option.query_window, option.opening_steps) for option in options] == [(None, 2), (16, 2)]
+
+
+def test_further_options_are_part_of_a_setting_and_tau_is_what_suits_the_selector() -> None:
+    plain = {"memory_decay": 0, "index_dtype": "auto"}
+    cells = group(selectors=["full", "exact", "streaming"], taus=[None, 8], options=plain).cells(None, without_index)
+    settings = [cell.setting for cell in cells]
+    assert [(one.selector, one.tau) for one in settings] == [
+        *(("full", 16), ("exact", 4), ("streaming", 16)),
+        *(("exact", 8), ("streaming", 8)),
+    ]
+    own = FlashMemoryConfig.from_additional_config({"flashmemory": settings[1].all_options()}).own
+    assert own == OwnOptions(4, 0, 0.3, 0.5, 1.0, "auto")
+    assert (settings[0].options, settings[1].options) == ((), (("index_dtype", "auto"), ("memory_decay", 0)))
 
 
 def test_a_fallback_is_a_setting_of_its_own() -> None:
     cells = group(fallback_shares=[None, 0.3], score_thresholds=[0.01]).cells(None, without_index)
-    assert [cell.setting.options()["dense_fallback_share"] for cell in cells] == [None, 0.3]
+    assert [cell.setting.all_options()["dense_fallback_share"] for cell in cells] == [None, 0.3]
     trained = group(selectors=["neural", "full"], fallback_shares=[0.3]).cells("x", without_index)
     assert [cell.setting.fallback_share for cell in trained] == [None, 0.3]
 
@@ -94,7 +108,7 @@ def test_every_published_plan_asks_for_what_our_configuration_allows(path: Path)
     cells = cells_of(load_plan(path).cells, "owner/indexer", without_index)
     assert cells
     for setting in {cell.setting for cell in cells}:
-        FlashMemoryConfig.model_validate(setting.options())
+        FlashMemoryConfig.model_validate(setting.all_options())
 
 
 @pytest.mark.parametrize(

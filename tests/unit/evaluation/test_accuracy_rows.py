@@ -54,6 +54,12 @@ def test_what_differs_has_a_column_and_a_line_of_its_own() -> None:
     ]
 
 
+def test_further_options_have_a_column() -> None:
+    table = format_tables([make_row(), make_row(options=(("hysteresis", 0), ("index_dtype", "auto")))])
+    assert "| exact | 0.125 | 16 | 1 | default | hysteresis 0, index_dtype auto | 0.750 | 12.5% |" in table
+    assert "| exact | 0.125 | 16 | 1 | default |  | 0.750 | 12.5% |" in table
+
+
 def test_device_bytes_have_a_column_with_a_figure_for_each_length() -> None:
     rows = [make_row(tokens=tokens, device_bytes=tokens << 16, device_share=0.4) for tokens in (1200, 600)]
     head, _, line, _ = format_tables([*rows, make_row(device_share=0.2)]).splitlines()[2:]
@@ -85,7 +91,8 @@ def test_a_report_keeps_rows_on_other_questions_apart() -> None:
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    rows = [make_row(anchors=(0, 2), indexer="x", score_threshold=0.5), make_row(), make_row(accuracy=None)]
+    options = (("index_dtype", "auto"), ("memory_decay", 0))
+    rows = [make_row(anchors=(0, 2), indexer="x", options=options), make_row(), make_row(accuracy=None)]
     save_rows(tmp_path / "new" / "rows.json", rows)
     assert load_rows(tmp_path / "new" / "rows.json") == rows
     assert load_rows(tmp_path / "none.json") == []

@@ -268,7 +268,9 @@ def test_heavy_hitter_goes_on_with_its_mass_after_a_preemption() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"selector must be one of full, .*; got 'best'"):
         create_selector("best", make_geometry())
-    with pytest.raises(ConfigError, match=r"takes the options \['aggregate', 'memory_decay'\]; got \['seed'\]"):
+    with pytest.raises(
+        ConfigError, match=r"takes the options \['aggregate', 'memory_decay', 'question_share'\]; got \['seed'\]"
+    ):
         create_selector("mean", make_geometry(), seed=1)
     with pytest.raises(ConfigError, match=r"aggregate must be one of max, mean; got 'sum'"):
         create_selector("mean", make_geometry(), aggregate="sum")

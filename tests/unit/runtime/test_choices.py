@@ -121,7 +121,9 @@ def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(po
 
 
 @pytest.mark.parametrize("scratch", [None, 1])
-@pytest.mark.parametrize(("name", "options"), [("exact", {}), ("exact", {"index_dtype": "fp8"}), ("mean", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("exact", {"index_dtype": "fp8"}), ("exact", {"question_share": 2.0}), ("mean", {})]
+)
 def test_a_memory_is_of_all_tokens_in_any_portions(
     name: str, options: dict[str, object], scratch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,10 +134,11 @@ def test_a_memory_is_of_all_tokens_in_any_portions(
     world = World(lambda geometry: create_selector(name, geometry, memory_decay=decay, **options), num_kept=8)
     requests = {"a": world.start("a", 2, prompt_len=100, want=4), "b": world.start("b", 0, prompt_len=70, want=4)}
     memory: dict[str, torch.Tensor] = {}
+    asked: dict[str, torch.Tensor] = {}
     for request in requests.values():
         world.twin_scored(request, 7)
         assert request.worth is not None
-        memory[request.name] = request.worth
+        memory[request.name] = asked[request.name] = request.worth
     world.choose(*map(world.asked, requests.values()), requests=requests, window=7)
     for _ in range(4):
         rows = []
@@ -151,9 +154,15 @@ def test_a_memory_is_of_all_tokens_in_any_portions(
             rows.append(world.asked(request))
         world.choose(*rows, requests=requests)
         for request in requests.values():
-            found = world.state.places.memory[0, :, request.place, : request.num_full]
+            found, *others = world.state.places.memory[:, :, request.place, : request.num_full]
             torch.testing.assert_close(found, memory[request.name], rtol=1e-4, atol=1e-6)
-            request.worth = found
+            request.worth = found.clone()
+            for other in others:
+                question = torch.nn.functional.pad(
+                    asked[request.name], (0, other.shape[1] - asked[request.name].shape[1])
+                )
+                torch.testing.assert_close(other, question, rtol=1e-4, atol=1e-6)
+                request.worth += 2 * other
             world.twin_chosen(request)
         same(world, requests)
 
