@@ -1,4 +1,4 @@
-"""The contract of every selector: index keys in, one score per history block out."""
+"""The contract of every selector: index keys in, what each block is remembered for out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from flashmemory_kernels.common.due_rows import Due
 from flashmemory_kernels.remember_shares import Channel
 
 from flashmemory_vllm.errors import ConfigError
@@ -59,53 +58,11 @@ class IndexGeometry:
             raise ConfigError(f"layer_groups must lie in 0..{self.num_groups - 1}; got {self.layer_groups}")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ScoringRequest:
-    """One request whose resident set is due; filled by the worker.
-
-    Attributes:
-        req_id: vLLM's request id.
-        block_ids: int64 [n], the full history blocks in logical order, on the index device.
-        queries: [A, Hq, D], the last token's queries of each anchor layer after RoPE; None only for a
-            selector with `needs_queries` False.
-        step_index: selections this request had before, those before a preemption included.
-        resident: bool [G, n], blocks of the set in force; None when there is no set: at first, and after a preemption.
-        earlier: [Q, A, Hq, D], the same of the newest prompt tokens before the last token, when there is no set; None
-            otherwise. A block is worth what it is worth to any of these tokens.
-        prompt_len: tokens of the request's prompt; 0 if nobody tells.
-    """
-
-    req_id: str
-    block_ids: torch.Tensor
-    queries: torch.Tensor | None
-    step_index: int
-    resident: torch.Tensor | None = None
-    earlier: torch.Tensor | None = None
-    prompt_len: int = 0
-
-    def all_queries(self, selector: str) -> list[torch.Tensor]:
-        """Queries [A, Hq, D] of each token, the last one's first.
-
-        Args:
-            selector: name of who asks, for the message.
-
-        Raises:
-            ConfigError: the request came without queries.
-        """
-        if self.queries is None:
-            raise ConfigError(f"selector {selector!r} needs queries; request {self.req_id!r} came without")
-        return [self.queries, *(() if self.earlier is None else self.earlier)]
-
-
-class WrongShapeError(ValueError):
-    """A selector gave scores of a shape that nobody asked for."""
-
-
 class Selector(ABC):
     """Says what each block of a request is worth, 0 or more; what is worth more gets a slot.
 
-    One instance serves all requests of a worker from one thread. `add_blocks`, `remember` and `score` enqueue work on
-    the current stream and never wait for the device.
+    One instance serves all requests of a worker from one thread. `add_blocks` and `remember` enqueue work on the
+    current stream and never wait for the device.
 
     Attributes:
         is_finite: whether `remember` never writes a NaN or an infinity, so that nobody needs to look. Default: False.
@@ -125,34 +82,14 @@ class Selector(ABC):
         """What is remembered of a block. Default: its last score."""
         return MemoryKind((Channel(0.0),))
 
+    @abstractmethod
     def remember(self, due: DueRows, state: PlaceState) -> None:
         """Bring the memory of requests up to date with their newest queries, for all of their full blocks.
-
-        Default: one request after the other, as `score` says.
 
         Args:
             due: the requests.
             state: whose `memory[:, :, place, :n]` is changed, n the full blocks of the request at a place.
-
-        Raises:
-            WrongShapeError: `score` gives other than a number for each block and layer group.
         """
-        for row, req_id in enumerate(due.req_ids):
-            place, num_blocks = due.of_request(row)
-            newest = _newest_queries(due, row, state) if self.needs_queries else None
-            request = ScoringRequest(
-                req_id,
-                state.block_ids[place, :num_blocks].long(),
-                None if newest is None else newest[0],
-                int(due.selections[row]),
-                None if due.is_entering else state.in_set[:, place, :num_blocks].bool(),
-                newest[1:] if due.is_entering and newest is not None and len(newest) > 1 else None,
-                int(due.prompt_lens[row]),
-            )
-            scores, wanted = self.score(request), (self.geometry.num_groups, num_blocks)
-            if scores.shape != wanted:
-                raise WrongShapeError(f"scores of shape {tuple(scores.shape)}, allowed is {wanted}")
-            state.memory[0, :, place, :num_blocks] = scores
 
     @property
     def score_threshold(self) -> float | None:
@@ -175,26 +112,9 @@ class Selector(ABC):
             slots: per anchor layer int64 [n], the slot of each block. Default: the keys are gathered already.
         """
 
-    @abstractmethod
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Score the history blocks of one request.
-
-        Returns:
-            float32 [G, n] on the index device, one row per layer group.
-        """
-
     def forget(self, req_id: str) -> None:  # noqa: B027 - optional
         """Drop what is kept for a request that ended; unknown ids are fine.
 
         What is kept outlives a preemption. The request comes back with equal tokens at equal positions, in other blocks
         maybe, and sometimes with a block less than it was last scored with: a step under way may have been in vain.
         """
-
-
-def _newest_queries(due: DueRows, row: int, state: PlaceState) -> torch.Tensor:
-    """Queries [q, A, Hq, D] that a request is scored with, the newest first."""
-    place, _ = due.of_request(row)
-    num_queries, num_kept = int(due.fields[row, Due.NUM_QUERIES]), state.queries.shape[2]
-    age = torch.arange(num_queries, device=state.queries.device)
-    at = (due.on_device[row, Due.POSITION] - age) % num_kept
-    return state.queries[:, place].index_select(1, at).transpose(0, 1)

@@ -1,8 +1,8 @@
-"""Times whole selections of an 8B model, `python -m flashmemory_vllm.indexer.benchmark --out rows.json`.
+"""Times the memories of an 8B model's requests, `python -m flashmemory_vllm.indexer.benchmark --out rows.json`.
 
-A selection is one call of `Selector.score` for one request: from captured queries to one score for each of its blocks.
-It is timed alone on the device with a cold L2 cache. Reading the index is most of its work, so the bytes are shown
-beside the bandwidth that a plain copy reaches in the same run.
+One call of `Selector.remember`, as serving makes it for all rows that are due in a step: from captured queries to what
+each of their blocks is remembered for. It is timed alone on the device with a cold L2 cache. Reading the index is most
+of its work, so the bytes are shown beside the bandwidth that a plain copy reaches in the same run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from flashmemory_kernels.benchmark import Measure, measure_ceilings, measure_cud
 
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.files import write_json
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.checkpoint import save_indexer
+from flashmemory_vllm.indexer.due import DueRequest, due_rows
 from flashmemory_vllm.indexer.factory import create_selector
 from flashmemory_vllm.indexer.neural import NeuralSelector
 from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
+from flashmemory_vllm.indexer.places import PlaceState
 
 MODULE = "flashmemory_vllm.indexer.benchmark"
-TOKENS = (131_072, 500_000)
+# Rows that are due in a step, and tokens of each: a quarter of 64 and of 8, as with a selection every four steps
+BATCHES = ((16, 6_144), (2, 32_768), (1, 131_072), (1, 500_000))
 BLOCK_SIZE = 16
 NUM_LAYERS = 32
 ANCHOR_LAYERS = (8, 16, 24)
@@ -39,12 +42,16 @@ KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * 8 * 128 * torch.bfloat16.itemsize
 RESIDENT_RATIO = 0.135
 # As `flashmemory capture` records by default
 CHUNK_SIZE = 4
-# A request's first selection, and the tokens of its question that it is made with
+# First selections, and the tokens of a question that they are made with
 FIRST = "neural-first"
 QUERY_WINDOW = 16
+# Steps between two selections
+TAU = 4
 # Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
 NEURAL_RANKS = {"neural-64": 64, "neural": 512, FIRST: 512}
-SELECTORS = ("mean", "bounds", "exact", "h2o", *NEURAL_RANKS)
+SELECTORS = ("mean", "bounds", "exact", "exact-memory", "h2o", *NEURAL_RANKS)
+# What is remembered of all tokens, with the queries of each
+MEMORY = {"exact-memory": {"memory_decay": 0.9}}
 # Blocks whose index keys are made at once, and calls that the host's time is the median of.
 ADDED_BLOCKS = 1024
 HOST_RUNS = 50
@@ -56,11 +63,11 @@ class SelectionRow:
 
     Attributes:
         scenario: always "selection".
-        measurement: selector and tokens.
+        measurement: selector, rows and tokens of each.
         value: median time on the device.
         unit: of `value`, "us".
-        host_us: median time in which the host enqueues the selection.
-        device_bytes: bytes that it has to read: the index keys of its blocks, and a neural indexer's weights.
+        host_us: median time in which the host enqueues it.
+        device_bytes: bytes that it has to read: the index keys of all blocks, and a neural indexer's weights.
         gb_per_s: 1e9 of these bytes a second.
         ceiling_gb_per_s: what a plain copy inside the device reads and writes together.
         share: of the ceiling.
@@ -90,7 +97,7 @@ class SelectionRow:
 
 
 def make_geometry(num_tokens: int, device: torch.device) -> IndexGeometry:
-    """Sizes of an 8B model with grouped queries and room for one request of so many tokens."""
+    """Sizes of an 8B model with grouped queries and room for so many tokens, whole blocks of them."""
     return IndexGeometry(
         num_logical_blocks=num_tokens // BLOCK_SIZE + 1,
         block_size=BLOCK_SIZE,
@@ -109,7 +116,7 @@ def make_geometry(num_tokens: int, device: torch.device) -> IndexGeometry:
 def make_selector(name: str, geometry: IndexGeometry) -> Selector:
     """A selector of `SELECTORS` with an empty index; a neural one has drawn weights."""
     if name not in NEURAL_RANKS:
-        return create_selector(name, geometry)
+        return create_selector(name.partition("-")[0], geometry, **MEMORY.get(name, {}))
     model = NeuralIndexer(_indexer_spec(geometry, NEURAL_RANKS[name]))
     model.init_weights(torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -142,40 +149,53 @@ def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
     )
 
 
-def make_call(selector: Selector, *, first: bool = False) -> Callable[[], torch.Tensor]:
-    """A selection of a request that fills the index: its second, after which nothing is new to the selector.
+def make_call(selector: Selector, num_rows: int, *, first: bool = False) -> Callable[[], torch.Tensor]:
+    """Selections of requests that fill the index: their later ones, with a query or as many as were since the last one.
 
     Args:
         selector: with an empty index.
-        first: its first one instead, with all tokens of a question.
+        num_rows: requests that share it evenly.
+        first: their first ones instead, with all tokens of a question.
+
+    Returns:
+        What brings their memories `[C, G, n, W]` up to date, and gives them back.
     """
-    geometry = selector.geometry
-    generator = torch.Generator(geometry.device).manual_seed(0)
+    geometry, kind = selector.geometry, selector.memory_kind
+    device = geometry.device
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device=geometry.device, dtype=geometry.dtype)
+        return torch.randn(size, generator=generator, device=device, dtype=geometry.dtype)
 
     num_blocks = geometry.num_logical_blocks - 1
     # Block 0 is vLLM's null block; the others are handed out in any order
-    ids = 1 + torch.randperm(num_blocks, generator=generator, device=geometry.device)
+    ids = 1 + torch.randperm(num_blocks, generator=generator, device=device)
     for start in range(0, num_blocks, ADDED_BLOCKS):
         part = ids[start : start + ADDED_BLOCKS]
         keys = draw(len(part), geometry.num_kv_heads, geometry.block_size, geometry.head_dim)
         selector.add_blocks(part, [keys] * len(geometry.anchor_layers))
-    queries = draw(len(geometry.anchor_layers), geometry.num_query_heads, geometry.head_dim)
-    resident = torch.zeros(geometry.num_groups, num_blocks, dtype=torch.bool, device=geometry.device)
-    resident[:, -int(RESIDENT_RATIO * num_blocks) :] = True
-    if first:
-        earlier = draw(QUERY_WINDOW - 1, *queries.shape)
-        request = ScoringRequest("r", ids, queries, 0, earlier=earlier)
-    else:
-        selector.score(ScoringRequest("r", ids, queries, 0))
-        request = ScoringRequest("r", ids, queries, 1, resident)
-    return lambda: selector.score(request)
+    block_ids = ids.int().view(num_rows, -1)
+    width, num_queries = block_ids.shape[1], QUERY_WINDOW if first else kind.num_queries or TAU
+    queries = draw(len(geometry.anchor_layers), num_rows, num_queries, geometry.num_query_heads, geometry.head_dim)
+    memory = torch.zeros(len(kind.channels), geometry.num_groups, num_rows, width, device=device)
+    in_set = torch.zeros(geometry.num_groups, num_rows, width, dtype=torch.int8, device=device)
+    in_set[:, :, -int(RESIDENT_RATIO * width) :] = 1
+    num_known, elapsed = (0, 0) if first else (width, TAU)
+    rows = [
+        DueRequest(place, width, num_queries - 1, num_queries, elapsed, num_known, int(not first))
+        for place in range(num_rows)
+    ]
+    due, state = due_rows(rows, device, is_entering=first), PlaceState(queries, block_ids, memory, in_set)
+
+    def call() -> torch.Tensor:
+        selector.remember(due, state)
+        return memory
+
+    return call
 
 
 def bytes_read(selector: Selector, num_blocks: int) -> int:
-    """Device bytes that a selection has to read; what it writes and reads again on the way is not counted."""
+    """Device bytes that have to be read for so many blocks; what is written and read again is not counted."""
     index_bytes = num_blocks * selector.bytes_per_block()
     if not isinstance(selector, NeuralSelector):
         return index_bytes
@@ -196,26 +216,33 @@ def measure_host(call: Callable[[], object]) -> float:
 
 
 def measure_selection(
-    name: str, num_tokens: int, device: torch.device, measure: Measure, ceiling: float, facts: Mapping[str, Any]
+    name: str,
+    batch: tuple[int, int],
+    device: torch.device,
+    measure: Measure,
+    ceiling: float,
+    facts: Mapping[str, Any],
 ) -> SelectionRow:
     """Time one selector.
 
     Args:
         name: of `SELECTORS`.
-        num_tokens: length of the request.
+        batch: rows that are due, and tokens of each.
         device: where the index lies.
         measure: microseconds of a call on the device.
         ceiling: GB/s of a plain copy.
         facts: fields of every row that say where it comes from.
     """
-    selector = make_selector(name, make_geometry(num_tokens, device))
-    call = make_call(selector, first=name == FIRST)
+    num_rows, num_tokens = batch
+    num_blocks = num_rows * (num_tokens // BLOCK_SIZE)
+    selector = make_selector(name, make_geometry(num_blocks * BLOCK_SIZE, device))
+    call = make_call(selector, num_rows, first=name == FIRST)
     micros = measure(call)
-    num_bytes = bytes_read(selector, num_tokens // BLOCK_SIZE)
+    num_bytes = bytes_read(selector, num_blocks)
     rate = num_bytes / micros / 1e3
     return SelectionRow(
         scenario="selection",
-        measurement=f"{name} {num_tokens} tokens",
+        measurement=f"{name} {num_rows} x {num_tokens} tokens",
         value=round(micros, 2),
         unit="us",
         host_us=round(measure_host(call), 2),
@@ -233,32 +260,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the rows and write them; one index is allocated at a time.
 
     Raises:
-        ConfigError: a number of tokens is less than some blocks.
+        ConfigError: a row has no tokens to choose from, or there is none.
         UnsupportedError: there is no CUDA device.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew")
     parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=SELECTORS, help="default: all")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help=f"default: {' '.join(map(str, TOKENS))}")
+    batches = " ".join(f"{num_rows}x{num_tokens}" for num_rows, num_tokens in BATCHES)
+    parser.add_argument("--batches", nargs="+", default=batches.split(), help=f"rows x tokens. Default: {batches}")
     parser.add_argument("--commit", default="unknown", help="commit to name in the rows. Default: %(default)s")
     options = parser.parse_args(argv)
-    smallest = 16 * BLOCK_SIZE
-    if min(options.tokens) < smallest:
-        raise ConfigError(f"--tokens is {min(options.tokens)}: allowed is {smallest} or more")
+    chosen = [_batch(given) for given in options.batches]
     if not torch.cuda.is_available():
         raise UnsupportedError("the selection benchmark needs a CUDA device; this machine has none")
     ceiling = measure_ceilings(measure_cuda)["device"]
     facts = row_facts(MODULE, argv, options.commit)
     rows: list[SelectionRow] = []
     device = torch.device("cuda")
-    for num_tokens, name in product(options.tokens, options.selectors):
-        row = measure_selection(name, num_tokens, device, measure_cuda, ceiling, facts)
+    for batch, name in product(chosen, options.selectors):
+        row = measure_selection(name, batch, device, measure_cuda, ceiling, facts)
         rows.append(row)
-        sys.stdout.write(f"{row.measurement:26} {row.value:9.2f} us {row.host_us:9.2f} us host {row.share:7.1%}\n")
+        sys.stdout.write(f"{row.measurement:32} {row.value:9.2f} us {row.host_us:9.2f} us host {row.share:7.1%}\n")
         sys.stdout.flush()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, [asdict(row) for row in rows])
     return 0
+
+
+def _batch(given: str) -> tuple[int, int]:
+    """Rows and tokens of `ROWSxTOKENS`."""
+    num_rows, _, num_tokens = given.partition("x")
+    smallest = 16 * BLOCK_SIZE
+    if not (num_rows.isdecimal() and num_tokens.isdecimal() and int(num_rows) and int(num_tokens) >= smallest):
+        raise ConfigError(f"--batches is {given!r}: allowed is ROWSxTOKENS, {smallest} tokens or more")
+    return int(num_rows), int(num_tokens)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from flashmemory_kernels.summarise_keys import Kind
 
 from flashmemory_vllm.indexer.indexed import IndexedSelector
@@ -19,6 +18,3 @@ class BoundsSelector(IndexedSelector):
 
     name: ClassVar[str] = "bounds"
     summary: Kind = "bounds"
-
-    def _expand(self, queries: torch.Tensor) -> torch.Tensor:
-        return torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)

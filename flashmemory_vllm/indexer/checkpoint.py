@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from flashmemory_kernels.ensemble_scores import Aggregate
+from flashmemory_kernels.common import Aggregate
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 

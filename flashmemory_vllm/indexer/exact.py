@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from flashmemory_kernels.ensemble_scores import Aggregate
+from flashmemory_kernels.common import Aggregate
 
 from flashmemory_vllm.indexer.base import IndexGeometry
 from flashmemory_vllm.indexer.indexed import IndexedSelector

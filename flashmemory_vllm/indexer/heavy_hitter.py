@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
+from flashmemory_kernels.common import Aggregate
 from flashmemory_kernels.common.due_rows import Due
-from flashmemory_kernels.ensemble_scores import Aggregate
 from flashmemory_kernels.remember_shares import Channel
 from flashmemory_kernels.score_rows import OnlySets
 
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
+from flashmemory_vllm.indexer.base import IndexGeometry
 from flashmemory_vllm.indexer.exact import ExactSelector
 from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 from flashmemory_vllm.indexer.shares import only_rows, remember_rows
@@ -37,7 +36,6 @@ class HeavyHitterSelector(ExactSelector):
 
     def __init__(self, geometry: IndexGeometry, aggregate: Aggregate = "max", index_dtype: IndexDtype = "auto") -> None:
         super().__init__(geometry, aggregate, index_dtype=index_dtype)
-        self._gathered: dict[str, torch.Tensor] = {}
 
     @property
     def memory_kind(self) -> MemoryKind:
@@ -58,23 +56,3 @@ class HeavyHitterSelector(ExactSelector):
             fields[:, Due.NUM_QUERIES] = fields[:, Due.NUM_QUERIES].clip(max=1)
             rows[:, Due.NUM_QUERIES].clamp_(max=1)
             remember_rows(replace(due, fields=fields, on_device=rows), state, self._keys(), self._channels)
-
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Mass gathered by each block, this selection included; mutates the request's state."""
-        gathered = self._gathered.get(request.req_id) if request.step_index > 0 else None
-        if gathered is None:
-            total = super().score(request)
-        else:
-            # Of the last token alone: what the question asked for is in the mass, also after a preemption
-            log_mass = self._log_mass(request.all_queries(self.name)[0], request)
-            if request.resident is not None:
-                log_mass.masked_fill_(~request.resident[self._layer_groups].unsqueeze(1), -torch.inf)
-            total = self._aggregate(log_mass)
-            num_known = min(total.shape[1], gathered.shape[1])
-            total[:, :num_known] += gathered[:, :num_known]
-        self._gathered[request.req_id] = total
-        return total.clone()
-
-    def forget(self, req_id: str) -> None:
-        """Drop the mass of a request that ended."""
-        self._gathered.pop(req_id, None)

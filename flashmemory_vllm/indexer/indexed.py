@@ -7,14 +7,13 @@ from itertools import repeat
 from typing import ClassVar, get_args
 
 import torch
-from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
+from flashmemory_kernels.common import Aggregate
 from flashmemory_kernels.remember_shares import Channel, Channels
-from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_chunks import CODE_DTYPE
 from flashmemory_kernels.summarise_keys import Kind, row_shape, summarise_keys
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 from flashmemory_vllm.indexer.shares import KeyIndex, remember_rows
 
@@ -22,9 +21,8 @@ from flashmemory_vllm.indexer.shares import KeyIndex, remember_rows
 class IndexedSelector(Selector):
     """Keeps R rows of E elements per block, KV head and anchor layer; scores blocks by softmax share.
 
-    A subclass says how a block's keys become rows (`summary`) and how a query is laid out against a row
-    (`_expand`). The index [A, N, Hkv, R, E], for rows in fp8 with scales [A, N, Hkv], is allocated once; rows of blocks
-    never added are uninitialised.
+    A subclass says how a block's keys become rows (`summary`). The index [A, N, Hkv, R, E], for rows in fp8 with scales
+    [A, N, Hkv], is allocated once; rows of blocks never added are uninitialised.
 
     Args:
         geometry: sizes; every layer group needs an anchor layer.
@@ -101,27 +99,3 @@ class IndexedSelector(Selector):
 
     def _keys(self) -> KeyIndex:
         return KeyIndex(self.index, self.scales, self._layer_groups, self.geometry.softmax_scale)
-
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Share of each block in the attention of the request's last token, the largest of several tokens' shares."""
-        last, *earlier = (self._log_mass(queries, request) for queries in request.all_queries(self.name))
-        scores = self._aggregate(last)
-        for log_mass in earlier:
-            torch.maximum(scores, self._aggregate(log_mass), out=scores)
-        return scores
-
-    def _log_mass(self, queries: torch.Tensor, request: ScoringRequest) -> torch.Tensor:
-        """Log-mass of each block for queries [A, Hq, D], float32 [A, Hq, n]."""
-        index, ids = self.index, request.block_ids
-        if self.scales is not None:
-            codes = index.view(torch.uint8)[:, ids].view(CODE_DTYPE)
-            index = (codes.float() * self.scales[:, ids, :, None, None]).to(self.geometry.dtype)
-            ids = torch.arange(len(ids), device=ids.device)
-        return score_blocks(self._expand(queries), index, ids, self.geometry.softmax_scale)
-
-    def _aggregate(self, log_mass: torch.Tensor) -> torch.Tensor:
-        return ensemble_scores(log_mass, self._layer_groups, self.geometry.num_groups, self.aggregate)
-
-    def _expand(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries [A, Hq, D] to [A, Hq, E]."""
-        return queries

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import sqrt
+from typing import NamedTuple
 
 import torch
-from flashmemory_kernels.ensemble_scores import Aggregate
-from flashmemory_kernels.score_chunks import CODE_DTYPE, dequantise_codes, quantise_codes
+from flashmemory_kernels.common import Aggregate
+from flashmemory_kernels.score_chunks import CODE_DTYPE, Ensemble, dequantise_codes, quantise_codes
 from torch import nn
 from torch.nn import functional
 
@@ -98,6 +99,18 @@ class IndexerSpec:
     def bytes_per_block(self) -> int:
         """Device bytes of one block's codes and scales, all anchor layers together."""
         return len(self.anchor_layers) * self.chunks_per_block * (self.dim * CODE_DTYPE.itemsize + _SCALE_BYTES)
+
+
+class QueryWeights(NamedTuple):
+    """Arguments of `project_queries` behind the queries."""
+
+    spread: torch.Tensor
+    down: torch.Tensor
+    norm: torch.Tensor
+    up: torch.Tensor
+    gate: torch.Tensor
+    gate_bias: torch.Tensor
+    eps: float
 
 
 class NeuralIndexer(nn.Module):
@@ -224,6 +237,16 @@ class NeuralIndexer(nn.Module):
         offset = functional.pad(self.reach_offset, (0, self.spec.chunks_per_block))
         return (logits + offset.unsqueeze(1)).amax(-1)
 
+    @property
+    def query_weights(self) -> QueryWeights:
+        """What `project_queries` takes behind the queries."""
+        weights = self.query_down, self.query_norm, self.query_up, self.gate, self.gate_bias
+        return QueryWeights(self.query_spread, *weights, NORM_EPS)
+
+    def ensemble(self, groups: torch.Tensor) -> Ensemble:
+        """What `score_chunks` makes one logit of, given the layer group of each anchor layer, int32 [A]."""
+        return Ensemble(self.bias, self.distance, self.reach_offset, groups, self.spec.aggregate)
+
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated probability that a block is needed, from logits of an ensemble, any shape."""
         return calibrated(logits, self.calibration)
@@ -236,11 +259,6 @@ class NeuralIndexer(nn.Module):
 def calibrated(logits: torch.Tensor, calibration: torch.Tensor) -> torch.Tensor:
     """Probability of logits, any shape, under a calibration [2] of slope and offset."""
     return torch.addcmul(calibration[1], calibration[0], logits).sigmoid()
-
-
-def ensemble(logits: torch.Tensor, aggregate: Aggregate) -> torch.Tensor:
-    """One logit of several layers', [..., A, n] to [..., n]."""
-    return logits.amax(-2) if aggregate == "max" else logits.mean(-2)
 
 
 def pooled_keys(keys: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -256,23 +274,3 @@ def pooled_keys(keys: torch.Tensor, chunk_size: int) -> torch.Tensor:
     num_blocks, num_heads, _, head_dim = keys.shape
     by_chunk = keys.float().reshape(num_blocks, num_heads, -1, chunk_size, head_dim).transpose(1, 2).flatten(0, 1)
     return torch.stack((by_chunk.amax(2), by_chunk.amin(2), by_chunk.mean(2)), dim=2)
-
-
-def block_logits(chunk_logits: torch.Tensor, chunks_per_block: int, reach_offset: torch.Tensor) -> torch.Tensor:
-    """The largest logit of each block's C chunks and, with their offsets, of the R chunks before them.
-
-    Args:
-        chunk_logits: [..., A, n * C].
-        chunks_per_block: C.
-        reach_offset: [A, R], the offset of the nearest chunk last.
-
-    Returns:
-        [..., A, n].
-    """
-    num_blocks = chunk_logits.shape[-1] // chunks_per_block
-    by_block = chunk_logits.view(*chunk_logits.shape[:-1], num_blocks, chunks_per_block)
-    logits, reach = by_block.amax(-1), reach_offset.shape[1]
-    if reach and logits.shape[-1] > 1:
-        before = (by_block[..., :-1, chunks_per_block - reach :] + reach_offset.unsqueeze(1)).amax(-1)
-        logits = torch.cat((logits[..., :1], torch.maximum(logits[..., 1:], before)), dim=-1)
-    return logits

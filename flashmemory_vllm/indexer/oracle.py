@@ -17,11 +17,12 @@ from typing import ClassVar, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from flashmemory_kernels.ensemble_scores import Aggregate
+from flashmemory_kernels.common import Aggregate
 from safetensors import safe_open
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
+from flashmemory_vllm.indexer.places import DueRows, PlaceState
 from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
 
 # The request that a runtime warms its kernels up with
@@ -162,22 +163,24 @@ class OracleSelector(Selector):
         self._aggregate = aggregate
         self._tau, self._delay = tau_steps, STEPS_TO_FORCE - 1
 
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """The share of each block in the attention to come.
+    def remember(self, due: DueRows, state: PlaceState) -> None:
+        """The share of each block in the attention to come; the host looks it up for one request after the other.
 
         Raises:
-            IntegrityError: nobody has said which prompt the request repeats.
+            IntegrityError: nobody has said which prompt a request repeats.
         """
-        num_blocks, num_groups = len(request.block_ids), self.geometry.num_groups
-        scores = torch.zeros(num_groups, num_blocks)
-        if request.req_id != _NO_REQUEST:
-            trace, now = self._future.trace(request.req_id)
-            first = now + 1 + (self._delay if request.step_index else 0)
-            found = window_scores(trace.mass, first, now + 1 + self._tau + self._delay, num_groups, self._aggregate)
-            # A text that grew longer than the recorded one has blocks which that never had
-            known = min(num_blocks, found.shape[1])
-            scores[:, :known] = torch.from_numpy(found[:, :known])
-        return scores.to(self.geometry.device)
+        num_groups = self.geometry.num_groups
+        for row, req_id in enumerate(due.req_ids):
+            place, num_blocks = due.of_request(row)
+            scores = torch.zeros(num_groups, num_blocks)
+            if req_id != _NO_REQUEST:
+                trace, now = self._future.trace(req_id)
+                first = now + 1 + (self._delay if due.selections[row] else 0)
+                found = window_scores(trace.mass, first, now + 1 + self._tau + self._delay, num_groups, self._aggregate)
+                # A text that grew longer than the recorded one has blocks which that never had
+                known = min(num_blocks, found.shape[1])
+                scores[:, :known] = torch.from_numpy(found[:, :known])
+            state.memory[0, :, place, :num_blocks] = scores.to(self.geometry.device)
 
     def forget(self, req_id: str) -> None:
         """Drop what was read for a request that ended."""

@@ -61,7 +61,7 @@ class DueRows:
         req_ids: vLLM's request ids.
         selections: int32 `[n]` selections each request had before, those before a preemption included.
         selections_on_device: the same.
-        prompt_lens: int32 `[n]` tokens of each prompt.
+        prompt_lens: int32 `[n]` on the device, tokens of each prompt; 0 if nobody tells.
         is_entering: whether these requests have no set yet: the newest prompt tokens speak for all that follows.
     """
 
@@ -70,7 +70,7 @@ class DueRows:
     req_ids: tuple[str, ...]
     selections: IntArray
     selections_on_device: torch.Tensor
-    prompt_lens: IntArray
+    prompt_lens: torch.Tensor
     is_entering: bool
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.places import DueRows, PlaceState
 
 
@@ -21,10 +21,6 @@ class FullSelector(Selector):
     def remember(self, due: DueRows, state: PlaceState) -> None:
         """Nothing of any block."""
         state.memory[0][:, due.places] = 0.0
-
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """All zero."""
-        return torch.zeros(self.geometry.num_groups, len(request.block_ids), device=self.geometry.device)
 
 
 class StreamingSelector(Selector):
@@ -43,11 +39,6 @@ class StreamingSelector(Selector):
         """The position of each block."""
         width = state.memory.shape[3]
         state.memory[0][:, due.places] = torch.arange(width, dtype=torch.float32, device=state.memory.device)
-
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """The position of each block."""
-        positions = torch.arange(len(request.block_ids), dtype=torch.float32, device=self.geometry.device)
-        return positions.repeat(self.geometry.num_groups, 1)
 
 
 class RandomSelector(Selector):
@@ -69,19 +60,14 @@ class RandomSelector(Selector):
 
     def remember(self, due: DueRows, state: PlaceState) -> None:
         """Uniform draws in 0..1."""
-        drawn = self._draw(due.selections_on_device.long().unsqueeze(1), state.memory.shape[3])
-        state.memory[0][:, due.places] = drawn
+        state.memory[0][:, due.places] = self._draw(due.selections_on_device.long(), state.memory.shape[3])
 
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Uniform draws in 0..1."""
-        return self._draw(request.step_index, len(request.block_ids)).squeeze(1)
-
-    def _draw(self, selections: torch.Tensor | int, num_blocks: int) -> torch.Tensor:
-        """Draws [G, n, num_blocks] for selections, int64 [n, 1] or one."""
+    def _draw(self, selections: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        """Draws [G, n, num_blocks] for selections int64 [n]."""
         device = self.geometry.device
         groups = torch.arange(self.geometry.num_groups, dtype=torch.int64, device=device).view(-1, 1, 1)
         positions = torch.arange(num_blocks, dtype=torch.int64, device=device)
-        hashed = _mix(_mix(_mix(groups + self.seed) + selections) + positions)
+        hashed = _mix(_mix(_mix(groups + self.seed) + selections.unsqueeze(1)) + positions)
         # 24 bits are what a float32 mantissa holds.
         return (hashed & 0xFFFFFF).float() / (1 << 24)
 

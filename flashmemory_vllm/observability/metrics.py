@@ -130,9 +130,9 @@ METRICS = (
         "failed_selections_total",
         "counter",
         "selections",
-        "How often did a selector fail, and how: it raised, scores were NaN or infinite or not one for each block, or "
-        "a block had no index keys because making them had failed? The request goes on with the blocks it holds.",
-        reasons=("exception", "not_finite", "wrong_shape", "not_indexed"),
+        "How often did a selector fail, and how: it raised, scores were NaN or infinite, or a block had no index keys "
+        "because making them had failed? The request goes on with the blocks it holds.",
+        reasons=("exception", "not_finite", "not_indexed"),
     ),
     MetricSpec(
         "selection_latency_seconds",

@@ -45,17 +45,22 @@ class ChoiceWork:
         for part in self._scored():
             fill_first_tiles(torch.from_numpy(self.fields[part]), TILE)
 
-    def due(self, on_device: torch.Tensor, selections: torch.Tensor) -> Iterator[tuple[slice, DueRows]]:
+    @property
+    def told(self) -> IntArray:
+        """What selectors are told beside the fields, int32 `[2, n]`: selections before, and tokens of the prompts."""
+        return np.stack((self.selections, np.array([row.prompt_len for row in self.rows], np.int32)))
+
+    def due(self, on_device: torch.Tensor, told: torch.Tensor) -> Iterator[tuple[slice, DueRows]]:
         """The rows to score, those without a set apart from the others, and where they stand.
 
         Args:
             on_device: int32 `[n, len(Due)]` all rows, looked up.
-            selections: int32 `[n]` on the device.
+            told: int32 `[2, n]` on the device.
         """
+        selections, prompt_lens = told
         for part in self._scored():
             own = self.rows[part]
             if own:
-                prompt_lens = np.array([row.prompt_len for row in own], np.int32)
                 yield (
                     part,
                     DueRows(
@@ -64,7 +69,7 @@ class ChoiceWork:
                         tuple(row.req_id for row in own),
                         self.selections[part],
                         selections[part],
-                        prompt_lens,
+                        prompt_lens[part],
                         part.start == 0 and self.num_new > 0,
                     ),
                 )

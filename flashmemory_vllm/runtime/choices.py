@@ -217,9 +217,9 @@ class ChoiceQueue:
             self._parked.bring_back(row.req_id, row.place)
         work.fill_tiles()
         # A copy: on a CPU it is the same memory, and is filled in
-        rows, selections = (upload(array.copy(), device) for array in (work.fields, work.selections))
+        rows, told = (upload(array.copy(), device) for array in (work.fields, work.told))
         state.look_up(rows)
-        for part, due in work.due(rows, selections):
+        for part, due in work.due(rows, told):
             questions, remembering = work.questions[part], self._remembering
             of_part = remembering.enter(due, questions) if due.is_entering else remembering.go_on(due)
             if of_part is not None:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.indexer.base import Selector, WrongShapeError
+from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.indexer.places import DueRows, PlaceState
 from flashmemory_vllm.residency.types import IntArray
 
 # Below vLLM's logger, which alone has handlers.
 logger = logging.getLogger("vllm.flashmemory")
 
-EXCEPTION, NOT_FINITE, WRONG_SHAPE, NOT_INDEXED = "exception", "not_finite", "wrong_shape", "not_indexed"
-REASONS = (EXCEPTION, NOT_FINITE, WRONG_SHAPE, NOT_INDEXED)
+EXCEPTION, NOT_FINITE, NOT_INDEXED = "exception", "not_finite", "not_indexed"
+REASONS = (EXCEPTION, NOT_FINITE, NOT_INDEXED)
 
 Result = TypeVar("Result")
 
@@ -95,13 +95,7 @@ class SelectorGuard:
         """As the selector's; whether it did so."""
 
         def work() -> bool:
-            try:
-                self._selector.remember(due, state)
-            except WrongShapeError as error:
-                if self._is_strict:
-                    raise
-                self._fail(WRONG_SHAPE, str(error), len(due))
-                return False
+            self._selector.remember(due, state)
             return True
 
         done = self._attempt("scoring", work)
@@ -112,11 +106,8 @@ class SelectorGuard:
     def note_not_finite(self, count: int) -> None:
         """So many requests were given numbers that are none."""
         if count:
-            self._fail(NOT_FINITE, "numbers that are NaN or infinite, allowed are finite ones", count)
-
-    def _fail(self, reason: str, what: str, count: int = 1) -> None:
-        self.failures[reason] += count
-        self._tell(reason, f"gave {what}", exc_info=False)
+            self.failures[NOT_FINITE] += count
+            self._tell(NOT_FINITE, "gave numbers that are NaN or infinite, allowed are finite ones", exc_info=False)
 
     def _attempt(self, what: str, call: Callable[[], Result]) -> Result | None:
         if self._is_strict:

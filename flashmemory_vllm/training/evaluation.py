@@ -10,15 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from flashmemory_kernels.forecast_blocks import Seen
+from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
 from flashmemory_vllm.evaluation.history import MIX_DECAYS, mixed
 from flashmemory_vllm.evaluation.worth import worth
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
+from flashmemory_vllm.indexer.due import DueRequest, due_rows
 from flashmemory_vllm.indexer.factory import create_selector
 from flashmemory_vllm.indexer.forecast_model import with_neighbours
 from flashmemory_vllm.indexer.indexed import IndexedSelector
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer, block_logits, ensemble
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.indexer.places import PlaceState
 from flashmemory_vllm.residency.ranking import best
 from flashmemory_vllm.training.batches import later_tokens
 from flashmemory_vllm.training.dataset import DataMeta, Document, Schedule
@@ -142,9 +145,14 @@ class IndexerScorer:
         self._device, spec = model.bias.device, model.spec
         with torch.no_grad():
             pooled = document.keys.transpose(0, 1).to(self._device)
-            self._codes, self._scales = quantise_codes(model.encode_keys(pooled).transpose(0, 1).contiguous())
+            codes = model.encode_keys(pooled).transpose(0, 1)
+            by_block = codes.reshape(len(codes), -1, spec.chunks_per_block, spec.dim).contiguous()  # [A, N, C, E]
+            self._codes, self._scales = quantise_codes(by_block)
+            self._block_ids = torch.arange(by_block.shape[1], dtype=torch.int32, device=self._device).unsqueeze(0)
+            groups = torch.zeros(len(spec.anchor_layers), dtype=torch.int32, device=self._device)
+            self._ensemble = model.ensemble(groups)
             question = document.question(spec.query_window)
-            self._asked: torch.Tensor = self._logits(question, document.num_candidates(0)).amax(0)
+            self._asked: torch.Tensor = self._logits(question, document.num_candidates(0))
         self._memory = document.memory(spec.query_window, spec.memory_decays if self._head is not None else ())
 
     @torch.no_grad()
@@ -153,7 +161,7 @@ class IndexerScorer:
         asked, newest = self._asked, self._asked
         if token:
             queries = self._document.queries[token].unsqueeze(0)
-            newest = self._logits(queries, self._document.num_candidates(token))[0]
+            newest = self._logits(queries, self._document.num_candidates(token))
             asked = torch.nn.functional.pad(asked, (0, len(newest) - len(asked)), value=-torch.inf)
         head = self._head
         logits = torch.maximum(newest, asked) if head is None else head(self._seen(token, newest, asked))
@@ -170,12 +178,13 @@ class IndexerScorer:
         return Seen(memory, newest, known, distance, torch.tensor(token == 0, device=self._device))
 
     def _logits(self, queries: torch.Tensor, num_blocks: int) -> torch.Tensor:
-        """Float32 [Q, n] for queries [Q, A, Hq, D]."""
-        model = self._model
-        ids = torch.arange(num_blocks * model.spec.chunks_per_block, device=self._device)
-        heads, gates = model.encode_queries(queries.to(self._device))
-        of_chunks = score_chunks(heads, gates, self._codes, self._scales, ids, model.bias, model.distance)
-        return ensemble(block_logits(of_chunks, model.spec.chunks_per_block, model.reach_offset), model.spec.aggregate)
+        """Float32 [n], the largest by any of the queries [Q, A, Hq, D]."""
+        due = due_rows([DueRequest(0, num_blocks, len(queries) - 1, len(queries))], self._device)
+        heads, gates = project_queries(queries.to(self._device), *self._model.query_weights)
+        logits = torch.empty(1, *self._block_ids.shape, device=self._device)
+        arguments = self._codes, self._scales, self._block_ids, due.on_device, self._ensemble, logits
+        score_chunks(heads.unsqueeze(0), gates.unsqueeze(0), *arguments)
+        return logits[0, 0, :num_blocks]
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:
@@ -194,9 +203,21 @@ def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, question
         rows = bounds if name == "bounds" else mean.mean(2)
         selector.index.copy_(rows.unsqueeze(3))
 
+    return _selector_scorer(selector, document)
+
+
+def _selector_scorer(selector: Selector, document: Document) -> Scorer:
+    """What a selector makes of a document's blocks with the query of a token alone."""
+    queries = torch.empty(document.queries.shape[1], 1, 1, *document.queries.shape[2:])
+    block_ids = torch.arange(document.num_blocks, dtype=torch.int32).unsqueeze(0)
+    memory, in_set = torch.zeros(1, 1, *block_ids.shape), torch.zeros(1, *block_ids.shape, dtype=torch.int8)
+    state = PlaceState(queries, block_ids, memory, in_set)
+
     def score(token: int) -> torch.Tensor:
-        ids = torch.arange(document.num_candidates(token))
-        return selector.score(ScoringRequest("", ids, document.queries[token].float(), token))[0]
+        num_blocks = document.num_candidates(token)
+        queries[:, 0, 0] = document.queries[token]
+        selector.remember(due_rows([DueRequest(0, num_blocks, 0, selections=token)], queries.device), state)
+        return memory[0, 0, 0, :num_blocks].clone()
 
     return score
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from flashmemory_kernels.common import aggregated
 from flashmemory_kernels.forecast_blocks import Seen
 from torch import nn
 
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.batches import Batch
 
 
@@ -39,7 +40,7 @@ class Selections(nn.Module):
         """Logits of all selections of a batch."""
         model, window = self.model, self.model.spec.query_window
         by_layer = model(batch.queries, batch.pooled, batch.distance).float()
-        content = by_selection(ensemble(by_layer, model.spec.aggregate), window)
+        content = by_selection(aggregated(by_layer, model.spec.aggregate, -2), window)
         if model.head is None:
             return Logits(content, None)
         is_first = torch.arange(content.shape[1], device=content.device).unsqueeze(1) == 0

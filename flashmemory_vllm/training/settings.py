@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashmemory_kernels.ensemble_scores import Aggregate
+from flashmemory_kernels.common import Aggregate
 
 from flashmemory_vllm.evaluation.worth import POWER
 from flashmemory_vllm.indexer.neural_model import IndexerSpec

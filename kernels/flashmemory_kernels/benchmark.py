@@ -26,8 +26,6 @@ from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.choose_sets import cases as choice_cases
 from flashmemory_kernels.choose_sets import choose_sets
 from flashmemory_kernels.common import TileConfig
-from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
-from flashmemory_kernels.ensemble_scores import ensemble_scores
 from flashmemory_kernels.forecast_blocks import cases as forecast_cases
 from flashmemory_kernels.forecast_blocks import forecast_blocks
 from flashmemory_kernels.merge_attention import merge_attention
@@ -38,8 +36,6 @@ from flashmemory_kernels.remember_shares import cases as remember_cases
 from flashmemory_kernels.remember_shares import remember_shares
 from flashmemory_kernels.row_lse import cases as lse_cases
 from flashmemory_kernels.row_lse import row_lse
-from flashmemory_kernels.score_blocks import cases as score_cases
-from flashmemory_kernels.score_blocks import score_blocks
 from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.score_chunks import score_chunks
 from flashmemory_kernels.score_rows import cases as score_rows_cases
@@ -137,15 +133,6 @@ def remember_jobs(cases: Iterable[remember_cases.RememberCase], device: str) -> 
         yield Job("remember_shares", _label(case), num_bytes, "device", partial(remember_shares, *inputs))
 
 
-def ensemble_jobs(cases: Iterable[ensemble_cases.EnsembleCase], device: str) -> Iterator[Job]:
-    """Jobs of `ensemble_scores`."""
-    for case in cases:
-        mass, layer_groups, num_groups = ensemble_cases.make_inputs(case, device)
-        num_bytes = 4 * (2 * mass.numel() + num_groups * case.num_blocks)
-        call = partial(ensemble_scores, mass, layer_groups, num_groups, "max")
-        yield Job("ensemble_scores", _label(case), num_bytes, "device", call)
-
-
 def merge_jobs(cases: Iterable[MergeCase], device: str) -> Iterator[Job]:
     """Jobs of `merge_attention`."""
     for case in cases:
@@ -160,29 +147,20 @@ def project_jobs(cases: Iterable[project_cases.ProjectCase], device: str) -> Ite
     """Jobs of `project_queries`."""
     for case in cases:
         inputs = project_cases.make_inputs(case, torch.bfloat16, device)
-        num_bytes = sum(tensor.nbytes for tensor in inputs[:-1]) + 4 * case.num_layers * case.num_heads * case.width
+        made = case.num_tokens * case.num_layers * case.num_heads * case.width
+        num_bytes = sum(tensor.nbytes for tensor in inputs[:-1]) + 4 * made
         yield Job("project_queries", _label(case), num_bytes, "device", partial(project_queries, *inputs))
 
 
-def score_jobs(
-    cases: Iterable[score_cases.ScoreCase], device: str, op: Callable[..., torch.Tensor] = score_blocks
-) -> Iterator[Job]:
-    """Jobs of `score_blocks`, or of the kernel under another configuration."""
-    for case in cases:
-        query, index, ids = score_cases.make_inputs(case, device=device)
-        row_bytes = case.num_kv_heads * case.num_rows * case.width * index.element_size()
-        num_bytes = case.num_layers * case.num_blocks * (row_bytes + 4 * case.num_heads)
-        yield Job("score_blocks", _label(case), num_bytes, "device", partial(op, query, index, ids, 0.1))
-
-
 def chunk_jobs(
-    cases: Iterable[chunk_cases.ChunkCase], device: str, op: Callable[..., torch.Tensor] = score_chunks
+    cases: Iterable[chunk_cases.ChunkCase], device: str, op: Callable[..., None] = score_chunks
 ) -> Iterator[Job]:
     """Jobs of `score_chunks`, or of the kernel under another configuration."""
     for case in cases:
         inputs = chunk_cases.make_inputs(case, device=device)
-        # A code, its scale and the logits
-        num_bytes = case.num_layers * case.num_blocks * (case.width + 4 + 4 * case.num_tokens)
+        # Index heads; of each block its codes, their scales, its id and its logits
+        block_bytes = len(case.layer_groups) * case.chunks_per_block * (case.width + 4) + 4 + 4 * len(inputs.logits)
+        num_bytes = inputs.heads.nbytes + inputs.gates.nbytes + sum(case.num_blocks) * block_bytes
         yield Job("score_chunks", _label(case), num_bytes, "device", partial(op, *inputs))
 
 
@@ -252,13 +230,11 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "checksum_pages": lambda: checksum_jobs(checksum_cases.BENCH_CASES, "cuda"),
     "choose_sets": lambda: choice_jobs(choice_cases.BENCH_CASES, "cuda"),
     "copy_pages": copy_jobs,
-    "ensemble_scores": lambda: ensemble_jobs(ensemble_cases.BENCH_CASES, "cuda"),
     "forecast_blocks": lambda: forecast_jobs(forecast_cases.BENCH_CASES, "cuda"),
     "merge_attention": lambda: merge_jobs(MERGE_CASES, "cuda"),
     "project_queries": lambda: project_jobs(project_cases.BENCH_CASES, "cuda"),
     "remember_shares": lambda: remember_jobs(remember_cases.BENCH_CASES, "cuda"),
     "row_lse": lambda: lse_jobs(lse_cases.BENCH_CASES, "cuda"),
-    "score_blocks": lambda: score_jobs(score_cases.BENCH_CASES, "cuda"),
     "score_chunks": lambda: chunk_jobs(chunk_cases.BENCH_CASES, "cuda"),
     "score_rows": lambda: score_rows_jobs(score_rows_cases.BENCH_CASES, "cuda"),
     "summarise_keys": lambda: summary_jobs(summary_cases.BENCH_CASES, "cuda"),
@@ -323,18 +299,15 @@ def time_jobs(
 
 
 def tune_jobs(ops: Iterable[str]) -> Iterator[Job]:
-    """Those of the ops that have configurations, under each that the device takes, at 128K and 500K tokens."""
+    """Those of the ops that have configurations, under each that the device takes."""
     from triton.runtime.errors import OutOfResources
 
-    from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
     from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
     from flashmemory_kernels.score_rows.kernel import score_rows_triton
 
-    blocks = [case for case in score_cases.BENCH_CASES if case.num_layers == 1 and case.num_blocks > 4096]
-    chunks = [case for case in chunk_cases.BENCH_CASES if case.num_blocks > 4096]
+    chunks = [case for case in chunk_cases.BENCH_CASES if case.num_queries == 1]
     rows = [case for case in score_rows_cases.BENCH_CASES if len(case.num_blocks) > 1]
     makers: dict[str, Callable[[TileConfig], Iterator[Job]]] = {
-        "score_blocks": lambda config: score_jobs(blocks, "cuda", partial(score_blocks_triton, config=config)),
         "score_chunks": lambda config: chunk_jobs(chunks, "cuda", partial(score_chunks_triton, config=config)),
         "score_rows": lambda config: score_rows_jobs(rows, "cuda", partial(score_rows_triton, config=config)),
     }

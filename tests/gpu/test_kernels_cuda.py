@@ -28,9 +28,6 @@ from flashmemory_kernels.common.due_rows import padded_mass, scored_rows
 from flashmemory_kernels.copy_pages import copy_pages
 from flashmemory_kernels.copy_pages.cases import CASES as COPY_CASES
 from flashmemory_kernels.copy_pages.cases import CopyCase
-from flashmemory_kernels.ensemble_scores import Aggregate, ensemble_scores
-from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
-from flashmemory_kernels.ensemble_scores.naive import ensemble_scores_naive
 from flashmemory_kernels.forecast_blocks import cases as forecast_cases
 from flashmemory_kernels.forecast_blocks import forecast_blocks
 from flashmemory_kernels.forecast_blocks.naive import forecast_blocks_naive
@@ -47,13 +44,9 @@ from flashmemory_kernels.remember_shares.naive import remember_shares_naive
 from flashmemory_kernels.row_lse import cases as lse_cases
 from flashmemory_kernels.row_lse import row_lse
 from flashmemory_kernels.row_lse.naive import row_lse_naive
-from flashmemory_kernels.score_blocks import cases as score_cases
-from flashmemory_kernels.score_blocks import score_blocks
-from flashmemory_kernels.score_blocks.naive import score_blocks_naive
 from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.score_chunks import score_chunks
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
-from flashmemory_kernels.score_chunks.op import FP8_CAPABILITY
 from flashmemory_kernels.score_rows import cases as score_rows_cases
 from flashmemory_kernels.score_rows import score_rows
 from flashmemory_kernels.score_rows.naive import score_rows_naive
@@ -106,53 +99,24 @@ def test_project_queries(case: project_cases.ProjectCase, dtype: torch.dtype) ->
     assert all(map(torch.equal, project_queries(*inputs), project_queries(*inputs)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [*score_cases.CASES, *score_cases.BENCH_CASES[::4]])
-def test_score_blocks(case: score_cases.ScoreCase, dtype: torch.dtype) -> None:
-    query, index, ids = score_cases.make_inputs(case, dtype, "cuda")
-    expected = score_blocks_naive(query, index, ids, 0.3)
-    tolerance = TOL_FP32_SUM if dtype == torch.float32 else TOL_TENSOR_CORES
-    torch.testing.assert_close(score_blocks(query, index, ids, 0.3), expected, **tolerance)
-
-
-# Four tiles of 64 rows in flight are 128 KiB of bf16 at the widest: they fit into shared memory
-@pytest.mark.parametrize("values", [(16, 0, 4, 1), (64, 1, 4, 3), (64, 2, 8, 5)])
-@pytest.mark.parametrize("case", score_cases.CASES)
-def test_score_blocks_under_any_configuration(case: score_cases.ScoreCase, values: tuple[int, int, int, int]) -> None:
-    from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
-
-    query, index, ids = score_cases.make_inputs(case, device="cuda")
-    got = score_blocks_triton(query, index, ids, 0.3, TileConfig(*values))
-    torch.testing.assert_close(got, score_blocks_naive(query, index, ids, 0.3), **TOL_TENSOR_CORES)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*chunk_cases.CASES, *chunk_cases.BENCH_CASES])
 def test_score_chunks(case: chunk_cases.ChunkCase, dtype: torch.dtype) -> None:
-    inputs = chunk_cases.make_inputs(case, dtype, "cuda")
-    torch.testing.assert_close(score_chunks(*inputs), score_chunks_naive(*inputs), **TOL_CHUNKS)
+    got, expected = (chunk_cases.make_inputs(case, dtype, "cuda") for _ in range(2))
+    score_chunks(*got)
+    score_chunks_naive(*expected)
+    torch.testing.assert_close(got.logits, expected.logits, **TOL_CHUNKS, equal_nan=True)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY, reason="needs fp8 conversion"
-)
-@pytest.mark.parametrize("values", [(16, 0, 4, 1), (64, 1, 4, 3), (128, 2, 8, 5)])
+@pytest.mark.parametrize("values", [(16, 0, 4, 1), (64, 0, 4, 1), (256, 0, 8, 1)])
 @pytest.mark.parametrize("case", chunk_cases.CASES)
 def test_score_chunks_under_any_configuration(case: chunk_cases.ChunkCase, values: tuple[int, int, int, int]) -> None:
     from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
 
-    inputs = chunk_cases.make_inputs(case, device="cuda")
-    got = score_chunks_triton(*inputs, config=TileConfig(*values))
-    torch.testing.assert_close(got, score_chunks_naive(*inputs), **TOL_CHUNKS)
-
-
-@pytest.mark.parametrize("aggregate", ["max", "mean"])
-@pytest.mark.parametrize("case", ensemble_cases.CASES)
-def test_ensemble_scores(case: ensemble_cases.EnsembleCase, aggregate: Aggregate) -> None:
-    mass, layer_groups, num_groups = ensemble_cases.make_inputs(case, "cuda")
-    got = ensemble_scores(mass, layer_groups, num_groups, aggregate)
-    expected = ensemble_scores_naive(mass, layer_groups, num_groups, aggregate)
-    torch.testing.assert_close(got, expected, **TOL_FP32_SUM)
+    got, expected = (chunk_cases.make_inputs(case, device="cuda") for _ in range(2))
+    score_chunks_triton(*got, config=TileConfig(*values))
+    score_chunks_naive(*expected)
+    torch.testing.assert_close(got.logits, expected.logits, **TOL_CHUNKS, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

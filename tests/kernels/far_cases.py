@@ -1,7 +1,7 @@
 """Each kernel on rows that lie more than 2^31 elements into a tensor; `python far_cases.py [OP...]` interprets them.
 
-Only the pages that are touched exist. Ops whose tensors must be contiguous are not here (`ensemble_scores`,
-`project_queries`): they would have to compute all of those elements.
+Only the pages that are touched exist. An op whose tensors must be contiguous is not here (`project_queries`): it would
+have to compute all of those elements.
 """
 
 import functools
@@ -30,9 +30,7 @@ from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.remember_shares import Channel, Channels
 from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
 from flashmemory_kernels.row_lse.kernel import row_lse_triton
-from flashmemory_kernels.score_blocks.kernel import score_blocks_triton
-from flashmemory_kernels.score_blocks.naive import score_blocks_naive
-from flashmemory_kernels.score_chunks import quantise_codes
+from flashmemory_kernels.score_chunks import Ensemble, quantise_codes
 from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from flashmemory_kernels.score_rows.kernel import score_rows_triton
@@ -109,32 +107,28 @@ def check_summarise_keys(reserve: Reserve) -> None:
     assert torch.equal(index[ids], expected)
 
 
-def check_score_blocks(reserve: Reserve) -> None:
-    memory = reserve(FAR + (ROW + 1) * STRIDE, torch.float32)
-    index = memory.as_strided((2, ROW + 1, 2, 1, 16), (FAR, STRIDE, 16, 16, 1))
-    ids = torch.tensor([ROW, 1, ROW - 1], device=index.device)
-    index[:, ids] = torch.randn(2, 3, 2, 1, 16, device=index.device)
-    query = torch.randn(2, 4, 16, device=index.device)
-    got = score_blocks_triton(query, index, ids, 0.3)
-    near = index[:, ids].contiguous()
-    expected = score_blocks_naive(query, near, torch.arange(3, device=index.device), 0.3)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
 def check_score_chunks(reserve: Reserve) -> None:
-    memory = reserve(FAR + (ROW + 1) * STRIDE, torch.uint8)
-    device = memory.device
-    codes = memory.as_strided((2, ROW + 1, 16), (FAR, STRIDE, 1)).view(torch.float8_e4m3fn)
-    scales = reserve(FAR + 3 * ROW, torch.float32).as_strided((2, ROW + 1), (FAR + ROW, 1))
-    ids = torch.tensor([ROW, 1, ROW - 1], device=device)
-    near_codes, near_scales = quantise_codes(torch.randn(2, 3, 16, device=device))
-    codes.view(torch.uint8)[:, ids] = near_codes.view(torch.uint8)
-    scales[:, ids] = near_scales
-    query, gates = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 2, 4, device=device)
-    bias, slope = torch.randn(2, device=device), torch.randn(2, device=device)
-    got = score_chunks_triton(query, gates, codes, scales, ids, bias, slope)
-    near = (near_codes, near_scales, torch.arange(3, device=device))
-    torch.testing.assert_close(got, score_chunks_naive(query, gates, *near, bias, slope), rtol=1e-4, atol=1e-3)
+    """Codes, scales, heads, gates, ids and logits lie far apart, each by layer, block, row, place or group."""
+    codes = reserve(FAR + (ROW + 1) * STRIDE, torch.uint8).as_strided((2, ROW + 1, 2, 16), (FAR, STRIDE, 16, 1))
+    scales = reserve(FAR + (ROW + 1) * STRIDE, torch.float32).as_strided((2, ROW + 1, 2), (FAR, STRIDE, 1))
+    ids, device = far_rows(reserve, torch.int32, 3), codes.device
+    ids[ROW] = torch.tensor([ROW, 1, ROW - 1], device=device)
+    near_codes, near_scales = quantise_codes(torch.randn(2, 3, 2, 16, device=device))
+    codes[:, ids[ROW].long()], scales[:, ids[ROW].long()] = near_codes.view(torch.uint8), near_scales
+    memory = reserve(3 * FAR + 64, torch.float32)
+    heads = memory.as_strided((2, 1, 2, 4, 16), (2 * FAR, 0, FAR, 16, 1))
+    gates = reserve(3 * FAR + 4, torch.float32).as_strided((2, 1, 2, 4), (2 * FAR, 0, FAR, 1))
+    heads[1], gates[1] = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 2, 4, device=device)
+    groups = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    weights = torch.randn(2, device=device), torch.randn(2, device=device), torch.randn(2, 1, device=device)
+    ensemble, fields = Ensemble(*weights, groups, "max"), {Due.NUM_BLOCKS: 3, Due.NUM_QUERIES: 1}
+    logits = reserve(FAR + (ROW + 1) * STRIDE, torch.float32).as_strided((2, ROW + 1, 3), (FAR, STRIDE, 1))
+    rows = make_rows([{}, {**fields, Due.PLACE: ROW}], 2, tile=1).to(device)
+    score_chunks_triton(heads, gates, codes.view(torch.float8_e4m3fn), scales, ids, rows, ensemble, logits)
+    expected, near_ids = torch.zeros(2, 1, 3, device=device), torch.arange(3, dtype=torch.int32, device=device)[None]
+    near = heads[1:].contiguous(), gates[1:].contiguous(), near_codes, near_scales, near_ids
+    score_chunks_naive(*near, make_rows([fields], 1, tile=1).to(device), ensemble, expected)
+    torch.testing.assert_close(logits[:, ROW], expected[:, 0], rtol=1e-4, atol=1e-3)
 
 
 def check_merge_attention(reserve: Reserve) -> None:
@@ -282,7 +276,6 @@ CHECKS: dict[str, Callable[[Reserve], None]] = {
     "merge_attention": check_merge_attention,
     "remember_shares": check_remember_shares,
     "row_lse": check_row_lse,
-    "score_blocks": check_score_blocks,
     "score_chunks": check_score_chunks,
     "score_rows": check_score_rows,
     "summarise_keys": check_summarise_keys,

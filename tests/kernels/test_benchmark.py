@@ -12,13 +12,11 @@ from flashmemory_kernels.apply_step import cases as step_cases
 from flashmemory_kernels.capture_queries import cases as capture_cases
 from flashmemory_kernels.checksum_pages import cases as checksum_cases
 from flashmemory_kernels.choose_sets import cases as choice_cases
-from flashmemory_kernels.ensemble_scores import cases as ensemble_cases
 from flashmemory_kernels.forecast_blocks import cases as forecast_cases
 from flashmemory_kernels.merge_attention.cases import CASES as MERGE_CASES
 from flashmemory_kernels.project_queries import cases as project_cases
 from flashmemory_kernels.remember_shares import cases as remember_cases
 from flashmemory_kernels.row_lse import cases as lse_cases
-from flashmemory_kernels.score_blocks import cases as score_cases
 from flashmemory_kernels.score_chunks import cases as chunk_cases
 from flashmemory_kernels.score_rows import cases as score_rows_cases
 from flashmemory_kernels.summarise_keys import cases as summary_cases
@@ -29,14 +27,12 @@ SMALL_JOBS: dict[str, Callable[[], Iterator[benchmark.Job]]] = {
     "capture_queries": lambda: benchmark.capture_jobs([case for case in capture_cases.CASES if case.num_rows], "cpu"),
     "checksum_pages": lambda: benchmark.checksum_jobs(checksum_cases.CASES, "cpu"),
     "choose_sets": lambda: benchmark.choice_jobs(choice_cases.CASES, "cpu"),
-    "ensemble_scores": lambda: benchmark.ensemble_jobs(ensemble_cases.CASES, "cpu"),
     "forecast_blocks": lambda: benchmark.forecast_jobs(forecast_cases.CASES, "cpu"),
     "merge_attention": lambda: benchmark.merge_jobs(MERGE_CASES, "cpu"),
     "project_queries": lambda: benchmark.project_jobs(project_cases.CASES, "cpu"),
     "remember_shares": lambda: benchmark.remember_jobs(remember_cases.CASES, "cpu"),
     "row_lse": lambda: benchmark.lse_jobs(lse_cases.CASES, "cpu"),
-    "score_blocks": lambda: benchmark.score_jobs(score_cases.CASES, "cpu"),
-    "score_chunks": lambda: benchmark.chunk_jobs([case for case in chunk_cases.CASES if case.num_blocks], "cpu"),
+    "score_chunks": lambda: benchmark.chunk_jobs(chunk_cases.CASES, "cpu"),
     "score_rows": lambda: benchmark.score_rows_jobs(score_rows_cases.CASES, "cpu"),
     "summarise_keys": lambda: benchmark.summary_jobs(summary_cases.CASES, "cpu"),
 }
@@ -70,17 +66,13 @@ def test_rows_relate_bytes_time_and_ceiling() -> None:
     json.dumps(rows)
 
 
-def test_the_bytes_of_a_score_are_the_rows_of_the_index_and_the_masses() -> None:
-    case = score_cases.ScoreCase(2, 5, num_blocks=3, num_heads=4, num_kv_heads=2, num_rows=1, width=16)
-    (job,) = benchmark.score_jobs([case], "cpu")
-    assert job.num_bytes == 2 * 3 * (2 * 16 * 2 + 4 * 4)
-    assert "num_blocks=3" in job.case
-
-
-def test_the_bytes_of_chunks_are_codes_scales_and_logits() -> None:
-    case = chunk_cases.ChunkCase(3, 5, num_blocks=4, num_heads=2, width=16)
+def test_the_bytes_of_chunks_are_heads_codes_scales_ids_and_logits() -> None:
+    case = chunk_cases.ChunkCase(
+        (0, 1, 0), num_blocks=(4, 3), num_padding=0, chunks_per_block=2, reach=1, num_heads=2, width=16
+    )
     (job,) = benchmark.chunk_jobs([case], "cpu")
-    assert job.num_bytes == 3 * 4 * (16 + 4 + 4)
+    assert job.num_bytes == 2 * 3 * 2 * (16 + 1) * 4 + 7 * (3 * 2 * (16 + 4) + 4 + 2 * 4)
+    assert "num_blocks=(4, 3)" in job.case
 
 
 def test_the_fastest_configuration_of_each_case_is_found() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from flashmemory_kernels.score_blocks.cases import CASES, make_inputs
-from flashmemory_kernels.score_blocks.naive import score_blocks_naive
+from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.score_chunks import naive
+from flashmemory_kernels.score_chunks.cases import CASES, make_inputs
 
 LIKE = torch.zeros(3, 5)
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,15 @@ def test_integers_are_no_index_and_values_that_were_asked_for_stay() -> None:
 
 def test_an_op_that_forgets_a_row_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """An op as they are, but for one that leaves out its last portion."""
-    query, index, ids = make_inputs(CASES[1])
-    whole = score_blocks_naive(query, index, ids, 0.3, chunk_elems=1)
-    assert not whole.isnan().any()
+    inputs = make_inputs(CASES[2])
+    row = inputs.rows[0, Due.PLACE]
+    ids = inputs.block_ids[row, : CASES[2].num_blocks[0]].long()
+    arguments = inputs.heads[0].float(), inputs.gates[0].float(), inputs.codes[:, ids, 0], inputs.scales[:, ids, 0]
+    chunks = torch.arange(len(ids))
+    assert not naive._products(*arguments, chunks, chunk_elems=1).isnan().any()
     portions = range
-    monkeypatch.setattr(
-        "flashmemory_kernels.score_blocks.naive.range", lambda *bounds: portions(*bounds)[:-1], raising=False
-    )
-    assert bool(score_blocks_naive(query, index, ids, 0.3, chunk_elems=1).isnan().any())
+    monkeypatch.setattr(naive, "range", lambda *bounds: portions(*bounds)[:-1], raising=False)
+    assert bool(naive._products(*arguments, chunks, chunk_elems=1).isnan().any())
 
 
 def test_the_interpreter_and_the_gpu_run_under_it_too() -> None:

@@ -1,5 +1,6 @@
 """project_queries: index heads and gates against the formula in float64."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,16 +17,16 @@ TOL_FP32: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 def test_heads_and_gates_follow_the_formula(case: ProjectCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     heads, gates = project_queries(*inputs)
-    assert heads.shape == (case.num_layers, case.num_heads, case.width)
-    assert gates.shape == (case.num_layers, case.num_heads)
-    wide = [tensor.double() for tensor in inputs[:-1]]
-    for layer in range(case.num_layers):
-        queries, spread, down, norm, up, gate, gate_bias = (tensor[layer] for tensor in wide)
-        scaled = queries.flatten() / spread
+    assert heads.shape == (case.num_tokens, case.num_layers, case.num_heads, case.width)
+    assert gates.shape == (case.num_tokens, case.num_layers, case.num_heads)
+    wide = [tensor.double() for tensor in inputs[1:-1]]
+    for token, layer in itertools.product(range(case.num_tokens), range(case.num_layers)):
+        spread, down, norm, up, gate, gate_bias = (tensor[layer] for tensor in wide)
+        scaled = inputs.queries[token, layer].double().flatten() / spread
         hidden = torch.cat((scaled, scaled.abs())) @ down
         hidden = hidden / (hidden.square().mean() + inputs.eps).sqrt() * norm
-        torch.testing.assert_close(heads[layer].double().flatten(), hidden @ up, **TOL_FP32)
-        torch.testing.assert_close(gates[layer].double(), hidden @ gate + gate_bias, **TOL_FP32)
+        torch.testing.assert_close(heads[token, layer].double().flatten(), hidden @ up, **TOL_FP32)
+        torch.testing.assert_close(gates[token, layer].double(), hidden @ gate + gate_bias, **TOL_FP32)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""score_chunks: gated sums against the definition in float64, and the fp8 rows it reads."""
+"""score_chunks: every block of every row against the definition in float64, and the fp8 rows it reads."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from flashmemory_kernels.score_chunks import dequantise_codes, quantise_codes, score_chunks
-from flashmemory_kernels.score_chunks.cases import CASES, ChunkCase, make_inputs
+from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.score_chunks import Ensemble, block_logits, dequantise_codes, quantise_codes, score_chunks
+from flashmemory_kernels.score_chunks.cases import CASES, ChunkCase, ChunkInputs, make_inputs
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,21 +16,72 @@ from hypothesis import strategies as st
 TOL_FP32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-3}
 
 
+def by_definition(inputs: ChunkInputs, case: ChunkCase, line: int) -> torch.Tensor:
+    """Logits [G, n] of one row, a block, layer and query after the other, in float64; -1e4 for what is no number."""
+    row, ensemble = inputs.rows[line].tolist(), inputs.ensemble
+    num_blocks, num_queries, per_block = row[Due.NUM_BLOCKS], row[Due.NUM_QUERIES], case.chunks_per_block
+    ids = inputs.block_ids[row[Due.PLACE], :num_blocks].long()
+    codes = dequantise_codes(inputs.codes, inputs.scales)[:, ids].double().flatten(1, 2)
+    hint = torch.arange(num_blocks * per_block, 0, -1).double().log()
+    logits = torch.empty(num_queries, len(case.layer_groups), num_blocks, dtype=torch.float64)
+    for query, layer in itertools.product(range(num_queries), range(len(case.layer_groups))):
+        products = (inputs.heads[line, query, layer].double() @ codes[layer].T).relu()
+        chunks = inputs.gates[line, query, layer].double() @ products
+        chunks = chunks + ensemble.bias[layer] + ensemble.slope[layer] * hint
+        chunks = torch.where(chunks.isfinite(), chunks, -1e4).view(num_blocks, per_block)
+        for block in range(num_blocks):
+            before = chunks[block - 1, per_block - case.reach :] + ensemble.reach_offset[layer] if block else chunks[0]
+            logits[query, layer, block] = torch.cat((chunks[block], before)).max()
+    groups = [logits[:, [at for at, own in enumerate(case.layer_groups) if own == group]] for group in
+              range(max(case.layer_groups) + 1)]  # fmt: skip
+    by_query = [group.amax(1) if case.aggregate == "max" else group.mean(1) for group in groups]
+    return torch.stack([group.amax(0) for group in by_query])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_heads_are_rectified_then_gated_and_placed(case: ChunkCase, dtype: torch.dtype) -> None:
+def test_every_block_of_every_row_has_its_best_chunk(case: ChunkCase, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
-    rows = dequantise_codes(inputs.codes, inputs.scales)[:, inputs.block_ids].double()
-    gated = (inputs.gates.double().unsqueeze(-1) * (inputs.query.double() @ rows.mT).relu()).sum(2)
-    hint = inputs.slope.double().unsqueeze(-1) * torch.arange(case.num_blocks, 0, -1).double().log()
-    logits = score_chunks(*inputs)
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits.double(), gated + inputs.bias.double().unsqueeze(-1) + hint, **TOL_FP32)
+    score_chunks(*inputs)
+    written = torch.zeros_like(inputs.logits, dtype=torch.bool)
+    for line, num_blocks in enumerate(case.num_blocks):
+        own = inputs.logits[:, inputs.rows[line, Due.PLACE], :num_blocks]
+        written[:, inputs.rows[line, Due.PLACE], :num_blocks] = True
+        if num_blocks:
+            torch.testing.assert_close(own.double(), by_definition(inputs, case, line), **TOL_FP32)
+    assert inputs.logits[~written].isnan().all()
+    assert inputs.logits[written].isfinite().all()
 
 
 def test_portions_give_the_same_logits() -> None:
-    inputs = make_inputs(CASES[1])
-    torch.testing.assert_close(score_chunks_naive(*inputs, chunk_elems=1), score_chunks(*inputs), **TOL_FP32)
+    got, expected = make_inputs(CASES[1]), make_inputs(CASES[1])
+    score_chunks_naive(*got, chunk_elems=1)
+    score_chunks(*expected)
+    torch.testing.assert_close(got.logits, expected.logits, **TOL_FP32, equal_nan=True)
+
+
+def test_of_fewer_queries_than_a_row_says_the_newest_count() -> None:
+    got, expected = make_inputs(CASES[1]), make_inputs(CASES[1])
+    assert int(got.rows[:, Due.NUM_QUERIES].max()) > 1
+    expected.rows[:, Due.NUM_QUERIES].clamp_(max=1)
+    score_chunks(*got._replace(heads=got.heads[:, :1], gates=got.gates[:, :1]))
+    score_chunks(*expected)
+    assert torch.equal(got.logits.nan_to_num(7.0), expected.logits.nan_to_num(7.0))
+
+
+def test_the_last_chunks_of_a_block_speak_for_the_next() -> None:
+    chunks = torch.tensor([[5.0, 1.0, 0.0, 2.0, 0.0, 3.0]])
+
+    def logits(chunks_per_block: int, *offsets: float) -> list[float]:
+        found: list[float] = block_logits(chunks, chunks_per_block, torch.tensor([offsets]))[0].tolist()
+        return found
+
+    assert logits(2) == [5, 2, 3]
+    assert logits(2, 0.0) == [5, 2, 3]
+    assert logits(2, 0.0, 0.0) == [5, 5, 3]
+    assert logits(3, 0.0, 0.0) == [5, 3]
+    assert logits(2, -2.0, 3.0) == [5, 4, 5]
+    assert block_logits(torch.zeros(2, 0), 2, torch.zeros(2, 1)).shape == (2, 0)
 
 
 @given(
@@ -53,14 +106,24 @@ def test_zeros_stay_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gates": torch.ones(5, 3, 5)}, r"gates: expected shape \[5, 3, 6\], got \[5, 3, 5\]"),
-        ({"codes": torch.ones(3, 40, 20)}, r"codes: expected dtype torch.float8_e4m3fn, got torch.float32"),
-        ({"block_ids": torch.ones(2, dtype=torch.int32)}, r"block_ids: expected dtype torch.int64"),
+        ({"gates": torch.ones(6, 4, 3, 5)}, r"gates: expected shape \[6, 4, 3, 6\], got \[6, 4, 3, 5\]"),
+        ({"codes": torch.ones(3, 118, 3, 20)}, r"codes: expected dtype torch.float8_e4m3fn, got torch.float32"),
+        ({"scales": torch.ones(3, 118, 2)}, r"scales: expected shape \[3, 118, 3\]"),
+        ({"scales": torch.ones(3, 3, 118).mT}, r"codes: expected those of a block contiguous"),
+        ({"block_ids": torch.ones(5, 23, dtype=torch.int64)}, r"block_ids: expected dtype torch.int32"),
+        ({"rows": torch.ones(5, 16, dtype=torch.int32)}, r"rows: expected shape \[6, 16\]"),
+        ({"logits": torch.ones(2, 5, 22)}, r"logits: expected shape \[\*, 5, 23\], got \[2, 5, 22\]"),
+        ({"heads": torch.ones(6, 4, 3, 20, 6).mT}, r"heads: expected a last dim of stride 1"),
         ({"bias": torch.ones(1)}, r"bias: expected shape \[3\], got \[1\]"),
         ({"slope": torch.ones(3, 1)}, r"slope: expected shape \[3\], got \[3, 1\]"),
-        ({"query": torch.ones(5, 3, 20, 6).mT}, r"query: expected a last dim of stride 1"),
+        ({"reach_offset": torch.ones(3, 4)}, r"reach_offset: expected at most 3 columns"),
+        ({"groups": torch.ones(3)}, r"groups: expected dtype torch.int32"),
+        ({"aggregate": "sum"}, r"aggregate: expected 'max' or 'mean', got 'sum'"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict[str, torch.Tensor], message: str) -> None:
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    inputs = make_inputs(CASES[1])
+    of_ensemble = {name: value for name, value in change.items() if name in Ensemble._fields}
+    others = {name: value for name, value in change.items() if name not in of_ensemble}
     with pytest.raises(ValueError, match=message):
-        score_chunks(*make_inputs(CASES[1])._replace(**change))
+        score_chunks(*inputs._replace(**others, ensemble=inputs.ensemble._replace(**of_ensemble)))

@@ -24,20 +24,18 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
 ]
 # Ops without far rows hold no address that grows
-WITHOUT_FAR_ROWS = ("ensemble_scores", "project_queries")
+WITHOUT_FAR_ROWS = ("project_queries",)
 OPS = (
     "apply_step",
     "capture_queries",
     "checksum_pages",
     "choose_sets",
     "copy_pages",
-    "ensemble_scores",
     "forecast_blocks",
     "merge_attention",
     "project_queries",
     "remember_shares",
     "row_lse",
-    "score_blocks",
     "score_chunks",
     "score_rows",
     "summarise_keys",

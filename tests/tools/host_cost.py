@@ -27,7 +27,7 @@ from flashmemory_kernels.common.due_rows import Due
 from flashmemory_kernels.remember_shares import Channel
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.indexer.base import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 from flashmemory_vllm.observability.counters import CounterWriter, worker_name
 from flashmemory_vllm.residency.asking import Asking
@@ -133,10 +133,6 @@ class DrawnSelector(Selector):
         is_new = due.on_device[:, Due.NUM_KNOWN] == 0
         is_drawn = (torch.rand(known.shape, generator=self._generator) < self._changed) | is_new[None, :, None]
         state.memory[0][:, places] = torch.where(is_drawn, drawn, known)
-
-    def score(self, request: ScoringRequest) -> torch.Tensor:
-        """Never asked for: all rows are brought up to date at once."""
-        raise NotImplementedError(request.req_id)
 
 
 class HostSteps:

@@ -1,4 +1,4 @@
-"""Index heads and gates of a neural indexer, from one token's queries."""
+"""Index heads and gates of a neural indexer, from the queries of some tokens."""
 
 from flashmemory_kernels.project_queries.op import project_queries
 

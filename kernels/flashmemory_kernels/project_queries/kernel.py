@@ -95,7 +95,7 @@ def project_queries_triton(
     gate_bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `op.project_queries`."""
+    """See `op.project_queries`; of one token."""
     num_layers, num_features = spread.shape
     _, rank, num_columns = up.shape
     num_heads = gate.shape[2]
@@ -116,4 +116,4 @@ def project_queries_triton(
         R=rank, C=num_columns, H=num_heads, R_PAD=rank_padded, TILE_C=tile_columns,
         NUM_SLICES=num_slices, TILE_S=TILE_SLICES, num_warps=UP_WARPS,
     )  # fmt: skip
-    return heads, gates
+    return heads.unsqueeze(0), gates.unsqueeze(0)

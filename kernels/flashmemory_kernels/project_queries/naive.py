@@ -15,10 +15,10 @@ def project_queries_naive(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `op.project_queries`."""
-    scaled = queries.float().flatten(1) / spread
+    scaled = queries.float().flatten(2) / spread
     both = torch.cat((scaled, scaled.abs()), dim=-1)
-    hidden = torch.einsum("af,afr->ar", both, down)
+    hidden = torch.einsum("taf,afr->tar", both, down)
     hidden = functional.rms_norm(hidden, hidden.shape[-1:], eps=eps) * norm
-    heads = torch.einsum("ar,arc->ac", hidden, up)
-    gates = torch.einsum("ar,arh->ah", hidden, gate) + gate_bias
+    heads = torch.einsum("tar,arc->tac", hidden, up)
+    gates = torch.einsum("tar,arh->tah", hidden, gate) + gate_bias
     return heads.view(*gates.shape, -1), gates

@@ -21,8 +21,11 @@ def project_queries(
     `x = queries / spread`, `hidden = rms_norm([x, |x|] down) * norm`, `heads = hidden up`,
     `gates = hidden gate + gate_bias`.
 
+    It is bound by reading the weights, which happens once however many tokens there are. One token has kernels of its
+    own; the products of several are those of a library, in float32.
+
     Args:
-        queries: [A, Hq, D], one query per layer and head; F = Hq * D.
+        queries: [T, A, Hq, D], one query per token, layer and head; F = Hq * D.
         spread: float32 [A, F], positive.
         down: float32 [A, 2 * F, R].
         norm: float32 [A, R].
@@ -32,13 +35,13 @@ def project_queries(
         eps: added to the mean square.
 
     Returns:
-        Heads, float32 [A, H, E], and gates, float32 [A, H].
+        Heads, float32 [T, A, H, E], and gates, float32 [T, A, H].
 
     Raises:
         ValueError: shape, dtype, device or strides do not match.
     """
-    expect_shape("queries", queries, (None, None, None))
-    num_layers, num_features = len(queries), queries[0].numel()
+    expect_shape("queries", queries, (None, None, None, None))
+    num_layers, num_features = queries.shape[1], queries.shape[2] * queries.shape[3]
     expect_shape("spread", spread, (num_layers, num_features))
     expect_shape("down", down, (num_layers, 2 * num_features, None))
     rank = down.shape[2]
@@ -55,7 +58,7 @@ def project_queries(
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     arguments = queries, spread, down, norm, up, gate, gate_bias, eps
-    if runs_kernel(queries):
+    if runs_kernel(queries) and len(queries) == 1:
         from flashmemory_kernels.project_queries.kernel import project_queries_triton
 
         return project_queries_triton(*arguments)

@@ -1,7 +1,10 @@
-"""Triton kernel of `score_chunks`: each code is read once, widened in registers and multiplied on the tensor cores.
+"""Triton kernel of `score_chunks`: a program for each tile of blocks of a row and layer group.
 
-fp16 holds every fp8 code. A query head is split into two fp16 numbers for each element, after it is divided by its
-largest one: together they have 22 bits, and products and sums are float32 as in the specification.
+fp16 holds every fp8 code, 2^8 times too small. An index head is split into two fp16 numbers for each element, after it
+is divided by its largest one: together they have 22 bits, and products and sums are float32 as in the specification.
+
+Chunks of a block stand in neighbouring lines of one product. What the last ones of a block say of the next one goes a
+row down; so tiles overlap by a block, whose own logit the tile before it has.
 """
 
 # A Triton kernel's arguments are pointers and scalars of the traced program: Python has no types for them.
@@ -13,96 +16,135 @@ import triton
 import triton.language as tl
 
 from flashmemory_kernels.common import TileConfig
+from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.score_chunks.naive import LEAST_LOGIT, Ensemble
+from flashmemory_kernels.score_rows.kernel import decode_fp8
+
+PLACE, NUM_QUERIES = tl.constexpr(int(Due.PLACE)), tl.constexpr(int(Due.NUM_QUERIES))
+NUM_BLOCKS, FIELDS = tl.constexpr(int(Due.NUM_BLOCKS)), tl.constexpr(len(Due))
+LEAST = tl.constexpr(LEAST_LOGIT)
 
 # Fewest rows, columns and terms of a product on the tensor cores.
 MIN_DOT = 16
+# Fewest blocks of a tile, of which one belongs to the tile before.
+MIN_BLOCKS = 2
 
-# By the width of a code.
-CONFIGS = {128: TileConfig(tile_rows=64, programs=0, num_warps=4, num_stages=1)}
-DEFAULT_CONFIG = TileConfig(tile_rows=32, programs=0, num_warps=4, num_stages=1)
+# `tile_rows` are chunks of one product.
+CONFIG = TileConfig(tile_rows=128, programs=0, num_warps=4, num_stages=1)
 
 
-# The number of blocks differs from call to call: a multiple of 16 must not compile a kernel of its own.
-@triton.jit(do_not_specialize=["num_blocks"])
-def score_chunks_kernel(
-    p_query, p_gates, p_codes, p_scales, p_ids, p_bias, p_slope, p_logits,
-    stride_query_token, stride_query_layer, stride_query_head, stride_gates_token, stride_gates_layer,
-    stride_codes_layer, stride_codes_block, stride_scales,
-    num_blocks,
+@triton.jit
+def chunk_logits(
+    p_codes, p_scales, i_block, i_chunk, distance, m_line, p_heads, p_gates, bias, slope,
+    stride_codes_block, stride_scales_block, stride_head,
     H: tl.constexpr, E: tl.constexpr, H_PAD: tl.constexpr, E_PAD: tl.constexpr,
-    TILE: tl.constexpr, IS_SINGLE: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Score tiles of TILE blocks in one layer for a token; ids are loaded one tile ahead, see `score_blocks_kernel`."""
-    i_layer = tl.program_id(1).to(tl.int64)
-    i_token = tl.program_id(2).to(tl.int64)
-    i_row = tl.arange(0, TILE)
-    i_head = tl.arange(0, H_PAD)
-    i_dim = tl.arange(0, E_PAD)
-    m_head = i_head < H
-    m_dim = i_dim < E
-    first = tl.program_id(0)
-    last = first + 1 if IS_SINGLE else tl.cdiv(num_blocks, TILE)
-    stride_tile = 1 if IS_SINGLE else tl.num_programs(0)
-    i_block = tl.load(p_ids + first * TILE + i_row, first * TILE + i_row < num_blocks, other=0)
-
-    p_heads = p_query + i_token * stride_query_token + i_layer * stride_query_layer + i_head * stride_query_head
-    query = tl.load(p_heads[None, :] + i_dim[:, None], m_dim[:, None] & m_head[None, :], other=0.0).to(tl.float32)
+    """Logits [LINES] of chunks in one layer for one query; a number for every line."""
+    i_head, i_dim = tl.arange(0, H_PAD), tl.arange(0, E_PAD)
+    m_head, m_dim = i_head < H, i_dim < E
+    p_query = p_heads + i_head[None, :] * stride_head + i_dim[:, None]
+    query = tl.load(p_query, m_dim[:, None] & m_head[None, :], other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(query), axis=0)
     unit = query / tl.where(peak == 0.0, 1.0, peak)[None, :]
     high = unit.to(tl.float16)
     low = (unit - high.to(tl.float32)).to(tl.float16)
-    p_own_gates = p_gates + i_token * stride_gates_token + i_layer * stride_gates_layer
-    gates = peak * tl.load(p_own_gates + i_head, m_head, other=0.0).to(tl.float32)
-    bias = tl.load(p_bias + i_layer).to(tl.float32)
-    slope = tl.load(p_slope + i_layer).to(tl.float32)
+    gates = peak * tl.load(p_gates + i_head, m_head, other=0.0).to(tl.float32)
+    p_lines = p_codes + i_block * stride_codes_block + i_chunk * E
+    codes = decode_fp8(tl.load(p_lines[:, None] + i_dim[None, :], m_line[:, None] & m_dim[None, :], other=0))
+    products = tl.dot(codes, high, acc=tl.dot(codes, low))  # [LINES, H_PAD]
+    # Not a maximum with 0, which would hide a NaN.
+    rectified = tl.where(products < 0.0, 0.0, products)
+    scales = tl.load(p_scales + i_block * stride_scales_block + i_chunk, m_line, other=0.0) * 256.0
+    logits = tl.sum(rectified * gates[None, :], axis=1) * scales + bias + slope * tl.log(distance)
+    return tl.where(m_line & (tl.abs(logits) < float("inf")), logits, LEAST)
 
-    for i_tile in tl.range(first, last, stride_tile, num_stages=NUM_STAGES):
-        i_position = i_tile * TILE + i_row
-        m_row = i_position < num_blocks
-        p_rows = p_codes + i_layer * stride_codes_layer + i_block * stride_codes_block
-        codes = tl.load(
-            p_rows[:, None] + i_dim[None, :], m_row[:, None] & m_dim[None, :],
-            other=0.0, eviction_policy="evict_first",
-        ).to(tl.float16)  # fmt: skip
-        scales = tl.load(p_scales + i_layer * stride_scales + i_block, m_row, other=0.0)
-        i_next = i_position + stride_tile * TILE
-        i_block = tl.load(p_ids + i_next, i_next < num_blocks, other=0)
-        products = tl.dot(codes, high, acc=tl.dot(codes, low))  # [TILE, H_PAD]
-        # Not a maximum with 0, which would hide a NaN.
-        rectified = tl.where(products < 0.0, 0.0, products)
-        distance = (num_blocks - i_position).to(tl.float32)
-        hint = bias + slope * tl.log(tl.where(m_row, distance, 1.0))
-        logits = tl.sum(rectified * gates[None, :], axis=1) * scales + hint
-        tl.store(p_logits + (i_token * tl.num_programs(1) + i_layer) * num_blocks + i_position, logits, m_row)
+
+@triton.jit
+def score_chunks_kernel(
+    p_heads, p_gates, p_codes, p_scales, p_ids, p_rows, p_bias, p_slope, p_offset, p_groups, p_logits,
+    stride_heads_row, stride_heads_query, stride_heads_layer, stride_heads_head,
+    stride_gates_row, stride_gates_query, stride_gates_layer,
+    stride_codes_layer, stride_codes_block, stride_scales_layer, stride_scales_block,
+    stride_ids, stride_logits_group, stride_logits_place, num_layers,
+    QUERIES: tl.constexpr, C: tl.constexpr, R: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    C_PAD: tl.constexpr, H_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCKS: tl.constexpr, IS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS - 1 blocks of a row in one layer group, and the block before them."""
+    i_group, i_row = tl.program_id(2), tl.program_id(1).to(tl.int64)
+    p_row = p_rows + i_row * FIELDS
+    num_queries = tl.minimum(tl.load(p_row + NUM_QUERIES), QUERIES)
+    num_blocks = tl.where(num_queries > 0, tl.load(p_row + NUM_BLOCKS), 0)
+    start = tl.program_id(0) * (BLOCKS - 1)
+    if start < num_blocks:
+        i_line, i_tile = tl.arange(0, BLOCKS * C_PAD), tl.arange(0, BLOCKS)
+        i_position, i_chunk = start - 1 + i_line // C_PAD, i_line % C_PAD
+        m_position = (i_position >= 0) & (i_position < num_blocks)
+        m_line = m_position & (i_chunk < C)
+        place = tl.load(p_row + PLACE).to(tl.int64)
+        i_block = tl.load(p_ids + place * stride_ids + i_position, m_position, other=0).to(tl.int64)
+        distance = tl.where(m_line, (num_blocks - i_position) * C - i_chunk, 1).to(tl.float32)
+        # Chunk c of the last R of a block has the offset c - (C - R)
+        i_offset = i_chunk - (C - R)
+        m_reach = m_line & (i_offset >= 0)
+        is_next = i_tile[:, None] == i_tile[None, :] + 1
+        best = tl.full((BLOCKS,), float("-inf"), tl.float32)
+        for i_query in range(num_queries):
+            total = tl.full((BLOCKS,), 0.0 if IS_MEAN else float("-inf"), tl.float32)
+            num_members = 0
+            for layer in range(num_layers):
+                if tl.load(p_groups + layer) == i_group:
+                    i_layer, query = tl.cast(layer, tl.int64), tl.cast(i_query, tl.int64)
+                    logits = chunk_logits(
+                        p_codes + i_layer * stride_codes_layer, p_scales + i_layer * stride_scales_layer,
+                        i_block, i_chunk, distance, m_line,
+                        p_heads + i_row * stride_heads_row + query * stride_heads_query + i_layer * stride_heads_layer,
+                        p_gates + i_row * stride_gates_row + query * stride_gates_query + i_layer * stride_gates_layer,
+                        tl.load(p_bias + layer), tl.load(p_slope + layer),
+                        stride_codes_block, stride_scales_block, stride_heads_head, H, E, H_PAD, E_PAD,
+                    )  # fmt: skip
+                    own = tl.max(tl.reshape(logits, (BLOCKS, C_PAD)), axis=1)
+                    if R > 0:
+                        offset = tl.load(p_offset + layer * R + i_offset, m_reach, other=0.0)
+                        handed = tl.where(m_reach, logits + offset, LEAST)
+                        of_block = tl.max(tl.reshape(handed, (BLOCKS, C_PAD)), axis=1)
+                        before = tl.sum(tl.where(is_next, of_block[None, :], 0.0), axis=1)
+                        # Nothing is before the first block
+                        has_before = (i_tile > 0) & (start - 1 + i_tile > 0)
+                        own = tl.maximum(own, tl.where(has_before, before, float("-inf")))
+                    total = total + own if IS_MEAN else tl.maximum(total, own)
+                    num_members += 1
+            best = tl.maximum(best, total / num_members if IS_MEAN else total)
+        i_scored = start - 1 + i_tile
+        p_own = p_logits + i_group.to(tl.int64) * stride_logits_group + place * stride_logits_place
+        tl.store(p_own + i_scored, best, (i_tile > 0) & (i_scored < num_blocks))
 
 
 def score_chunks_triton(
-    query: torch.Tensor,
+    heads: torch.Tensor,
     gates: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     block_ids: torch.Tensor,
-    bias: torch.Tensor,
-    slope: torch.Tensor,
-    config: TileConfig | None = None,
-) -> torch.Tensor:
+    rows: torch.Tensor,
+    ensemble: Ensemble,
+    logits: torch.Tensor,
+    config: TileConfig = CONFIG,
+) -> None:
     """See `op.score_chunks`."""
-    num_tokens, num_layers, num_heads, width = query.shape
-    num_blocks = len(block_ids)
-    logits = torch.empty(num_tokens, num_layers, num_blocks, dtype=torch.float32, device=query.device)
-    if num_blocks == 0:
-        return logits
-    if config is None:
-        config = CONFIGS.get(width, DEFAULT_CONFIG)
-    num_tiles = triton.cdiv(num_blocks, config.tile_rows)
-    num_programs = config.num_programs(num_tiles, num_layers * num_tokens, query.device)
-    score_chunks_kernel[(num_programs, num_layers, num_tokens)](
-        query, gates, codes, scales, block_ids, bias, slope, logits,
-        *query.stride()[:3], *gates.stride()[:2], codes.stride(0), codes.stride(1), scales.stride(0),
-        num_blocks,
-        H=num_heads, E=width,
-        H_PAD=max(MIN_DOT, triton.next_power_of_2(num_heads)), E_PAD=max(MIN_DOT, triton.next_power_of_2(width)),
-        TILE=config.tile_rows, IS_SINGLE=config.programs == 0, NUM_STAGES=config.num_stages,
+    num_rows, num_queries, num_layers, num_heads, width = heads.shape
+    num_groups, _, num_columns = logits.shape
+    per_block = codes.shape[2]
+    if num_rows == 0 or num_columns == 0:
+        return
+    chunks_padded = triton.next_power_of_2(per_block)
+    num_blocks = max(MIN_BLOCKS, config.tile_rows // chunks_padded)
+    score_chunks_kernel[(triton.cdiv(num_columns, num_blocks - 1), num_rows, num_groups)](
+        heads, gates, codes.view(torch.uint8), scales, block_ids, rows,
+        ensemble.bias, ensemble.slope, ensemble.reach_offset, ensemble.groups, logits,
+        *heads.stride()[:4], *gates.stride()[:3], *codes.stride()[:2], *scales.stride()[:2],
+        block_ids.stride(0), *logits.stride()[:2], num_layers,
+        QUERIES=num_queries, C=per_block, R=ensemble.reach_offset.shape[1], H=num_heads, E=width,
+        C_PAD=chunks_padded, H_PAD=max(MIN_DOT, triton.next_power_of_2(num_heads)),
+        E_PAD=max(MIN_DOT, triton.next_power_of_2(width)), BLOCKS=num_blocks, IS_MEAN=ensemble.aggregate == "mean",
         num_warps=config.num_warps,
     )  # fmt: skip
-    return logits

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from flashmemory_kernels.common import aggregated
 from flashmemory_kernels.score_chunks import dequantise_codes
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, create_selector
+from flashmemory_vllm.indexer import IndexGeometry, create_selector, neural
 from flashmemory_vllm.indexer.checkpoint import round_weights, save_indexer
+from flashmemory_vllm.indexer.due import DueRequest, due_rows
 from flashmemory_vllm.indexer.neural import NeuralSelector
-from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, block_logits, ensemble, pooled_keys
+from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, pooled_keys
+from flashmemory_vllm.indexer.places import PlaceState
+from tests.helpers.alone import Alone, OneByOne
 
 SPEC = IndexerSpec(
     model="toy",
@@ -113,10 +117,10 @@ def test_score_is_the_modules_probability(tmp_path: Path, aggregate: str, layer_
     selector.add_blocks(history.ids, list(history.keys))
     logits = history.expected(model)
     rows = [
-        ensemble(logits[[own == group for own in layer_groups]], model.spec.aggregate)
+        aggregated(logits[[own == group for own in layer_groups]], model.spec.aggregate, 0)
         for group in range(max(layer_groups) + 1)
     ]
-    score = selector.score(ScoringRequest("r", history.ids, history.queries, 0))
+    score = OneByOne(selector).score(Alone("r", history.ids, history.queries, 0))
     assert score.dtype == torch.float32
     # fp8 codes may round the other way where two sums differ in their last bit.
     # What stands in for the chunks before the first block in training is no matter: that is never a sample
@@ -129,8 +133,8 @@ def test_a_block_is_worth_what_it_is_worth_to_any_of_several_tokens(checkpoint: 
     selector = NeuralSelector(make_geometry(), checkpoint)
     selector.add_blocks(history.ids, list(history.keys))
     earlier = torch.randn(2, *history.queries.shape)
-    alone = [selector.score(ScoringRequest("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
-    together = selector.score(ScoringRequest("r", history.ids, history.queries, 0, earlier=earlier))
+    alone = [OneByOne(selector).score(Alone("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
+    together = OneByOne(selector).score(Alone("r", history.ids, history.queries, 0, earlier=earlier))
     assert torch.equal(together, torch.stack(alone).amax(0))
 
 
@@ -138,26 +142,26 @@ def test_what_the_question_asked_for_keeps_its_score(checkpoint: str) -> None:
     history = History()
     selector = NeuralSelector(make_geometry(), checkpoint)
     selector.add_blocks(history.ids, list(history.keys))
+    one, resident = OneByOne(selector), torch.ones(1, len(history.ids), dtype=torch.bool)
     other = torch.randn(history.queries.shape, generator=torch.Generator().manual_seed(7))
-    first = selector.score(ScoringRequest("r", history.ids[:-3], history.queries, 0)).clone()
-    alone = selector.score(ScoringRequest("another", history.ids, other, 1))
-    later = selector.score(ScoringRequest("r", history.ids, other, 1))
+    first = one.score(Alone("r", history.ids[:-3], history.queries, 0))
+    alone = one.score(Alone("another", history.ids, other, 0))
+    later = one.score(Alone("r", history.ids, other, 1, resident))
     assert torch.equal(later[:, :-3], torch.maximum(first, alone[:, :-3]))
     assert torch.equal(later[:, -3:], alone[:, -3:])
     # A third selection forgets the second's tokens, not the question
-    third = selector.score(ScoringRequest("r", history.ids, -other, 2))
+    third = one.score(Alone("r", history.ids, -other, 2, resident))
     assert bool((third[:, :-3] >= first).all())
     assert not bool((third[:, :-3] >= later[:, :-3]).all())
-    selector.forget("r")
-    assert torch.equal(selector.score(ScoringRequest("r", history.ids, other, 3)), alone)
 
 
 def test_a_request_may_come_back_with_a_block_less(checkpoint: str) -> None:
     history = History()
     selector = NeuralSelector(make_geometry(), checkpoint)
     selector.add_blocks(history.ids, list(history.keys))
-    first = selector.score(ScoringRequest("r", history.ids, history.queries, 0)).clone()
-    again = selector.score(ScoringRequest("r", history.ids[:-1], history.queries, 1))
+    one = OneByOne(selector)
+    first = one.score(Alone("r", history.ids, history.queries, 0))
+    again = one.score(Alone("r", history.ids[:-1], -history.queries, 1))
     assert again.shape == (1, len(history.ids) - 1)
     assert bool((again >= first[:, :-1]).all())
 
@@ -166,34 +170,48 @@ def test_the_blocks_that_the_question_lies_in_are_kept(checkpoint: str) -> None:
     selector = create_selector("neural", make_geometry(), indexer=checkpoint)
     history = History()
     selector.add_blocks(history.ids, list(history.keys))
-    ids = history.ids
+    one = OneByOne(selector)
 
     def kept(num_blocks: int, step: int, prompt_len: int) -> list[int]:
-        request = ScoringRequest("r", ids[:num_blocks], history.queries, step, prompt_len=prompt_len)
-        return torch.nonzero(selector.score(request)[0] == 1).flatten().tolist()
+        request = Alone("r", history.ids[:num_blocks], history.queries, step, prompt_len=prompt_len)
+        return torch.nonzero(one.score(request)[0] == 1).flatten().tolist()
 
     # Three tokens of blocks of eight: the last of block 9, and two of block 10, which is not full yet
     assert kept(10, 0, prompt_len=82) == [9]
     assert kept(12, 1, prompt_len=82) == [9, 10]
-    selector.forget("r")
-    assert kept(12, 1, prompt_len=82) == []
     # Nobody told
     assert kept(12, 0, prompt_len=0) == []
 
 
-def test_the_last_chunks_of_a_block_speak_for_the_next() -> None:
-    chunks = torch.tensor([[5.0, 1.0, 0.0, 2.0, 0.0, 3.0]])
+@pytest.mark.parametrize("most_tokens", [1, 5])
+def test_rows_in_any_portions_give_the_same(checkpoint: str, most_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of different lengths and numbers of queries, in one portion and in several."""
+    history, generator = History(), torch.Generator().manual_seed(3)
+    selector = NeuralSelector(make_geometry(), checkpoint)
+    selector.add_blocks(history.ids, list(history.keys))
+    queries, ids = torch.randn(3, 4, 5, 4, 16, generator=generator), history.ids.int().repeat(4, 1)
+    rows = [DueRequest(2, 7, 11, 3), DueRequest(0, 23, 4, 1, prompt_len=70), DueRequest(3, 12, 6, 2)]
+    memories = []
+    for size in (10**6, most_tokens):
+        monkeypatch.setattr(neural, "MOST_TOKENS", size)
+        memory = torch.full((2, 1, 4, NUM_BLOCKS), torch.nan)
+        state = PlaceState(queries, ids, memory, torch.zeros(1, 4, NUM_BLOCKS, dtype=torch.int8))
+        selector.remember(due_rows(rows, torch.device("cpu"), is_entering=True), state)
+        memories.append(memory)
+    for request in rows:
+        alone, other = (memory[:, :, request.place, : request.num_blocks] for memory in memories)
+        assert alone.isfinite().all()
+        torch.testing.assert_close(alone, other)
+    assert memories[0][:, :, 1].isnan().all()
 
-    def logits(chunks_per_block: int, *offsets: float) -> list[float]:
-        found: list[float] = block_logits(chunks, chunks_per_block, torch.tensor([offsets]))[0].tolist()
-        return found
 
-    assert logits(2) == [5, 2, 3]
-    assert logits(2, 0.0) == [5, 2, 3]
-    assert logits(2, 0.0, 0.0) == [5, 5, 3]
-    assert logits(3, 0.0, 0.0) == [5, 3]
-    assert logits(2, -2.0, 3.0) == [5, 4, 5]
-    assert block_logits(torch.zeros(2, 0), 2, torch.zeros(2, 1)).shape == (2, 0)
+def test_a_query_that_is_no_number_asks_for_nothing(checkpoint: str) -> None:
+    history = History()
+    selector = NeuralSelector(make_geometry(), checkpoint)
+    selector.add_blocks(history.ids, list(history.keys))
+    queries = history.queries.clone()
+    queries[:, 0, 0] = torch.nan
+    assert not OneByOne(selector).score(Alone("r", history.ids, queries)).any()
 
 
 def test_pooled_keys_are_bounds_and_mean_of_each_chunk() -> None:
@@ -215,14 +233,14 @@ def test_pages_give_the_codes_of_gathered_keys(checkpoint: str) -> None:
     half = NUM_BLOCKS // 2
     for part in (slice(half), slice(half, None)):
         paged.add_blocks(history.ids[part], list(pages), [layer_slots[part] for layer_slots in slots])
-    request = ScoringRequest("r", history.ids, history.queries, 0)
-    torch.testing.assert_close(paged.score(request), gathered.score(request), rtol=1e-3, atol=1e-4)
+    request = Alone("r", history.ids, history.queries, 0)
+    torch.testing.assert_close(OneByOne(paged).score(request), OneByOne(gathered).score(request), rtol=1e-3, atol=1e-4)
 
 
 def test_stored_codes_are_the_rounded_ones(checkpoint: str) -> None:
     selector, history = NeuralSelector(make_geometry(), checkpoint), History()
     selector.add_blocks(history.ids, list(history.keys))
-    per_block = dequantise_codes(selector.codes, selector.scales).view(3, N, SPEC.chunks_per_block, -1)
+    per_block = dequantise_codes(selector.codes, selector.scales)
     stored = per_block[:, history.ids].flatten(1, 2)
     with torch.no_grad():
         codes = make_model().encode_keys(history.pooled).transpose(0, 1)
@@ -268,7 +286,7 @@ def test_blocks_of_another_size_have_the_same_chunks(checkpoint: str, block_size
     geometry = replace(make_geometry(), block_size=block_size, num_logical_blocks=NUM_BLOCKS * 2)
     selector = NeuralSelector(geometry, checkpoint)
     selector.add_blocks(ids, list(keys))
-    score = selector.score(ScoringRequest("r", ids, history.queries, 0))[0]
+    score = OneByOne(selector).score(Alone("r", ids, history.queries, 0))[0]
     # By the module: chunks that are blocks of their own, and no reach
     model = make_model()
     of_chunks = replace(model.spec.at(4), reach=0)
@@ -302,8 +320,6 @@ def test_what_is_missing_is_told(checkpoint: str) -> None:
         NeuralSelector(make_geometry(layer_groups=(0, 0, 2)), checkpoint)
     with pytest.raises(ConfigError, match="'neural' needs the option indexer"):
         create_selector("neural", make_geometry())
-    with pytest.raises(ConfigError, match="needs queries"):
-        NeuralSelector(make_geometry(), checkpoint).score(ScoringRequest("r", torch.arange(2), None, 0))
 
 
 def test_an_indexer_implies_the_selector() -> None:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
-from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest
+from flashmemory_vllm.indexer import IndexGeometry
 from flashmemory_vllm.indexer.oracle import Future, OracleSelector, window_scores
 from flashmemory_vllm.runtime.shape import AttentionShape
+from tests.helpers.alone import Alone, OneByOne
 
 BS, LAYERS, TAU, DELAY, PROMPT = 4, 5, 6, 1, 17
 DIGESTS = [bytes([number] * 32) for number in range(3)]
@@ -100,12 +101,12 @@ def test_each_request_sees_its_own_future(tmp_path: Path, aggregate: Any) -> Non
         mass = recorded(number)["layer_mass"]
         # The last prompt token has just been computed: the selection is in force with the next one
         future.advance(req_id, PROMPT)
-        first = selector.score(ScoringRequest(req_id, torch.arange(4), None, step_index=0))
+        first = OneByOne(selector).score(Alone(req_id, torch.arange(4), None, step_index=0))
         expected = window_scores(mass, 1, 1 + TAU + DELAY, 2, aggregate)[:, :4]
         torch.testing.assert_close(first, torch.from_numpy(expected))
         # Five outputs later; this one comes late
         future.advance(req_id, PROMPT + 5)
-        later = selector.score(ScoringRequest(req_id, torch.arange(5), None, step_index=1))
+        later = OneByOne(selector).score(Alone(req_id, torch.arange(5), None, step_index=1))
         expected = window_scores(mass, 6 + DELAY, 6 + TAU + DELAY, 2, aggregate)[:, :5]
         torch.testing.assert_close(later, torch.from_numpy(expected))
 
@@ -116,18 +117,18 @@ def test_a_longer_text_and_a_finished_request(tmp_path: Path) -> None:
         selector = OracleSelector(make_geometry(1), "max", TAU)
     future.name("a", DIGESTS[1])
     future.advance("a", PROMPT + 60)
-    scores = selector.score(ScoringRequest("a", torch.arange(12), None, step_index=7))
+    scores = OneByOne(selector).score(Alone("a", torch.arange(12), None, step_index=7))
     assert scores.shape == (1, 12)
     assert bool(scores[:, :9].any())
     assert not bool(scores[:, 9:].any())
     selector.forget("a")
-    assert torch.equal(selector.score(ScoringRequest("a", torch.arange(12), None, step_index=7)), scores)
+    assert torch.equal(OneByOne(selector).score(Alone("a", torch.arange(12), None, step_index=7)), scores)
 
 
 def test_a_runtime_can_warm_up(tmp_path: Path) -> None:
     with known(Future.load(write_capture(tmp_path))):
         selector = OracleSelector(make_geometry())
-    assert selector.score(ScoringRequest("", torch.zeros(1, dtype=torch.int64), None, 0)).tolist() == [[0.0], [0.0]]
+    assert OneByOne(selector).score(Alone("", torch.zeros(1, dtype=torch.int64), None, 0)).tolist() == [[0.0], [0.0]]
 
 
 def test_nobody_else_can_use_it(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_nobody_else_can_use_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was not recorded"):
         future.name("x", b"\xff" * 32)
     with pytest.raises(IntegrityError, match="request x is unknown"):
-        selector.score(ScoringRequest("x", torch.arange(4), None, 0))
+        OneByOne(selector).score(Alone("x", torch.arange(4), None, 0))
 
 
 @pytest.mark.parametrize("provenance", [{"layer_mass": False}, {"every": 2}])

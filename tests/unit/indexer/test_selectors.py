@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.indexer import SELECTOR_NAMES, IndexGeometry, ScoringRequest, Selector, create_selector
+from flashmemory_vllm.indexer import SELECTOR_NAMES, IndexGeometry, Selector, create_selector
 from flashmemory_vllm.indexer.exact import ExactSelector
+from tests.helpers.alone import Alone, OneByOne
 
 N, BS, HQ, HKV, D, A = 40, 4, 6, 2, 20, 3
 SCALE = 0.25
@@ -55,8 +56,8 @@ class History:
             layer_pages[layer_slots] = keys[half:]
         selector.add_blocks(self.ids[half:], list(pages), slots)
 
-    def request(self, step_index: int = 0, resident: torch.Tensor | None = None) -> ScoringRequest:
-        return ScoringRequest("r", self.ids, self.queries, step_index, resident)
+    def request(self, step_index: int = 0, resident: torch.Tensor | None = None) -> Alone:
+        return Alone("r", self.ids, self.queries, step_index, resident)
 
 
 def head_logits(history: History, anchor: int, head: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def test_score_is_the_aggregated_share(name: str, aggregate: str, layer_groups: 
         anchors = [anchor for anchor in range(A) if layer_groups[anchor] == group]
         shares = torch.stack([brute_force(name, history, a, head) for a in anchors for head in range(HQ)])
         rows.append(shares.amax(0) if aggregate == "max" else shares.mean(0))
-    score = selector.score(history.request())
+    score = OneByOne(selector).score(history.request())
     assert score.dtype == torch.float32
     torch.testing.assert_close(score, torch.stack(rows), **TOL)
 
@@ -102,7 +103,7 @@ def test_planted_needle_is_ranked_first(name: str) -> None:
     history.keys[2, needle, 4 // (HQ // HKV), 3] = direction / direction.norm() * 40
     selector = create_selector(name, make_geometry())
     history.add_to(selector)
-    assert int(selector.score(history.request())[0].argmax()) == needle
+    assert int(OneByOne(selector).score(history.request())[0].argmax()) == needle
 
 
 @given(
@@ -120,7 +121,8 @@ def test_bounds_are_an_upper_bound_of_every_token(seed: int, spread: float, dtyp
         rows = selector.index[anchor, history.ids].float()  # type: ignore[attr-defined]
         for head in range(HQ):
             kv_head, query = head // (HQ // HKV), history.queries[anchor, head]
-            bound = selector._expand(query.unsqueeze(0))[0] @ rows[:, kv_head, 0].T * SCALE  # type: ignore[attr-defined]
+            least, largest = rows[:, kv_head, 0].chunk(2, dim=1)
+            bound = torch.maximum(query * least, query * largest).sum(1) * SCALE
             logits = head_logits(history, anchor, head)
             slack = 1e-5 * (1 + logits.abs().max())  # the two sums run in different orders
             assert bool((logits.amax(1) <= bound + slack).all())
@@ -144,7 +146,7 @@ def test_keys_in_fp8_rank_as_keys_do_for_half_of_the_bytes(name: str) -> None:
     for index_dtype in ("auto", "fp8"):
         selector = create_selector(name, make_geometry(dtype=torch.bfloat16), index_dtype=index_dtype)
         history.add_to(selector)
-        scores.append(selector.score(history.request()))
+        scores.append(OneByOne(selector).score(history.request()))
     assert isinstance(selector, ExactSelector)
     assert selector.scales is not None
     parts = (selector.index, selector.scales)
@@ -168,7 +170,7 @@ def test_scores_repeat_and_ignore_index_rows_of_other_blocks(name: str) -> None:
         if selector.needs_keys:
             selector.index.fill_(poison)  # type: ignore[attr-defined]
         history.add_to(selector)
-        scores.append(selector.score(history.request()))
+        scores.append(OneByOne(selector).score(history.request()))
     assert scores[0].shape == (2, len(history.ids))
     assert torch.equal(scores[0], scores[1])
 
@@ -178,20 +180,20 @@ def test_positional_selectors_take_no_device_memory_and_no_queries() -> None:
         selector = create_selector(name, make_geometry())
         assert (selector.needs_queries, selector.needs_keys) == (False, False)
         assert selector.bytes_per_block() == 0
-        assert selector.score(ScoringRequest("r", torch.arange(5), None, 0)).isfinite().all()
+        assert OneByOne(selector).score(Alone("r", torch.arange(5), None, 0)).isfinite().all()
 
 
 def test_streaming_prefers_the_newest_and_full_prefers_none() -> None:
-    request = ScoringRequest("r", torch.tensor([9, 3, 5]), None, 0)
-    assert create_selector("streaming", make_geometry()).score(request).argsort().tolist() == [[0, 1, 2]]
-    assert create_selector("full", make_geometry()).score(request).any().item() is False
+    request = Alone("r", torch.tensor([9, 3, 5]), None, 0)
+    assert OneByOne(create_selector("streaming", make_geometry())).score(request).argsort().tolist() == [[0, 1, 2]]
+    assert OneByOne(create_selector("full", make_geometry())).score(request).any().item() is False
 
 
 def test_random_draws_differ_by_step_seed_and_group_but_not_by_request() -> None:
     selector = create_selector("random", make_geometry((0, 1, 1)))
 
     def draw(step: int, req_id: str = "r", chosen: Selector = selector) -> torch.Tensor:
-        return chosen.score(ScoringRequest(req_id, torch.arange(30), None, step))
+        return OneByOne(chosen).score(Alone(req_id, torch.arange(30), None, step))
 
     first = draw(0)
     assert torch.equal(first, draw(0, "other"))
@@ -202,7 +204,7 @@ def test_random_draws_differ_by_step_seed_and_group_but_not_by_request() -> None
 
 def test_random_draws_are_uniform() -> None:
     selector = create_selector("random", make_geometry())
-    drawn = selector.score(ScoringRequest("r", torch.arange(4096), None, 3))[0]
+    drawn = OneByOne(selector).score(Alone("r", torch.arange(4096), None, 3))[0]
     assert drawn.min() >= 0
     assert drawn.max() < 1
     # 8 bins of 512: a standard deviation is 21, and the draws are fixed.
@@ -215,8 +217,8 @@ def test_a_block_is_worth_what_it_is_worth_to_any_of_several_tokens(name: str) -
     selector = create_selector(name, make_geometry())
     history.add_to(selector)
     earlier = torch.randn(2, A, HQ, D) * 2
-    alone = [selector.score(ScoringRequest("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
-    together = selector.score(ScoringRequest("r", history.ids, history.queries, 0, earlier=earlier))
+    alone = [OneByOne(selector).score(Alone("r", history.ids, one, 0)) for one in (history.queries, *earlier)]
+    together = OneByOne(selector).score(Alone("r", history.ids, history.queries, 0, earlier=earlier))
     assert torch.equal(together, torch.stack(alone).amax(0))
 
 
@@ -224,45 +226,49 @@ def test_heavy_hitter_gains_in_the_resident_set_only() -> None:
     history = History()
     selector = create_selector("h2o", make_geometry())
     history.add_to(selector)
-    first = selector.score(history.request())
+    one = OneByOne(selector)
+    first = one.score(history.request())
     resident = torch.zeros(1, len(history.ids), dtype=torch.bool)
     resident[0, :9] = True
-    second = selector.score(history.request(step_index=1, resident=resident))
+    second = one.score(history.request(step_index=1, resident=resident))
     assert torch.equal(second[:, 9:], first[:, 9:])
 
     inside = History()
     inside.ids, inside.keys = history.ids[:9], history.keys[:, :9]
     exact = create_selector("exact", make_geometry())
     inside.add_to(exact)
-    torch.testing.assert_close(second[:, :9] - first[:, :9], exact.score(inside.request()), **TOL)
-
-    selector.forget("r")
-    assert torch.equal(selector.score(history.request()), first)
+    torch.testing.assert_close(second[:, :9] - first[:, :9], OneByOne(exact).score(inside.request()), **TOL)
 
 
 def test_heavy_hitter_takes_new_blocks_and_an_empty_resident_set() -> None:
+    """Blocks that the memory does not know are newer than the set: they alone gain then."""
     history = History()
     selector = create_selector("h2o", make_geometry())
     history.add_to(selector)
-    prompt = ScoringRequest("r", history.ids[:20], history.queries, 0)
-    first = selector.score(prompt)
+    one = OneByOne(selector)
+    first = one.score(Alone("r", history.ids[:20], history.queries))
     nothing = torch.zeros(1, len(history.ids), dtype=torch.bool)
-    grown = selector.score(history.request(step_index=1, resident=nothing))
+    grown = one.score(history.request(step_index=1, resident=nothing))
     assert torch.equal(grown[:, :20], first)
-    assert torch.equal(grown[:, 20:], torch.zeros(1, 3))
+    inside = History()
+    inside.ids, inside.keys = history.ids[20:], history.keys[:, 20:]
+    exact = create_selector("exact", make_geometry())
+    inside.add_to(exact)
+    torch.testing.assert_close(grown[:, 20:], OneByOne(exact).score(inside.request()), **TOL)
 
 
 def test_heavy_hitter_goes_on_with_its_mass_after_a_preemption() -> None:
     history = History()
     selector = create_selector("h2o", make_geometry())
     history.add_to(selector)
-    first = selector.score(history.request())
+    one = OneByOne(selector)
+    first = one.score(history.request())
     # Without a set, with a block less, and with a question that the mass has in it already
-    again = ScoringRequest("r", history.ids[:-1], history.queries, 1, earlier=torch.randn(2, A, HQ, D))
+    again = Alone("r", history.ids[:-1], history.queries, 1, earlier=torch.randn(2, A, HQ, D))
     exact = create_selector("exact", make_geometry())
     history.add_to(exact)
-    alone = exact.score(ScoringRequest("r", history.ids[:-1], history.queries, 0))
-    torch.testing.assert_close(selector.score(again), first[:, :-1] + alone, **TOL)
+    alone = OneByOne(exact).score(Alone("r", history.ids[:-1], history.queries))
+    torch.testing.assert_close(one.score(again), first[:, :-1] + alone, **TOL)
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -276,7 +282,5 @@ def test_wrong_settings_are_refused() -> None:
         create_selector("mean", make_geometry(), aggregate="sum")
     with pytest.raises(ConfigError, match=r"groups \[0\] have none"):
         create_selector("exact", make_geometry((1, 1, 1)))
-    with pytest.raises(ConfigError, match=r"needs queries"):
-        create_selector("mean", make_geometry()).score(ScoringRequest("r", torch.arange(2), None, 0))
     with pytest.raises(ConfigError, match=r"layer_groups must lie in 0..1; got \(0, -1, 1\)"):
         make_geometry((0, -1, 1))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy
 
-from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, Selector
+from flashmemory_vllm.indexer import IndexGeometry, Selector
 from flashmemory_vllm.residency.lists import pairs_of
 from flashmemory_vllm.residency.types import Asked
 from flashmemory_vllm.runtime.choice import ChoiceSizes, ChoiceState
@@ -18,6 +18,7 @@ from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
+from tests.helpers.alone import Alone, OneByOne
 
 BLOCK, HQ, HKV, D, A = 8, 4, 2, 16, 3
 PLACES, WIDTH, NUM_BLOCKS, LISTED = 4, 24, 90, 24
@@ -85,7 +86,7 @@ class World:
         self, make: MakeSelector, groups: tuple[int, ...] = (0, 0, 0), num_kept: int = 2, device: str = "cpu"
     ) -> None:
         self.geometry = make_geometry(groups, device)
-        self.selector, self.twin = make(self.geometry), make(make_geometry(groups))
+        self.selector, self.twin = make(self.geometry), OneByOne(make(make_geometry(groups)))
         self.rng, self.generator = random.Random(0), torch.Generator().manual_seed(0)
         kind, num_groups = self.selector.memory_kind, self.geometry.num_groups
         self.num_kept = num_kept
@@ -127,7 +128,7 @@ class World:
         self.block_ids[request.place, : request.end] = torch.tensor(request.ids[: request.end])
         if filled and self.selector.needs_keys:
             keys = torch.randn(A, len(filled), HKV, BLOCK, D, generator=self.generator)
-            for selector in (self.selector, self.twin):
+            for selector in (self.selector, self.twin.selector):
                 at = selector.geometry.device
                 selector.add_blocks(torch.tensor(filled, device=at), list(keys.to(at)))
         return request.num_tokens % BLOCK == 1
@@ -205,7 +206,7 @@ class World:
                 mask[sorted(at for at in own if at < request.num_full)] = True
         ids = torch.tensor(request.ids[: request.num_full])
         request.worth = self.twin.score(
-            ScoringRequest(
+            Alone(
                 request.name, ids, newest[0], request.selections, resident,
                 torch.stack(newest[1:]) if len(newest) > 1 else None, request.prompt_len,
             )

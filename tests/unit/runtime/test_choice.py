@@ -54,7 +54,8 @@ class Asker:
         rows, nothing = make_rows(given, len(given), TILE), np.zeros(len(given), np.int32)
         fields = rows.numpy().copy()
         self.state.look_up(rows)
-        due = DueRows(fields, rows, ("",) * len(given), nothing, torch.from_numpy(nothing), nothing, is_entering=False)
+        on_device = torch.from_numpy(nothing)
+        due = DueRows(fields, rows, ("",) * len(given), nothing, on_device, on_device, is_entering=False)
         index = KeyIndex(self.index, None, torch.zeros(1, dtype=torch.int32), SHAPE.softmax_scale)
         remember_rows(due, self.state.places, index, self._channels)
         out = self.state.choose(rows, None, torch.zeros(0, dtype=torch.int32))[len(given) :]

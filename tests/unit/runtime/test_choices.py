@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.indexer import IndexGeometry, ScoringRequest, Selector, create_selector, shares
+from flashmemory_vllm.indexer import IndexGeometry, Selector, create_selector, shares
 from flashmemory_vllm.indexer.exact import ExactSelector
+from tests.helpers.alone import Alone, ScoringSelector
 from tests.helpers.indexers import save_untrained
 from tests.unit.runtime.choosing import BLOCK, HKV, HQ, A, D, Request, World
 
@@ -137,18 +138,17 @@ def test_a_memory_is_of_all_tokens_in_any_portions(
     asked: dict[str, torch.Tensor] = {}
     for request in requests.values():
         world.twin_scored(request, 7)
-        assert request.worth is not None
-        memory[request.name] = asked[request.name] = request.worth
+        memory[request.name] = asked[request.name] = world.twin.remembered(request.name)[0]
     world.choose(*map(world.asked, requests.values()), requests=requests, window=7)
     for _ in range(4):
         rows = []
         for request, count in zip(requests.values(), (7, 2), strict=True):
             world.grow(request, count)
             for age in reversed(range(count)):
+                request.selections = 0
                 world.twin_scored(request, newest=[world.query(request, request.num_tokens - 1 - age)])
-                assert request.worth is not None
                 known = memory[request.name]
-                memory[request.name] = request.worth.clone()
+                memory[request.name] = world.twin.remembered(request.name)[0].clone()
                 grown = memory[request.name][:, : known.shape[1]]
                 torch.maximum(grown, known * decay, out=grown)
             rows.append(world.asked(request))
@@ -167,14 +167,14 @@ def test_a_memory_is_of_all_tokens_in_any_portions(
         same(world, requests)
 
 
-class FailingSelector(Selector):
+class FailingSelector(ScoringSelector):
     """Likes old blocks; fails from the second selection of a request on."""
 
     name = "failing"
     needs_queries = True
     needs_keys = False
 
-    def score(self, request: ScoringRequest) -> torch.Tensor:
+    def score(self, request: Alone) -> torch.Tensor:
         scores = 1000 - torch.arange(float(len(request.block_ids))).unsqueeze(0)
         return self.fail(scores) if request.step_index and request.req_id == "a" else scores
 
@@ -203,7 +203,7 @@ class ShortSelector(FailingSelector):
         (FailingSelector, "exception", 17),
         (NanSelector, "not_finite", 9),
         (InfinitySelector, "not_finite", 9),
-        (ShortSelector, "wrong_shape", 17),
+        (ShortSelector, "exception", 17),
     ],
 )
 def test_what_a_selector_does_wrong_leaves_sets_as_they_are(
@@ -239,9 +239,9 @@ def test_one_that_fails_at_once_leaves_the_newest_blocks(selector: type[Selector
 
 
 class RecordingSelector(FailingSelector):
-    asked: ClassVar[list[ScoringRequest]] = []
+    asked: ClassVar[list[Alone]] = []
 
-    def score(self, request: ScoringRequest) -> torch.Tensor:
+    def score(self, request: Alone) -> torch.Tensor:
         self.asked.append(request)
         return torch.zeros(1, len(request.block_ids))
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.indexer.base import ScoringRequest, Selector
+from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.residency.types import NOTHING, Copies, NewRequest
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
+from tests.helpers.alone import Alone, ScoringSelector
 from tests.helpers.indexers import save_untrained, spoil
 from tests.unit.runtime.driven import BLOCK, HEAD_DIM, QUERY_HEADS, DrivenRuntime
 
@@ -63,7 +64,7 @@ def test_a_runtime_takes_over_the_pool_of_the_one_before(tmp_path: Path, options
         assert torch.equal(mine, theirs)
 
 
-class FailingSelector(Selector):
+class FailingSelector(ScoringSelector):
     """Likes old blocks; fails from the second selection of a request on, or at the first."""
 
     name = "failing"
@@ -71,7 +72,7 @@ class FailingSelector(Selector):
     needs_keys = False
     first_failure = 1
 
-    def score(self, request: ScoringRequest) -> torch.Tensor:
+    def score(self, request: Alone) -> torch.Tensor:
         scores = 1000 - torch.arange(float(len(request.block_ids))).unsqueeze(0)
         return scores if request.step_index < self.first_failure else self.fail(scores)
 
@@ -98,7 +99,7 @@ FAILING: dict[type[Selector], str] = {
     FailingSelector: "exception",
     NanSelector: "not_finite",
     InfinitySelector: "not_finite",
-    ShortSelector: "wrong_shape",
+    ShortSelector: "exception",
 }
 
 

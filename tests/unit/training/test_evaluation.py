@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer, ensemble
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.training.batches import Sampling, TrainingSteps
 from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.evaluation import (
@@ -96,7 +96,7 @@ def test_a_document_is_scored_as_the_model_does(data: TrainingData) -> None:
     distance = (len(blocks) - blocks.float()) * document.chunks_per_block
     with torch.no_grad():
         pooled = document.chunks(blocks, model.spec.reach).unsqueeze(0)
-        logits = ensemble(model(queries, pooled, distance.expand(1, window + 1, -1)), "max")[0]
+        logits = model(queries, pooled, distance.expand(1, window + 1, -1)).amax(2)[0]
     scorer = IndexerScorer(model, document)
     asked = logits[:window].amax(0)
     torch.testing.assert_close(scorer(0), asked, rtol=1e-3, atol=1e-4)
