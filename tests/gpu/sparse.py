@@ -201,7 +201,8 @@ def make_work(regime: SparseRegime, folder: Path) -> Work:
             [random_prompts(1, length, length, seed=2 * length + second)[0] for length in regime.prompt_lens]
             for second in range(2)
         ]
-        return Work(model, {"selector": "exact"}, [*prompts, prompts[0]], None, regime.num_tokens)
+        forgetful = {"memory_decay": 0.0, "question_share": 0.0, "successor_share": 0.0, "hysteresis": 0.0}
+        return Work(model, {"selector": "exact", **forgetful}, [*prompts, prompts[0]], None, regime.num_tokens)
     asked = [
         [make_questions(TASK, length, 1, second, questions_per_context=1)[0] for length in regime.prompt_lens]
         for second in range(2)

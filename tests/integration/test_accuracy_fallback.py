@@ -27,7 +27,8 @@ PLAN = f"""
 why: what fallbacks are worth, and what they are without slots
 cells:
   - {{selectors: [full, exact], tasks: [path, latepath], tokens: [2048], device_shares: [0.45], taus: [16],
-     score_thresholds: [0.01], batches: [{BATCH}], questions: {QUESTIONS}, fallback_shares: [null, 0.3]}}
+     score_thresholds: [0.01], batches: [{BATCH}], questions: {QUESTIONS}, fallback_shares: [null, 0.3],
+     options: {{memory_decay: 0, question_share: 0, successor_share: 0, hysteresis: 0, index_dtype: auto}}}}
 """
 
 Measure = Callable[[int | None], list[AccuracyRow]]

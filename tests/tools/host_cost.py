@@ -150,7 +150,10 @@ class HostSteps:
     def __init__(self, rows: int, tokens: int, tau: int, changes: float, num_steps: int, folder: Path) -> None:
         longest = tokens + BLOCK + num_steps + 2
         width = cdiv(longest, BLOCK) + 1
-        config = FlashMemoryConfig(selector="exact", tau_steps=tau, min_sparse_tokens=0)
+        # Every block that is drawn better comes, and by itself
+        config = FlashMemoryConfig(
+            selector="exact", tau_steps=tau, min_sparse_tokens=0, successor_share=0.0, hysteresis=0.0
+        )
         budget = budget_policy(config, block_size=BLOCK, max_num_batched_tokens=CHUNK, max_model_len=longest)
         num_slots = rows * (budget.most_held(longest) + 2) + 2 * cdiv(CHUNK, BLOCK)
         # Of the candidates that are drawn anew some share comes into the set

@@ -24,6 +24,7 @@ from flashmemory_vllm.evaluation.eval_rows import load_evaluation
 from flashmemory_vllm.evaluation.loss import loss_lines
 from flashmemory_vllm.files import write_json
 from flashmemory_vllm.indexer.checkpoint import read_spec
+from flashmemory_vllm.own_options import OwnOptions
 from flashmemory_vllm.runtime.beside import index_bytes_per_block
 from flashmemory_vllm.runtime.shape import AttentionShape
 
@@ -104,7 +105,7 @@ def read_cells(plan: Mapping[str, Any]) -> list[Cell]:
     for name, own in plan["cells"].items():
         options = {**plan["options"], **own}
         context = options.pop("context", plan["context"])
-        is_default = not {"selector", "indexer", "tau_steps"} & set(own)
+        is_default = not {"selector", "indexer", *OwnOptions._fields} & set(own)
         cells.append(Cell(plan["model"], name, context, plan["documents"], options, is_default))
     return cells
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.indexer import IndexGeometry, create_selector
 from flashmemory_vllm.indexer.shares import PASS_QUERIES, SCRATCH_ELEMS, scratch_bytes
 from flashmemory_vllm.residency.types import Phase, Row
-from flashmemory_vllm.runtime.assembly import choice_sizes, table_sizes
+from flashmemory_vllm.runtime.assembly import choice_sizes, table_sizes, unallocated_selector
 from flashmemory_vllm.runtime.beside import beside_slots, plan_staging
 from flashmemory_vllm.runtime.capacity import BesideSlots, budget_policy
 from flashmemory_vllm.runtime.queries import QueryRing
@@ -19,7 +18,6 @@ GIB = 1 << 30
 # One layer's page of a block is 64 KiB.
 SHAPE_8B = AttentionShape(tuple(map(str, range(32))), 32, 8, 128, 1.0, 16, torch.bfloat16, torch.device("cpu"))
 MAX_NUM_SEQS = 5
-GEOMETRY = IndexGeometry(1, 16, 32, 8, 128, 1.0, (3,), (0,), 1, torch.bfloat16, torch.device("meta"))
 
 
 def beside(**options: object) -> BesideSlots:
@@ -38,19 +36,19 @@ def test_questions_take_what_as_many_requests_as_run_at_once_keep() -> None:
 
 @pytest.mark.parametrize("layer_groups", [1, 3])
 def test_tables_take_what_is_allocated_for_them(layer_groups: int) -> None:
-    config = FlashMemoryConfig(layer_groups=layer_groups, anchor_layers=(3, 12, 30))
-    budget = budget_policy(config, block_size=16, max_num_batched_tokens=2048, max_model_len=32768)
-    sizes = table_sizes(config, budget, MAX_NUM_SEQS, 2048)
-    tables = StepTables(sizes, torch.device("cpu"))._tables
     names = ("block_ids", "entries", "block_table", "seq_lens", "slot_mapping", "query_row")
-    held = [getattr(tables, name) for name in names]
-    held.append(QueryRing(3, MAX_NUM_SEQS, sizes.num_kept, SHAPE_8B).all_rows)
-    scratch = scratch_bytes(MAX_NUM_SEQS, sizes.width, 3 * 32)
-    for selector, beside_tables in (("exact", scratch), ("streaming", 0)):
-        kind = create_selector(selector, GEOMETRY).memory_kind
+    for selector in ("exact", "h2o", "streaming"):
+        options: dict[str, object] = {"layer_groups": layer_groups, "anchor_layers": [3, 12, 30], "selector": selector}
+        config = FlashMemoryConfig.from_additional_config({"flashmemory": options})
+        budget = budget_policy(config, block_size=16, max_num_batched_tokens=2048, max_model_len=32768)
+        sizes = table_sizes(config, budget, MAX_NUM_SEQS, 2048)
+        tables = StepTables(sizes, torch.device("cpu"))._tables
+        held = [getattr(tables, name) for name in names]
+        held.append(QueryRing(3, MAX_NUM_SEQS, sizes.num_kept, SHAPE_8B).all_rows)
+        kind = unallocated_selector(config, SHAPE_8B).memory_kind
         chosen = choice_sizes(config, budget, kind, MAX_NUM_SEQS).num_bytes
-        planned = beside(layer_groups=layer_groups, anchor_layers=[3, 12, 30], selector=selector).table_bytes
-        assert planned == sum(tensor.nbytes for tensor in held) + chosen + beside_tables
+        scratch = scratch_bytes(MAX_NUM_SEQS, sizes.width, 3 * 32) if selector != "streaming" else 0
+        assert beside(**options).table_bytes == sum(tensor.nbytes for tensor in held) + chosen + scratch
 
 
 def test_scratch_is_as_large_as_what_is_scored_at_once() -> None:

@@ -46,7 +46,7 @@ def test_the_limit_is_named(device_bytes: int, host_gib: float, seqs: int, num_r
 
 def test_index_keys_on_the_device_limit_the_blocks_of_a_large_host() -> None:
     # 12,000 slots for 43 requests leave index keys of 15,228 blocks, which are those of 7
-    made = make(GIB, 1000.0, seqs=64, selector="exact", device_slots=12000)
+    made = make(GIB, 1000.0, seqs=64, selector="h2o", device_slots=12000)
     assert (made.num_requests, made.limited_by) == (
         7,
         "host blocks, by the device memory of their index keys and checksums",

@@ -81,7 +81,8 @@ def test_every_cell_is_measured_and_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert default["gap"] == pytest.approx(0.25)
     # Resident blocks, and the keys of three anchors, half of what such a layer keeps
     layers = json.loads((reference_model_path() / "config.json").read_text())["num_hidden_layers"]
-    assert exact["device_share"] == pytest.approx(0.135 + 3 / (2 * layers), abs=1e-4)
+    # Keys of three layers, in a byte instead of two, and a scale for each block and KV head
+    assert exact["device_share"] == pytest.approx(0.135 + 3 / (4 * layers), abs=1e-3)
 
     assert real_losses.main([*words, "--only", "exact-4"]) == 0
     assert len(json.loads(rows.read_text())) == 5, "a row takes the place of the older one"
