@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from flashmemory_vllm.residency.budget import cdiv
-from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
-from flashmemory_vllm.residency.types import Asked, IntArray
+import numpy as np
+
+from flashmemory_vllm.residency.asked import Ask, Asked
+from flashmemory_vllm.residency.books import Books
+from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest, ScheduledRows
+from flashmemory_vllm.residency.types import BoolArray, IntArray
+
+NOBODY = NOT_ASKED = -1
 
 
 class Asking:
@@ -23,82 +29,118 @@ class Asking:
         opening_steps: first decode steps of a request that each end with a selection of their own.
         max_fetches: most blocks that come into the sets of a step's rows in a group, but for those in force at once.
         known: all known requests, live.
-        epoch: int32 `[P]` tenants that each place has had, live.
+        books: tenants and blocks of each place, live.
+        policy: of all requests that are sparse.
+
+    Attributes:
+        lacks_chosen: bool `[P]` places whose last list left out blocks that were chosen; whoever brings lists into
+            force says so.
     """
 
     def __init__(
-        self, tau: int, opening_steps: int, max_fetches: int, known: Iterable[RequestState], epoch: IntArray
+        self,
+        tau: int,
+        opening_steps: int,
+        max_fetches: int,
+        known: Iterable[RequestState],
+        books: Books,
+        policy: BudgetPolicy,
     ) -> None:
         self._tau = tau
         self._opening_steps = opening_steps
         self._max_fetches = max_fetches
         self._known = known
-        self._epoch = epoch
+        self._books = books
+        self._policy = policy
+        num_places = books.epoch.size
+        self.lacks_chosen: BoolArray = np.zeros(num_places, np.bool_)
+        # By place. What stands there is of this tenant; all else is of no meaning for another one
+        self._tenant: IntArray = np.full(num_places, NOBODY, np.int32)
+        # It is due with so many tokens, and with a whole number of cycles more or fewer; negative: never asked for
+        self._phase: IntArray = np.zeros(num_places, np.int32)
+        # While it was never asked for: up to so many tokens there is nothing to ask
+        self._until: IntArray = np.zeros(num_places, np.int32)
+        # Decode steps to come that each end with a selection of their own
+        self._opening: IntArray = np.zeros(num_places, np.int32)
+        self._prompt_len: IntArray = np.zeros(num_places, np.int32)
+        # From `Ask.SINK_END` to `Ask.WANT`, for as many blocks as the request has
+        self._frame: IntArray = np.zeros((num_places, Ask.CAP - Ask.SINK_END), np.int32)
+        self._names = np.full(num_places, "", object)
 
-    def asked(self, rows: Sequence[ScheduledRequest]) -> tuple[Asked, ...]:
+    def asked(self, rows: ScheduledRows) -> Asked:
         """The rows of a step to choose for. Counts the step for each: call it once a step."""
-        asked = [one for one in map(self._ask, rows) if one is not None]
-        num_fetching = sum(one.cap > 0 and not one.at_once for one in asked)
-        share = max(1, self._max_fetches // max(1, num_fetching))
-        return tuple(one._replace(cap=share) if one.cap and not one.at_once else one for one in asked)
+        place, after = rows.place, rows.num_tokens_after
+        is_new = self._first_time(rows)
+        is_known = (self._phase[place] >= 0) & ~is_new
+        begins = is_known & (rows.first_fresh < rows.end)
+        if begins.any():
+            self._set_frame(place[begins], after[begins])
+        is_opening = is_known & (self._opening[place] > 0)
+        self._opening[place[is_opening]] -= 1
+        goes_on = is_known & ~is_opening
+        is_due = goes_on & (after % self._tau == self._phase[place])
+        fetches = is_due | (goes_on & self.lacks_chosen[place])
+        at = np.flatnonzero(is_new | is_opening | fetches | begins)
+        self.lacks_chosen[place[at]] &= is_opening[at]
+        place, at_once = place[at], (is_new | is_opening)[at]
+        fields = np.empty((at.size, len(Ask)), np.int32)
+        fields[:, Ask.PLACE], fields[:, Ask.EPOCH] = place, self._tenant[place]
+        fields[:, Ask.NUM_TOKENS], fields[:, Ask.PROMPT_LEN] = after[at], self._prompt_len[place]
+        fields[:, Ask.NUM_FULL] = rows.num_full[at]
+        fields[:, Ask.SINK_END : Ask.CAP] = self._frame[place]
+        fields[:, Ask.CAP] = np.where(at_once, fields[:, Ask.END], self._share(fetches[at]))
+        fields[:, Ask.IS_NEW], fields[:, Ask.AT_ONCE] = is_new[at], at_once
+        fields[:, Ask.IS_SCORED] = at_once | is_due[at]
+        return Asked(tuple(self._names[place].tolist()), fields, self._books.ids)
 
-    def _ask(self, row: ScheduledRequest) -> Asked | None:
-        state, after = row.state, row.num_tokens_after
-        if not state.is_asked:
-            if after < state.prefill_len or state.policy.keeps_all(after + 1):
-                return None
-            state.phase = self._farthest_phase(after)
-            state.is_asked, state.opening_steps = True, self._opening_steps
+    def _share(self, fetches: BoolArray) -> IntArray:
+        """How many blocks may come with the list of each row that is not in force at once; int32 `[n]`."""
+        num_fetching = int(np.count_nonzero(fetches))
+        return np.where(fetches, max(1, self._max_fetches // max(1, num_fetching)), 0).astype(np.int32)
+
+    def _first_time(self, rows: ScheduledRows) -> BoolArray:
+        """Which rows are asked for as the first time, bool `[n]`."""
+        place, is_new = rows.place, np.zeros(len(rows), np.bool_)
+        is_other = self._tenant[place] != self._books.epoch[place]
+        may_be = is_other | ((self._phase[place] < 0) & (rows.num_tokens_after > self._until[place]))
+        for index in np.flatnonzero(may_be).tolist():
+            is_new[index] = self._is_first(rows.row(index))
+        return is_new
+
+    def _is_first(self, row: ScheduledRequest) -> bool:
+        """Whether a row that was never asked for is asked for now, or how long it is not."""
+        state, place, after = row.state, row.state.place, row.num_tokens_after
+        self._tenant[place], self._phase[place] = self._books.epoch[place], NOT_ASKED
+        if after < state.prefill_len:
+            self._until[place] = state.prefill_len - 1
+        elif state.policy.keeps_all(after + 1):
+            self._until[place] = state.policy.keeps_all_until(after + 1) - 1
+        else:
+            self._phase[place] = self._farthest_phase(after)
+            self._opening[place], self.lacks_chosen[place] = self._opening_steps, False
+            self._prompt_len[place], self._names[place] = state.prompt_len, state.req_id
             # For the next step, with the block that it may begin
-            return self._asked(row, after + 1, is_new=True)
-        if state.opening_steps:
-            state.opening_steps -= 1
-            return self._asked(row, after, at_once=True)
-        is_due = after % self._tau == state.phase
-        begins = row.first_fresh < row.end
-        if not (is_due or begins or state.lacks_chosen):
-            return None
-        fetches = is_due or state.lacks_chosen
-        state.lacks_chosen = False
-        return self._asked(row, after, is_scored=is_due, fetches=fetches)
+            self._set_frame(np.array([place]), np.array([after + 1], np.int32))
+            return True
+        return False
 
     def _farthest_phase(self, num_tokens: int) -> int:
         """The phase of a request that has so many tokens now."""
-        taken = [state.phase - state.num_tokens for state in self._known if state.is_asked]
+        asked = (state for state in self._known if self._is_asked(state.place))
+        taken = [int(self._phase[state.place]) - state.num_tokens for state in asked]
         return (num_tokens + farthest(taken, self._tau)) % self._tau
 
-    def _asked(
-        self,
-        row: ScheduledRequest,
-        num_tokens: int,
-        *,
-        is_new: bool = False,
-        at_once: bool = False,
-        is_scored: bool = True,
-        fetches: bool = True,
-    ) -> Asked:
-        """What is asked for a row that has so many tokens."""
-        state, policy = row.state, row.state.policy
-        end = cdiv(num_tokens, row.block_size)
-        first_recent = max(0, end - policy.recent_blocks(num_tokens))
-        sink_end = min(policy.sink_blocks(num_tokens), first_recent)
-        return Asked(
-            req_id=state.req_id,
-            place=state.place,
-            epoch=int(self._epoch[state.place]),
-            num_tokens=row.num_tokens_after,
-            prompt_len=state.prompt_len,
-            # A copy: the request and its list of blocks may be gone when they are read
-            block_ids=state.blocks.ids[: row.num_full].copy(),
-            sink_end=sink_end,
-            first_recent=first_recent,
-            end=end,
-            want=policy.decode_budget(num_tokens) - sink_end - (end - first_recent),
-            cap=end * fetches,
-            is_new=is_new,
-            is_scored=is_scored,
-            at_once=at_once or is_new,
-        )
+    def _is_asked(self, place: int) -> bool:
+        return bool(self._tenant[place] == self._books.epoch[place] and self._phase[place] >= 0)
+
+    def _set_frame(self, place: IntArray, num_tokens: IntArray) -> None:
+        """What stays in the sets of sparse requests with so many tokens, int32 `[n]`, and what is chosen beside it."""
+        frame = self._policy.frames(num_tokens)
+        end = -(-num_tokens // self._policy.block_size)
+        first_recent = np.maximum(0, end - frame.recent)
+        sink_end = np.minimum(frame.sink, first_recent)
+        want = frame.budget - sink_end - (end - first_recent)
+        self._frame[place] = np.stack((sink_end, first_recent, end, want), axis=1)
 
 
 def farthest(taken: Iterable[int], tau: int) -> int:

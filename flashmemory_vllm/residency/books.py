@@ -59,6 +59,10 @@ class Books:
         self.epoch += 1
         self._applied = -1
 
+    def know_blocks(self, place: int, first: int, ids: Sequence[int]) -> None:
+        """The logical blocks of a place from a position on; those that no request is long enough for are left out."""
+        self.ids[place, first : first + len(ids)] = ids[: max(0, self.ids.shape[1] - first)]
+
     def enter(
         self, place: int, ids: IntArray, positions: Sequence[IntArray], *, sink: int, recent: int, begun: int = 0
     ) -> None:
@@ -185,14 +189,6 @@ class Books:
                     entries.set_slots(place, position, slots)
                     brought.extend([copies] if copies.blocks.size else ())
         return Taken(fresh, recalls, prefetches)
-
-    def take_changed(self, place: int) -> bool:
-        """Whether a table of a place differs from what it was in the last call for it."""
-        changed = False
-        for entries in self.groups:
-            if entries.changed[place]:
-                entries.changed[place], changed = False, True
-        return changed
 
     def pins(self) -> IntArray:
         """int32 `[G, S]` tables that name each slot."""

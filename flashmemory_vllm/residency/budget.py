@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import floor
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.residency.types import IntArray
 
 # Steps from the one whose queries choose a set to the first one that reads it
 STEPS_TO_FORCE = 2
+# More tokens than any request has
+FOR_EVER = 1 << 30
 
 
 def cdiv(numerator: int, denominator: int) -> int:
     """Divide and round up."""
     return -(-numerator // denominator)
+
+
+class Frames(NamedTuple):
+    """Budgets of decode rows, and blocks that are always in their sets; int32 `[n]` each.
+
+    Attributes:
+        budget: slots.
+        sink: first blocks.
+        recent: newest blocks, the one being written included.
+    """
+
+    budget: IntArray
+    sink: IntArray
+    recent: IntArray
 
 
 Mode: TypeAlias = Literal["always", "pressure"]
@@ -112,6 +131,25 @@ class BudgetPolicy:
         budget = self.decode_budget(num_tokens)
         wanted = cdiv(self.recent_tokens, self.block_size)
         return max(1, min(wanted, max(2, budget // 4), budget - self.sink_blocks(num_tokens) - 1))
+
+    def keeps_all_until(self, num_tokens: int) -> int:
+        """Of a request that keeps all its blocks: up to how many tokens it does so at least."""
+        if self.resident_ratio == 1.0:
+            return FOR_EVER
+        if num_tokens < self.min_sparse_tokens:
+            return self.min_sparse_tokens - 1
+        return cdiv(num_tokens, self.block_size) * self.block_size
+
+    def frames(self, num_tokens: IntArray) -> Frames:
+        """`decode_budget`, `sink_blocks` and `recent_blocks` of many lengths at once, int32 `[n]`."""
+        num_blocks, num_sink = -(-num_tokens // self.block_size), self._num_sink_blocks
+        sparse = np.maximum(np.floor(self.resident_ratio * num_blocks).astype(np.int32), num_sink + 2)
+        is_dense = num_tokens < (FOR_EVER if self.resident_ratio == 1.0 else self.min_sparse_tokens)
+        budget = np.where(is_dense, num_blocks, np.minimum(num_blocks, sparse))
+        sink = np.minimum(num_sink, num_blocks)
+        most = np.minimum(np.maximum(2, budget // 4), budget - sink - 1)
+        recent = np.maximum(1, np.minimum(cdiv(self.recent_tokens, self.block_size), most))
+        return Frames(budget, sink, recent)
 
     def need(self, num_tokens: int, prefill_end: int) -> int:
         """Slots that the planner may use for a request in a step.

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import cdiv
+from flashmemory_vllm.residency.came import Came
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.entries import NO_ENTRY
 from flashmemory_vllm.residency.fallback import DenseFallback
 from flashmemory_vllm.residency.lists import COMES, GOES, HEADER, NOBODY, WORTH, Chosen, FirstSet
 from flashmemory_vllm.residency.registry import RequestRegistry
-from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest, ScheduledRows
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.types import NOTHING, Asked, IntArray
+from flashmemory_vllm.residency.types import NOTHING, BoolArray, IntArray
 
 
 class DecodeRows:
@@ -29,6 +31,7 @@ class DecodeRows:
         counters: take what is done.
         fallback: lets requests keep all their blocks. Default: None, it never does.
         max_fetches: most blocks that one step brings to requests that fall back, in each group.
+        lacks_chosen: bool `[P]`, see `Asking`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class DecodeRows:
         counters: Counters,
         fallback: DenseFallback | None,
         max_fetches: int,
+        lacks_chosen: BoolArray,
     ) -> None:
         self._slots = slots
         self._books = books
@@ -46,8 +50,13 @@ class DecodeRows:
         self._counters = counters
         self._fallback = fallback
         self._max_fetches = max_fetches
+        self._lacks_chosen = lacks_chosen
+        # The last tenant of each place that was selected for; who falls back; what came into sets since then
+        self._selected: IntArray = np.full(books.epoch.size, NOBODY, np.int32)
+        self._falls_back: BoolArray = np.zeros(books.epoch.size, np.bool_)
+        self._came = Came(len(books.groups))
 
-    def settle(self, step: int, rows: Sequence[ScheduledRequest], lists: Sequence[Chosen]) -> tuple[str, ...]:
+    def settle(self, step: int, rows: ScheduledRows, lists: Sequence[Chosen]) -> tuple[str, ...]:
         """Change the tables of a step's rows. Nothing takes a slot before `Books.settle`.
 
         Args:
@@ -65,63 +74,63 @@ class DecodeRows:
         """
         for state in self._fallback.revoke() if self._fallback is not None else ():
             self._books.narrow(state.place)
-        for row in rows:
-            if row.num_tokens > 1:
-                _check_room(row)
+        for row in rows.rows_of(rows.num_tokens > 1):
+            _check_room(row)
         selected = [req_id for chosen in lists for req_id in self._apply(chosen)]
-        entering = [row for row in rows if not row.state.is_decoding]
-        self._grow([row for row in rows if row.state.is_decoding and row.first_fresh < row.end])
-        for row in entering:
+        is_entering = self._books.groups[0].count[rows.place] == 0
+        self._grow(rows, ~is_entering & (rows.first_fresh < rows.end))
+        for row in rows.rows_of(is_entering):
             self._enter(row)
-        for row in rows:
-            if row.state.first_set is not None:
-                selected += self._begin(step, row, is_dense=row not in entering)
-        self._widen([row for row in rows if row.state.falls_back], lists)
-        scheduled = {row.state.req_id for row in rows}
+        for index, state in enumerate(rows.states):
+            if state.first_set is not None:
+                selected += self._begin(step, rows.row(index), is_dense=not is_entering[index])
+        if self._fallback is not None:
+            fallen = np.array([state.falls_back for state in rows.states], np.bool_)
+            self._widen(rows.rows_of(fallen), lists)
+        scheduled = {state.req_id for state in rows.states} if selected else set()
         return tuple(req_id for req_id in selected if req_id in scheduled)
 
     def _apply(self, chosen: Chosen) -> list[str]:
         """Bring a list into force; the requests that it selects for."""
-        of_asked = np.array([(one.place, one.epoch, chosen.step) for one in chosen.asked], np.int32)
-        if (chosen.rows[:, :, :COMES] != of_asked[:, None]).any():
+        asked, rows = chosen.asked, chosen.rows
+        of_asked = np.empty((len(asked), 1, COMES), np.int32)
+        of_asked[:, 0, :2], of_asked[:, 0, 2] = asked.fields[:, : Ask.EPOCH + 1], chosen.step
+        if (rows[:, :, :COMES] != of_asked).any():
             raise IntegrityError(
-                f"step {chosen.step}: a list of places, tenants and steps {chosen.rows[:, 0, :COMES].tolist()}, "
-                f"asked were {of_asked.tolist()}"
+                f"step {chosen.step}: a list of places, tenants and steps {rows[:, 0, :COMES].tolist()}, "
+                f"asked were {of_asked[:, 0].tolist()}"
             )
-        is_mine = of_asked[:, 1] == self._books.epoch[of_asked[:, 0]]
+        is_mine, is_new = asked.epoch == self._books.epoch[asked.place], asked.is_new
         num_selected = np.count_nonzero(is_mine & chosen.is_selected)
         if num_selected:
             self._counters.selection_latency_seconds.observe(np.full(num_selected, chosen.seconds))
-        is_new = np.fromiter((one.is_new for one in chosen.asked), np.bool_, len(chosen.asked))
         for index in np.flatnonzero(is_new & is_mine).tolist():
-            asked = chosen.asked[index]
-            far = [_who_comes(line) for line in chosen.rows[index]]
-            self._state_of(asked).first_set = FirstSet(asked, far, bool(chosen.is_selected[index]))
-            self._note_selection(asked, chosen.rows[index], is_selected=bool(chosen.is_selected[index]))
-        indices = np.flatnonzero(is_mine & ~is_new)
-        if not indices.size:
+            far = [_who_comes(line) for line in rows[index]]
+            is_selected = bool(chosen.is_selected[index])
+            self._state_of(asked.req_ids[index]).first_set = FirstSet(asked[index], far, is_selected)
+        self._note_selections(chosen, is_mine & is_new & chosen.is_selected)
+        is_changed = is_mine & ~is_new
+        if not is_changed.any():
             return []
-        selected = [index for index in indices.tolist() if chosen.is_selected[index]]
-        for index in selected:
-            self._note_selection(chosen.asked[index], chosen.rows[index], is_selected=True)
-        self._books.apply(chosen.step, chosen.rows[indices], at_once=chosen.at_once)
-        for index in selected:
-            self._judge(self._state_of(chosen.asked[index]))
-        comes, longest = chosen.rows[:, :, COMES], (chosen.rows.shape[2] - HEADER) // 2
-        mine = [chosen.asked[index] for index in indices.tolist()]
-        caps = np.minimum([asked.cap for asked in mine], longest)
-        is_full = ((comes[indices] >= caps[:, None]) | (chosen.rows[indices, :, GOES] >= longest)).any(1)
-        num_coming = comes[indices].sum(1)
-        for index, asked, is_left, count in zip(indices.tolist(), mine, is_full, num_coming, strict=True):
-            state = self._state_of(asked)
-            if count:
-                state.came += [(group, _who_comes(line)) for group, line in enumerate(chosen.rows[index])]
-            if asked.cap and not chosen.at_once:
-                state.lacks_chosen = bool(is_left)
-        return [chosen.asked[index].req_id for index in selected]
+        is_selected = is_changed & chosen.is_selected
+        self._note_selections(chosen, is_selected)
+        self._books.apply(chosen.step, rows[is_changed], at_once=chosen.at_once)
+        self._judge(asked.place[is_selected])
+        self._came.add(rows[is_changed], self._books.epoch)
+        if not chosen.at_once:
+            self._note_full(asked.fields[is_changed], rows[is_changed])
+        return [asked.req_ids[index] for index in np.flatnonzero(is_selected).tolist()]
 
-    def _state_of(self, asked: Asked) -> RequestState:
-        state = self._known.get(asked.req_id)
+    def _note_full(self, fields: IntArray, rows: IntArray) -> None:
+        """Note which lists have left out blocks that were chosen, for lack of room: of rows that may fetch."""
+        fetching = fields[:, Ask.CAP] > 0
+        longest, caps = (rows.shape[2] - HEADER) // 2, fields[fetching, Ask.CAP]
+        comes, goes = rows[fetching, :, COMES], rows[fetching, :, GOES]
+        is_full = (comes >= np.minimum(caps, longest)[:, None]) | (goes >= longest)
+        self._lacks_chosen[fields[fetching, Ask.PLACE]] = is_full.any(1)
+
+    def _state_of(self, req_id: str) -> RequestState:
+        state = self._known.get(req_id)
         assert state is not None  # it is still the tenant of its place
         return state
 
@@ -179,19 +188,18 @@ class DecodeRows:
             line[HEADER + longest : HEADER + longest + positions.size] = positions
         self._books.apply(step, rows, at_once=True)
 
-    def _grow(self, rows: Sequence[ScheduledRequest]) -> None:
+    def _grow(self, rows: ScheduledRows, is_growing: BoolArray) -> None:
         """Rows begin the blocks that they write first in this step, mostly one or none."""
-        if not rows:
+        if not is_growing.any():
             return
-        growing, begun = rows, 0
-        while growing := [row for row in growing if row.first_fresh + begun < row.end]:
-            place = _ints(row.state.place for row in growing)
-            position = _ints(row.first_fresh + begun for row in growing)
-            blocks = _ints(row.fresh[begun] for row in growing)
+        growing = rows.take(is_growing)
+        for begun in range(int((growing.end - growing.first_fresh).max())):
+            position = growing.first_fresh + begun
+            is_begun = position < growing.end
+            place, position = growing.place[is_begun], position[is_begun]
+            blocks = self._books.ids[place, position]
             self._books.append(place, position, blocks, self._books.groups[0].recent[place] + 1)
-            begun += 1
-        recent = _ints(row.state.policy.recent_blocks(row.num_tokens_after) for row in rows)
-        self._books.keep_recent(_ints(row.state.place for row in rows), recent)
+        self._books.keep_recent(growing.place, _recent_blocks(growing))
 
     def _widen(self, rows: Sequence[ScheduledRequest], lists: Sequence[Chosen]) -> None:
         """Requests that fall back get what they lack, the newest first, as far as lists leave fetches."""
@@ -212,38 +220,58 @@ class DecodeRows:
                 lacking.append(np.concatenate((absent[has_slot], brought)))
             self._books.widen(row.state.place, lacking)
 
-    def _note_selection(self, asked: Asked, of_row: IntArray, *, is_selected: bool) -> None:
-        """Count what a selection found worth a slot and chose, and whether the request falls back for it.
+    def _note_selections(self, chosen: Chosen, is_selected: BoolArray) -> None:
+        """Count what selections found worth a slot and chose, and find out which requests fall back for it.
 
         Args:
-            asked: the row.
-            of_row: int32 `[G, 6 + 2 L]` of the list.
-            is_selected: whether it is a selection at all.
+            chosen: the list.
+            is_selected: bool `[n]` rows of it that are selections of requests that are there.
         """
-        if not is_selected:
+        at = np.flatnonzero(is_selected)
+        if not at.size:
             return
-        state, num_candidates = self._state_of(asked), len(self._books.groups) * asked.num_candidates
-        self._counters.selections += 1
-        state.selection = self._counters.selections
-        if self._fallback is not None:
-            self._fallback.learn(state, int(of_row[:, WORTH].sum()), num_candidates)
-        if not state.falls_back:
-            num_chosen = int(np.minimum(of_row[:, WORTH], asked.want).sum())
-            self._counters.selection_candidates += num_candidates
-            self._counters.selected_blocks += num_chosen
-            if state.is_selected:
-                self._counters.reselected_blocks += num_chosen
-                self._counters.reselected_resident_blocks += num_chosen - int(of_row[:, COMES].sum())
-        state.is_selected = True
+        fields, rows, num_groups = chosen.asked.fields[at], chosen.rows[at], len(self._books.groups)
+        place, num_candidates = fields[:, Ask.PLACE], num_groups * chosen.asked.num_candidates[at]
+        worth = rows[:, :, WORTH]
+        is_counted = np.ones(at.size, np.bool_)
+        for index, row in enumerate(at.tolist() if self._fallback is not None else ()):
+            state = self._state_of(chosen.asked.req_ids[row])
+            state.selection = self._counters.selections + index + 1
+            self._learn(state, int(worth[index].sum()), int(num_candidates[index]))
+            is_counted[index] = not state.falls_back
+        num_chosen = np.minimum(worth, fields[:, Ask.WANT, None]).sum(1)
+        is_again = is_counted & (self._selected[place] == fields[:, Ask.EPOCH])
+        self._selected[place] = fields[:, Ask.EPOCH]
+        counters = self._counters
+        counters.selections += at.size
+        counters.selection_candidates += int(num_candidates[is_counted].sum())
+        counters.selected_blocks += int(num_chosen[is_counted].sum())
+        counters.reselected_blocks += int(num_chosen[is_again].sum())
+        counters.reselected_resident_blocks += int(num_chosen[is_again].sum() - rows[is_again, :, COMES].sum())
 
-    def _judge(self, state: RequestState) -> None:
-        """Count what became of the blocks that came since the selection before, by what this one leaves in the set."""
-        for group, came in state.came if not state.falls_back else ():
+    def _learn(self, state: RequestState, num_worth: int, num_candidates: int) -> None:
+        assert self._fallback is not None  # it is asked for only then
+        self._fallback.learn(state, num_worth, num_candidates)
+        self._falls_back[state.place] = state.falls_back
+
+    def _judge(self, place: IntArray) -> None:
+        """Count what became of the blocks that came since the selections before, by what these leave in the sets."""
+        for group, came in enumerate(self._came.take(place, self._books.epoch)):
             entries = self._books.groups[group]
-            is_chosen = (entries.entry[state.place, came] != NO_ENTRY) & ~entries.is_extra[state.place, came]
-            self._counters.judged_prefetches += came.size
+            of_place, position = came[:, ~self._falls_back[came[0]]]
+            is_chosen = (entries.entry[of_place, position] != NO_ENTRY) & ~entries.is_extra[of_place, position]
+            self._counters.judged_prefetches += position.size
             self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
-        state.came = []
+
+
+def _recent_blocks(rows: ScheduledRows) -> IntArray:
+    """How many of the newest blocks of each row keep their order."""
+    recent = np.empty(len(rows), np.int32)
+    policies = {id(state.policy): state.policy for state in rows.states}
+    for policy in policies.values():
+        is_its = np.array([state.policy is policy for state in rows.states], np.bool_)
+        recent[is_its] = policy.frames(rows.num_tokens_after[is_its]).recent
+    return recent
 
 
 def _who_comes(line: IntArray) -> IntArray:
@@ -264,5 +292,5 @@ def _check_room(row: ScheduledRequest) -> None:
         )
 
 
-def _ints(numbers: Iterable[int]) -> IntArray:
-    return np.fromiter(numbers, np.int32)
+def _ints(numbers: Sequence[int]) -> IntArray:
+    return np.array(numbers, np.int32)

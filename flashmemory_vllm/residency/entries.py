@@ -32,7 +32,6 @@ class Entries:
         sink: int32 `[P]` first entries, which never go.
         recent: int32 `[P]` entries at the end of the table that keep their order.
         is_extra: bool `[P, W]` positions in the table that are in no set: the place keeps all its blocks for a while.
-        changed: bool `[P]` tables that differ from what was last read of them; whoever reads them takes it back.
     """
 
     def __init__(self, num_places: int, width: int) -> None:
@@ -45,7 +44,6 @@ class Entries:
         self.sink: IntArray = np.zeros(num_places, np.int32)
         self.recent: IntArray = np.zeros(num_places, np.int32)
         self.is_extra: BoolArray = np.zeros((num_places, width), np.bool_)
-        self.changed: BoolArray = np.zeros(num_places, np.bool_)
         self._edited: list[tuple[IntArray, IntArray]] = []
 
     def positions_of(self, place: int) -> IntArray:
@@ -216,5 +214,4 @@ class Entries:
         self._note(row, source + by)
 
     def _note(self, place: IntArray, at: IntArray) -> None:
-        self.changed[place] = True
         self._edited.append((place, at))

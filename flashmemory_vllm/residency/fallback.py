@@ -44,9 +44,11 @@ class DenseFallback:
             num_worth: blocks that are worth a slot, over all groups.
             num_evictable: all of these, which its budget does not have room for in any case.
         """
+        is_first = not state.num_selections
+        state.num_selections += 1
         state.num_worth += num_worth
         state.num_evictable += num_evictable
-        if state.falls_back or not state.is_selected or state.selected_share <= self._limit:
+        if state.falls_back or is_first or state.selected_share <= self._limit:
             return
         if self._has_room(state):
             state.falls_back = True

@@ -60,7 +60,7 @@ def _check_extras(states: Sequence[RequestState], capacity: int) -> None:
             f"budgets of {budgets} slots and fallbacks of {extras} beside them exceed the {capacity} there are"
         )
     for state in states:
-        if state.falls_back and not (state.is_decoding and state.is_selected):
+        if state.falls_back and not (state.is_decoding and state.num_selections):
             raise IntegrityError(f"request {state.req_id}: falls back without a set of its own to go back to")
 
 

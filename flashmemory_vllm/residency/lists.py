@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmemory_vllm.residency.types import Asked, BoolArray, IntArray
+from flashmemory_vllm.residency.asked import Asked, AskedRow
+from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 NOBODY = -1
 # Columns of a list's row before its positions: place, epoch, step, how many come, how many go, blocks worth a slot
@@ -56,7 +57,7 @@ class Chosen(NamedTuple):
     """
 
     step: int
-    asked: tuple[Asked, ...]
+    asked: Asked
     rows: IntArray
     is_selected: BoolArray
     at_once: bool
@@ -72,6 +73,6 @@ class FirstSet(NamedTuple):
         is_selected: its blocks were scored.
     """
 
-    asked: Asked
+    asked: AskedRow
     far: list[IntArray]
     is_selected: bool

@@ -7,6 +7,8 @@ One plan runs in this order:
 3. take slots: for blocks that decode rows begin or that come to them, then for prefill rows
 4. compact block tables; find the requests to score after the step
 
+What most decode rows need in most steps is done for all of them at once, with arrays: see `ScheduledRows`.
+
 A decode row changes only when it grows by a block, or a list says who comes into its set and who goes: what a list
 brings is in force in the step in which it is applied. In every other step a decode row is the table of the step before.
 """
@@ -19,6 +21,7 @@ import numpy as np
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.residency.asking import Asking
+from flashmemory_vllm.residency.batch import Batch, PlannedRows
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.counters import Counters
@@ -26,18 +29,18 @@ from flashmemory_vllm.residency.decode_rows import DecodeRows
 from flashmemory_vllm.residency.fallback import DenseFallback
 from flashmemory_vllm.residency.integrity import check_requests
 from flashmemory_vllm.residency.lists import Chosen
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.prefill_rows import PrefillRows
 from flashmemory_vllm.residency.registry import RequestRegistry
-from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest, ScheduledRows
 from flashmemory_vllm.residency.slots import SlotTable
-from flashmemory_vllm.residency.tables import row_of
+from flashmemory_vllm.residency.tables import decode_row, prefill_row
 from flashmemory_vllm.residency.types import (
     NOTHING,
     Geometry,
     IntArray,
-    Phase,
+    Row,
     StepInput,
-    StepPlan,
     Usage,
     WriteBacks,
     joined,
@@ -86,8 +89,10 @@ class StepPlanner:
         if fallback_share is not None:
             fallback = DenseFallback(fallback_share, geometry.num_slots, self._requests, self._counters)
         most = geometry.num_slots if max_prefetches is None else max_prefetches
-        self._asking = Asking(tau, opening_steps, most, self._requests, self._books.epoch)
-        self._decode_rows = DecodeRows(self._slots, self._books, self._requests, self._counters, fallback, most)
+        self._asking = Asking(tau, opening_steps, most, self._requests, self._books, policy)
+        self._decode_rows = DecodeRows(
+            self._slots, self._books, self._requests, self._counters, fallback, most, self._asking.lacks_chosen
+        )
         self._prefill_rows = PrefillRows(self._slots, geometry.num_groups)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
@@ -129,10 +134,10 @@ class StepPlanner:
             raise IntegrityError(f"step {step_input.step} is planned while step {self._open.step} is not complete")
         evictions_before = self._slots.num_evictions
         self._slots.begin_step()
-        scheduled = self._requests.schedule(step_input)
-        prefill = [row for row in scheduled if row.phase is Phase.PREFILL]
+        rows = self._requests.schedule(step_input)
+        prefill = rows.rows_of(rows.is_prefill)
+        decode = rows.take(~rows.is_prefill) if prefill else rows
         self._prefill_rows.settle(prefill)
-        decode = [row for row in scheduled if row.phase is Phase.DECODE]
         selected = self._decode_rows.settle(step_input.step, decode, lists)
         taken = self._books.settle()
         fresh, history = self._prefill_rows.grant(prefill)
@@ -142,9 +147,9 @@ class StepPlanner:
             fresh=(*taken.fresh, *fresh),
             recalls=(*taken.recalls, *history),
             prefetches=tuple(taken.prefetches),
-            write_backs=self._write_backs(scheduled),
-            rows={row.state.req_id: row_of(row, self._slots, self._books, self._counters) for row in scheduled},
-            asked=self._asking.asked(scheduled),
+            write_backs=self._write_backs(rows),
+            rows=self._planned(rows, prefill),
+            asked=self._asking.asked(rows),
             selected=selected,
         )
         self._count(plan)
@@ -187,13 +192,6 @@ class StepPlanner:
             host_blocks=self._slots.num_on_host,
             num_requests=len(self._requests),
         )
-
-    def place_of(self, req_id: str) -> int:
-        """Where the tables of a known request lie, on the host and on the device."""
-        state = self._requests.get(req_id)
-        if state is None:
-            raise IntegrityError(f"request {req_id} is not known and has no place")
-        return state.place
 
     def take_edits(self) -> list[IntArray]:
         """Per group, what changed in the tables of decode rows since the last call: see `Entries.take_edits`."""
@@ -239,14 +237,36 @@ class StepPlanner:
         unwritten = NOTHING if self._open is None else self._open.write_backs.blocks
         check_requests(self._requests, self._slots, self._books, unwritten)
 
-    def _write_backs(self, scheduled: list[ScheduledRequest]) -> WriteBacks:
+    def _write_backs(self, rows: ScheduledRows) -> WriteBacks:
+        ids = self._books.ids
         filled = [
-            row.state.blocks.ids[row.first_written : row.num_full]
-            for row in scheduled
-            if row.first_written < row.num_full
+            ids[rows.place[index], rows.first_written[index] : rows.num_full[index]]
+            for index in np.flatnonzero(rows.first_written < rows.num_full).tolist()
         ]
         blocks = joined(filled)
         return WriteBacks(blocks, self._slots.lut[:, blocks])
+
+    def _planned(self, rows: ScheduledRows, prefill: Sequence[ScheduledRequest]) -> PlannedRows:
+        """What all rows read and write, once all blocks have their slots."""
+        tables = [prefill_row(row, self._slots) for row in prefill]
+        at = dict(zip(np.flatnonzero(rows.is_prefill).tolist(), tables, strict=True))
+        num_blocks = np.stack([entries.count[rows.place] for entries in self._books.groups], axis=1)
+        evicted = rows.block_size * (rows.end[:, None] - num_blocks)
+        for index, row in at.items():
+            evicted[index] = row.evicted_tokens
+        batch = Batch(rows.place, rows.num_computed_tokens, rows.num_tokens, evicted, at)
+        counters, number = self._counters, self._counters.plans
+        counters.streamed_blocks += sum(blocks.size for row in tables for blocks in row.streamed)
+        counters.decode_rows += len(rows) - len(prefill)
+        counters.decode_resident_blocks += int(num_blocks.sum())
+        counters.decode_context_blocks += int(rows.end[~rows.is_prefill].sum()) * len(self._books.groups)
+
+        def read(index: int) -> Row:
+            if number + 1 != counters.plans:
+                raise IntegrityError(f"the rows of plan {number} are asked for, but plan {counters.plans - 1} was made")
+            return decode_row(rows.row(index), self._books)
+
+        return PlannedRows([state.req_id for state in rows.states], batch, read)
 
     def _count(self, plan: StepPlan) -> None:
         counters = self._counters

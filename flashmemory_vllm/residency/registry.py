@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
+
+import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.modes import Modes
 from flashmemory_vllm.residency.places import Places
-from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest
+from flashmemory_vllm.residency.requests import RequestState, ScheduledRows
 from flashmemory_vllm.residency.slots import NULL_BLOCK, SlotTable
 from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, StepInput, joined
 
@@ -47,7 +49,7 @@ class RequestRegistry:
         self._states.clear()
         self._places.clear()
 
-    def schedule(self, step_input: StepInput) -> list[ScheduledRequest]:
+    def schedule(self, step_input: StepInput) -> ScheduledRows:
         """Forget who is gone, know who is new, and note what each scheduled request computes.
 
         Nothing that vLLM's scheduler may do in a step raises. It hands out blocks of the pool that it was sized with,
@@ -72,13 +74,23 @@ class RequestRegistry:
         computed = {new.req_id: new.num_computed_tokens for new in step_input.new}
         computed |= {running.req_id: running.num_computed_tokens for running in step_input.running}
         new_ids = {new.req_id for new in step_input.new}
-        rows = []
+        states, before = list[RequestState](), list[int]()
         for req_id, num_tokens in step_input.num_scheduled_tokens.items():
+            state = self._known(req_id)
             if req_id in new_ids:
-                self._choose_policy(self._known(req_id), new_ids)
+                self._choose_policy(state, new_ids)
                 new_ids.remove(req_id)
-            rows.append(self._scheduled(req_id, num_tokens, computed))
-        return rows
+            before.append(state.num_tokens)
+            self._advance(state, num_tokens, computed.get(req_id))
+            states.append(state)
+        return ScheduledRows(
+            states,
+            np.array([state.place for state in states], np.int32),
+            np.array(before, np.int32),
+            np.array([*step_input.num_scheduled_tokens.values()], np.int32),
+            np.array([computed < state.prefill_len for computed, state in zip(before, states, strict=True)], np.bool_),
+            self._geometry.block_size,
+        )
 
     def _choose_policy(self, state: RequestState, undecided: Collection[str]) -> None:
         """Choose as the scheduler did, which has admitted the running requests before, and others later."""
@@ -118,6 +130,7 @@ class RequestRegistry:
             )
         start = len(state.blocks)
         state.blocks.extend(block_ids)
+        self._books.know_blocks(state.place, start, block_ids)
         return state.blocks.ids[start:]
 
     def _known(self, req_id: str) -> RequestState:
@@ -126,13 +139,16 @@ class RequestRegistry:
             raise IntegrityError(f"request {req_id} goes on running but is not known")
         return state
 
-    def _scheduled(self, req_id: str, num_tokens: int, computed: Mapping[str, int]) -> ScheduledRequest:
-        state = self._known(req_id)
-        if computed.get(req_id) != state.num_tokens:
+    def _advance(self, state: RequestState, num_tokens: int, computed: int | None) -> None:
+        """Note that a request computes so many tokens."""
+        before, block_size = state.num_tokens, self._geometry.block_size
+        if computed != before:
             raise IntegrityError(
-                f"request {req_id}: the step begins at token {computed.get(req_id)}, "
-                f"the last one ended at {state.num_tokens}"
+                f"request {state.req_id}: the step begins at token {computed}, the last one ended at {before}"
             )
-        row = ScheduledRequest(state, state.num_tokens, num_tokens, self._geometry.block_size)
-        state.num_tokens = row.num_tokens_after
-        return row
+        if num_tokens < 1 or before + num_tokens > len(state.blocks) * block_size:
+            raise IntegrityError(
+                f"request {state.req_id}: {before} + {num_tokens} tokens do not fit "
+                f"its {len(state.blocks)} blocks of {block_size}, or none are scheduled"
+            )
+        state.num_tokens = before + num_tokens

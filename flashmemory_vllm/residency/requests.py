@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 
-from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.lists import FirstSet
-from flashmemory_vllm.residency.types import NOTHING, IntArray, NewRequest, Phase
+from flashmemory_vllm.residency.types import NOTHING, BoolArray, IntArray, NewRequest, Phase
 
 
 class BlockList:
@@ -39,25 +39,6 @@ class BlockList:
         self._size = size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Table:
-    """The compacted block table of a row, in the terms of `Row`.
-
-    Attributes:
-        slots: as in `Row`, like `positions`, `evicted_tokens` and `streamed`.
-        positions: see there.
-        evicted_tokens: see there.
-        streamed: see there.
-        num_resident: blocks in the table, over all groups.
-    """
-
-    slots: tuple[IntArray, ...]
-    positions: tuple[IntArray, ...]
-    evicted_tokens: tuple[int, ...]
-    streamed: tuple[IntArray, ...]
-    num_resident: int
-
-
 @dataclass(slots=True, eq=False)
 class RequestState:
     """A known request.
@@ -71,21 +52,15 @@ class RequestState:
         blocks: logical blocks, those without tokens yet at the end.
         place: where its tables lie while it decodes.
         held: per group int32 `[k]`, ascending positions of the blocks that it holds in prefill; nothing in decode.
-        is_asked: a set was asked for.
-        phase: it is due with so many tokens, and with a whole number of cycles more or fewer.
         first_set: that one, once it is known and until it is in force.
         has_set: it is in force, or one after it.
-        is_selected: a selection is in force.
-        selection: running number of that over all requests.
-        lacks_chosen: its last list left out blocks that were chosen.
-        came: per portion that came since then, its group and its positions.
         is_decoding: a decode row was planned.
+        num_selections: that `residency/fallback.py` was told of.
+        selection: running number of the last of them, over all requests.
         falls_back: it keeps all its blocks, though its budget does not; see `residency/fallback.py`.
         was_revoked: it fell back before, and had to give up.
         num_worth: blocks that its selections found worth a slot, of those that they could do without.
         num_evictable: all that they could do without.
-        opening_steps: decode steps to come that each end with a selection of their own.
-        table: table of the last decode row, None if the next one differs in any case.
     """
 
     req_id: str
@@ -96,21 +71,15 @@ class RequestState:
     blocks: BlockList
     place: int
     held: list[IntArray]
-    is_asked: bool = False
-    phase: int = 0
     first_set: FirstSet | None = None
     has_set: bool = False
-    is_selected: bool = False
-    selection: int = 0
-    lacks_chosen: bool = False
-    came: list[tuple[int, IntArray]] = field(default_factory=list)
     is_decoding: bool = False
+    num_selections: int = 0
+    selection: int = 0
     falls_back: bool = False
     was_revoked: bool = False
     num_worth: int = 0
     num_evictable: int = 0
-    opening_steps: int = 0
-    table: Table | None = None
 
     @classmethod
     def begin(cls, new: NewRequest, policy: BudgetPolicy, num_groups: int, place: int) -> RequestState:
@@ -142,8 +111,7 @@ class ScheduledRequest:
     """A request in the step being planned; computes `num_tokens` after `num_computed_tokens`.
 
     Its blocks by position: history is `[0, first_written)`, all full; `[first_written, end)` are written, of
-    which `[first_fresh, end)` hold no token before the step; `[0, num_full)` are full after it. It has
-    `num_tokens_after` tokens with KV then.
+    which `[first_fresh, end)` hold no token before the step. It has `num_tokens_after` tokens with KV after it.
     """
 
     state: RequestState
@@ -154,7 +122,6 @@ class ScheduledRequest:
     phase: Phase = field(init=False)
     first_written: int = field(init=False)
     first_fresh: int = field(init=False)
-    num_full: int = field(init=False)
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,13 +130,7 @@ class ScheduledRequest:
         self.phase = Phase.PREFILL if computed < self.state.prefill_len else Phase.DECODE
         self.first_written = computed // block_size
         self.first_fresh = -(-computed // block_size)
-        self.num_full = after // block_size
         self.end = -(-after // block_size)
-        if self.num_tokens < 1 or self.end > len(self.state.blocks):
-            raise IntegrityError(
-                f"request {self.state.req_id}: {computed} + {self.num_tokens} tokens do not fit "
-                f"its {len(self.state.blocks)} blocks of {block_size}, or none are scheduled"
-            )
 
     @property
     def history(self) -> IntArray:
@@ -180,3 +141,55 @@ class ScheduledRequest:
     def fresh(self) -> IntArray:
         """Logical blocks whose first tokens are written in the step."""
         return self.state.blocks.ids[self.first_fresh : self.end]
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledRows:
+    """Requests in the step being planned, as arrays int32 `[n]` whose names are those of `ScheduledRequest`.
+
+    What decode rows need in every step is done with these; `row` makes one that is dealt with by itself. The blocks
+    `[0, num_full)` of each are full after the step.
+    """
+
+    states: Sequence[RequestState]
+    place: IntArray
+    num_computed_tokens: IntArray
+    num_tokens: IntArray
+    is_prefill: BoolArray
+    block_size: int
+    num_tokens_after: IntArray = field(init=False)
+    first_written: IntArray = field(init=False)
+    first_fresh: IntArray = field(init=False)
+    num_full: IntArray = field(init=False)
+    end: IntArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        computed, block_size = self.num_computed_tokens, self.block_size
+        self.num_tokens_after = after = computed + self.num_tokens
+        self.first_written = computed // block_size
+        self.first_fresh = -(-computed // block_size)
+        self.num_full = after // block_size
+        self.end = -(-after // block_size)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def take(self, rows: BoolArray) -> ScheduledRows:
+        """Some of them, by a mask."""
+        return ScheduledRows(
+            list(compress(self.states, rows.tolist())),
+            self.place[rows],
+            self.num_computed_tokens[rows],
+            self.num_tokens[rows],
+            self.is_prefill[rows],
+            self.block_size,
+        )
+
+    def row(self, index: int) -> ScheduledRequest:
+        """One of them."""
+        computed, num_tokens = int(self.num_computed_tokens[index]), int(self.num_tokens[index])
+        return ScheduledRequest(self.states[index], computed, num_tokens, self.block_size)
+
+    def rows_of(self, mask: BoolArray) -> list[ScheduledRequest]:
+        """Some of them, by a mask, each by itself."""
+        return [self.row(index) for index in np.flatnonzero(mask).tolist()]

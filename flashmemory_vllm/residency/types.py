@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -185,88 +185,6 @@ class Row:
     positions: tuple[IntArray, ...]
     evicted_tokens: tuple[int, ...]
     streamed: tuple[IntArray, ...]
-
-
-class Asked(NamedTuple):
-    """A row that is chosen for after the step; filled by the planner. Positions are of blocks within their request.
-
-    Attributes:
-        req_id: vLLM's request id.
-        place: where its tables lie.
-        epoch: which tenant of the place it is.
-        num_tokens: tokens with KV after the step.
-        prompt_len: tokens of its prompt.
-        block_ids: int32 `[n]` its full blocks.
-        sink_end: end of the sink.
-        first_recent: first of the newest blocks that are always in the set.
-        end: blocks of the request, the one being written included.
-        want: how many are to be chosen.
-        cap: how many of them may be new in the set, if its list is not in force at once.
-        is_new: it has no set yet.
-        is_scored: its blocks are scored; otherwise what is known of them counts.
-        at_once: its list is in force in the next step, with as many new blocks as it likes; so is that of a new one.
-    """
-
-    req_id: str
-    place: int
-    epoch: int
-    num_tokens: int
-    prompt_len: int
-    block_ids: IntArray
-    sink_end: int
-    first_recent: int
-    end: int
-    want: int
-    cap: int
-    is_new: bool = False
-    is_scored: bool = True
-    at_once: bool = False
-
-    @property
-    def num_candidates(self) -> int:
-        """Blocks that may be chosen or left."""
-        return self.first_recent - self.sink_end
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepPlan:
-    """Everything one step does to the memory; filled by the planner, executed by the worker.
-
-    Order of execution: recalls and prefetches, then the forward with its rows, then write-backs and the choice
-    for `asked`. No slot that `recalls`, `prefetches` or `fresh` name is read by a row of this step as the block it held
-    before; kernels and copies of earlier steps may still use it, and the executor orders itself after them.
-    Most slots have rested for a step or more, so that their copies run beside the step before this one.
-
-    Attributes:
-        step: number of the step.
-        evicted: slots that changed their owner or lost it to make room.
-        fresh: per group with any, blocks that got a slot because this step writes their first tokens: nothing
-            to copy.
-        recalls: per group with any, host to slot, in place before this step's attention.
-        prefetches: likewise, for later selections.
-        write_backs: slot to host after the forward.
-        rows: one for each scheduled request.
-        asked: rows that are chosen for after the forward.
-        selected: requests that read what a selection has chosen, for the first time in this step.
-    """
-
-    step: int
-    evicted: int
-    fresh: tuple[Copies, ...]
-    recalls: tuple[Copies, ...]
-    prefetches: tuple[Copies, ...]
-    write_backs: WriteBacks
-    rows: Mapping[str, Row]
-    asked: tuple[Asked, ...]
-    selected: tuple[str, ...] = ()
-
-    @property
-    def may_stream(self) -> bool:
-        """Whether a row attends to all its history, wherever that is.
-
-        Follows from the scheduler's step alone: ranks of one model, whose slots may hold different blocks, agree.
-        """
-        return any(row.phase is Phase.PREFILL for row in self.rows.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ model; the host reads the list two steps later and applies it to its own account
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.indexer.places import MemoryKind, PlaceState
 from flashmemory_vllm.residency.lists import HEADER, NOBODY
+
+# In NUM_KNOWN of a row whose memory goes on: all bits, so that what is known is left of it
+GOES_ON = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +86,19 @@ class ChoiceState:
         num_elems = sizes.max_rows * (1 + sizes.num_groups * sizes.columns)
         self._out = torch.full((num_elems,), NOBODY, dtype=torch.int32, device=device)
 
-    def look_up(self, rows: torch.Tensor) -> None:
+    def look_up(self, rows: torch.Tensor, unscored: Sequence[slice]) -> None:
         """Fill in what only the device knows.
 
         Args:
-            rows: int32 `[n, len(Due)]` on the device. NUM_KNOWN is negative where a memory goes on, else 0; NUM_BLOCKS
+            rows: int32 `[n, len(Due)]` on the device. NUM_KNOWN is `GOES_ON` where a memory goes on, else 0; NUM_BLOCKS
                 counts all full blocks, and is made what the memory knows where blocks are not scored.
+            unscored: those rows.
         """
-        known = torch.where(rows[:, Due.NUM_KNOWN] < 0, self.known[rows[:, Due.PLACE].long()], 0)
-        rows[:, Due.NUM_KNOWN] = known
-        full = rows[:, Due.NUM_BLOCKS]
-        rows[:, Due.NUM_BLOCKS] = torch.where(rows[:, Due.NUM_QUERIES] > 0, full, torch.minimum(known, full))
+        known = self.known.index_select(0, rows[:, Due.PLACE])
+        rows[:, Due.NUM_KNOWN].bitwise_and_(known)
+        for part in unscored:
+            if part.start < part.stop:
+                rows[part, Due.NUM_BLOCKS].clamp_(max=rows[part, Due.NUM_KNOWN])
 
     def choose(self, rows: torch.Tensor, failed: torch.Tensor | None, long_list: torch.Tensor) -> torch.Tensor:
         """Choose the sets of rows, and list what changes.
@@ -111,7 +117,7 @@ class ChoiceState:
         if failed is not None:
             out[:num_rows] = failed
             rows[:, Due.NUM_BLOCKS] = torch.where(failed != 0, rows[:, Due.NUM_KNOWN], rows[:, Due.NUM_BLOCKS])
-        self.known[rows[:, Due.PLACE].long()] = rows[:, Due.NUM_BLOCKS]
+        self.known.index_copy_(0, rows[:, Due.PLACE].long(), rows[:, Due.NUM_BLOCKS])
         listed = out[num_rows:].view(num_rows, size.num_groups, size.columns)
         memory, in_set = self.places.memory, self.places.in_set
         choose_sets(memory, in_set, rows, self._weights, self._policy, listed, long_list)

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flashmemory_kernels.common.due_rows import fill_first_tiles
+from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.indexer.places import DueRows
 from flashmemory_vllm.indexer.shares import TILE
-from flashmemory_vllm.residency.types import Asked, IntArray
+from flashmemory_vllm.residency.asked import Ask, Asked
+from flashmemory_vllm.residency.types import IntArray
 from flashmemory_vllm.runtime.choice import ChoiceSizes
 from flashmemory_vllm.runtime.long_list import from_long_list
 from flashmemory_vllm.runtime.side_stream import Arrival
+from flashmemory_vllm.runtime.uploads import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,14 +24,14 @@ class ChoiceWork:
     """What a step chooses.
 
     Attributes:
-        rows: those without a set first, of both kinds those that are scored first.
+        asked: the rows, those without a set first, of both kinds those that are scored first.
         fields: int32 `[n, len(Due)]` of them.
         selections: int32 `[n]` that they had before.
         questions: of each row without a set, queries `[q, A, Hq, D]` of its question.
         long_size: elements of the long list.
     """
 
-    rows: Sequence[Asked]
+    asked: Asked
     fields: IntArray
     selections: IntArray
     questions: Sequence[torch.Tensor | None]
@@ -40,15 +42,34 @@ class ChoiceWork:
         """Rows without a set."""
         return len(self.questions)
 
-    def fill_tiles(self) -> None:
-        """Say where the log-masses of each row begin, among those that are scored together."""
-        for part in self._scored():
-            fill_first_tiles(torch.from_numpy(self.fields[part]), TILE)
+    @property
+    def scored(self) -> tuple[slice, slice]:
+        """The rows that are scored: without a set, and with one."""
+        is_scored, num_new = self.fields[:, Due.NUM_QUERIES] > 0, self.num_new
+        first, others = int(np.count_nonzero(is_scored[:num_new])), int(np.count_nonzero(is_scored[num_new:]))
+        return slice(0, first), slice(num_new, num_new + others)
 
     @property
-    def told(self) -> IntArray:
-        """What selectors are told beside the fields, int32 `[2, n]`: selections before, and tokens of the prompts."""
-        return np.stack((self.selections, np.array([row.prompt_len for row in self.rows], np.int32)))
+    def unscored(self) -> tuple[slice, slice]:
+        """All others, likewise."""
+        new, others = self.scored
+        return slice(new.stop, self.num_new), slice(others.stop, len(self.fields))
+
+    def fill_tiles(self) -> None:
+        """Say where the log-masses of each row begin, among those that are scored together: see `fill_first_tiles`."""
+        for part in self.scored:
+            tiles = -(-self.fields[part, Due.NUM_BLOCKS] // TILE)
+            self.fields[part, Due.FIRST_TILE] = np.cumsum(tiles) - tiles
+
+    def upload(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy on the device, in one piece: the fields, and what selectors are told beside them.
+
+        Returns:
+            Int32 `[n, len(Due)]`, and int32 `[2, n]` of selections before and tokens of the prompts.
+        """
+        told = (self.selections, self.asked.fields[:, Ask.PROMPT_LEN])
+        packed = upload(np.concatenate((self.fields.reshape(-1), *told)), device)
+        return packed[: self.fields.size].view(self.fields.shape), packed[self.fields.size :].view(2, -1)
 
     def due(self, on_device: torch.Tensor, told: torch.Tensor) -> Iterator[tuple[slice, DueRows]]:
         """The rows to score, those without a set apart from the others, and where they stand.
@@ -58,28 +79,18 @@ class ChoiceWork:
             told: int32 `[2, n]` on the device.
         """
         selections, prompt_lens = told
-        for part in self._scored():
-            own = self.rows[part]
-            if own:
-                yield (
-                    part,
-                    DueRows(
-                        self.fields[part],
-                        on_device[part],
-                        tuple(row.req_id for row in own),
-                        self.selections[part],
-                        selections[part],
-                        prompt_lens[part],
-                        part.start == 0 and self.num_new > 0,
-                    ),
+        for part in self.scored:
+            if part.start < part.stop:
+                due = DueRows(
+                    self.fields[part],
+                    on_device[part],
+                    self.asked.req_ids[part],
+                    self.selections[part],
+                    selections[part],
+                    prompt_lens[part],
+                    part.start == 0 and self.num_new > 0,
                 )
-
-    def _scored(self) -> tuple[slice, slice]:
-        new, others = self.rows[: self.num_new], self.rows[self.num_new :]
-        return (
-            slice(0, sum(row.is_scored for row in new)),
-            slice(self.num_new, self.num_new + sum(row.is_scored for row in others)),
-        )
+                yield part, due
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +108,7 @@ class PendingList:
     """
 
     step: int
-    asked: tuple[Asked, ...]
+    asked: Asked
     num_at_once: int
     fields: IntArray
     arrival: Arrival

@@ -13,16 +13,17 @@ from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.base import Selector
+from flashmemory_vllm.residency.asked import Ask, Asked, AskedRow
 from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
 from flashmemory_vllm.residency.lists import NOBODY, Chosen, pairs_of
-from flashmemory_vllm.residency.types import Asked, IntArray
-from flashmemory_vllm.runtime.choice import ChoiceState
+from flashmemory_vllm.residency.types import IntArray
+from flashmemory_vllm.runtime.choice import GOES_ON, ChoiceState
 from flashmemory_vllm.runtime.choice_work import ChoiceWork, PendingList
 from flashmemory_vllm.runtime.parked import ParkedMemories
 from flashmemory_vllm.runtime.remembering import NOT_FINITE, Remembering
+from flashmemory_vllm.runtime.selection_counts import SelectionCounts
 from flashmemory_vllm.runtime.selector_guard import SelectorGuard
 from flashmemory_vllm.runtime.side_stream import SideStream
-from flashmemory_vllm.runtime.uploads import upload
 
 
 class ChoiceQueue:
@@ -42,7 +43,7 @@ class ChoiceQueue:
         self.guard = SelectorGuard(selector)
         self._remembering = Remembering(self.guard, state.places, is_finite=selector.is_finite)
         self._pending: list[PendingList] = []
-        self._num_selections: dict[str, int] = {}
+        self._selections = SelectionCounts(state.sizes.num_places)
         self._remembered_at = np.zeros(state.sizes.num_places, np.int64)
         self._parked = ParkedMemories(state)
 
@@ -60,7 +61,7 @@ class ChoiceQueue:
         """Inside, what the selector raises is passed on."""
         return self.guard.strict()
 
-    def choose(self, step: int, asked: Sequence[Asked], earlier: Mapping[str, torch.Tensor] = {}) -> None:
+    def choose(self, step: int, asked: Asked, earlier: Mapping[str, torch.Tensor] = {}) -> None:
         """Enqueue the choice of a step, after all device work enqueued so far.
 
         Args:
@@ -71,18 +72,19 @@ class ChoiceQueue:
         """
         if not asked:
             return
-        rows = sorted(map(self._scored_if_possible, asked), key=_order)
-        num_new = sum(row.is_new for row in rows)
-        num_at_once = sum(row.at_once for row in rows)
-        fields = self._fields(step, rows, earlier)
-        spans = (fields[:num_at_once, Due.FIRST_RECENT] - fields[:num_at_once, Due.SINK_END]).astype(np.int64)
-        spans *= self._state.sizes.num_groups
+        asked = self._in_order(self._scored_if_possible(asked))
+        num_new, num_at_once = int(np.count_nonzero(asked.is_new)), int(np.count_nonzero(asked.at_once))
+        names = asked.req_ids[:num_new]
+        questions = [earlier.get(req_id) for req_id in names]
+        fields = self._fields(step, asked, questions)
+        spans = asked.num_candidates[:num_at_once].astype(np.int64) * self._state.sizes.num_groups
         fields[:num_at_once, Due.LONG_START] = np.cumsum(spans) - spans
-        questions = [earlier.get(row.req_id) for row in rows[:num_new]]
-        work = ChoiceWork(rows, fields, self._selections(rows), questions, int(spans.sum()))
+        selections = self._selections.before(asked.place, names)
+        self._selections.count(asked.place[asked.is_scored])
+        work = ChoiceWork(asked, fields, selections, questions, int(spans.sum()))
         inputs = [one for one in questions if one is not None]
         arrival = self._side_stream.fetch(lambda: self._choose(work), *inputs)
-        self._pending.append(PendingList(step, tuple(rows), num_at_once, fields, arrival, time.perf_counter()))
+        self._pending.append(PendingList(step, asked, num_at_once, fields, arrival, time.perf_counter()))
 
     def take(self, step: int) -> list[Chosen]:
         """What comes into force in a step, waited for if it has to be; what is due later is not waited for.
@@ -104,9 +106,9 @@ class ChoiceQueue:
 
     def _read(self, pending: PendingList, part: slice) -> Chosen:
         """A part of a list."""
-        asked, (listed, failed) = pending.asked[part], self._rows_of(pending, part)
+        asked, (listed, failed) = pending.asked.take(part), self._rows_of(pending, part)
         self.guard.note_not_finite(int(np.count_nonzero(failed == NOT_FINITE)))
-        is_selected = np.array([row.is_scored for row in asked]) & (failed == 0)
+        is_selected = asked.is_scored & (failed == 0)
         seconds = time.perf_counter() - pending.asked_at
         return Chosen(pending.step, asked, listed, is_selected, part == pending.at_once, seconds)
 
@@ -127,8 +129,8 @@ class ChoiceQueue:
         held = [set(positions.tolist()) for positions in sets]
         for pending in self._pending:
             for part in (pending.later,) if pending.is_begun else (pending.at_once, pending.later):
-                asked, (rows, _) = pending.asked[part], self._rows_of(pending, part)
-                mine = [index for index, one in enumerate(asked) if (one.place, one.epoch) == (place, epoch)]
+                asked, (rows, _) = pending.asked.take(part), self._rows_of(pending, part)
+                mine = (asked.place == place) & (asked.epoch == epoch)
                 for group, own in enumerate(held):
                     _, come, go = pairs_of(rows[mine, group])
                     own.difference_update(go.tolist())
@@ -149,14 +151,14 @@ class ChoiceQueue:
             place: that it had.
             num_blocks: full blocks of it.
         """
-        if not (self._kind.outlives and self._num_selections.get(req_id)):
+        if not (self._kind.outlives and self._selections.of(req_id)):
             return
         self._side_stream.run(lambda: self._parked.park(req_id, place, num_blocks))
 
     def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is kept for requests that ended; unknown ids are fine."""
         for req_id in req_ids:
-            self._num_selections.pop(req_id, None)
+            self._selections.forget(req_id)
             self._parked.forget(req_id)
             self.guard.forget(req_id)
 
@@ -166,59 +168,68 @@ class ChoiceQueue:
         Args:
             earlier: [q, A, Hq, D], its question.
         """
-        null = Asked("", 0, NOBODY, self._block_size, 1, np.zeros(1, np.int32), 0, 1, 1, 1, 1)
+        null, no_block = AskedRow("", 0, NOBODY, self._block_size, 1, 1, 0, 1, 1, 1, 1), np.zeros((1, 1), np.int32)
         for step, is_new in enumerate((True, False)):
-            self.choose(step, [null._replace(is_new=is_new, at_once=is_new)], {"": earlier} if is_new else {})
+            asked = Asked.of([null._replace(is_new=is_new, at_once=is_new)], no_block)
+            self.choose(step, asked, {"": earlier} if is_new else {})
         self.take(1 + STEPS_TO_FORCE)
         self.forget([""])
 
     def reset(self) -> None:
         """Forget every request, and every list on its way."""
-        self.forget([*self._num_selections])
+        self.forget(self._selections.names())
         self._pending = []
 
-    def _scored_if_possible(self, row: Asked) -> Asked:
-        if row.is_scored and self.guard.lacks_keys(row.block_ids):
-            return row._replace(is_scored=False, at_once=row.is_new)
-        return row
+    def _scored_if_possible(self, asked: Asked) -> Asked:
+        """The same rows, without scores where blocks have no index keys."""
+        if not self.guard.lacks_some:
+            return asked
+        scored = np.flatnonzero(asked.is_scored).tolist()
+        lacking = [row for row in scored if self.guard.lacks_keys(asked.blocks_of(row))]
+        fields = asked.fields.copy()
+        fields[lacking, Ask.IS_SCORED], fields[lacking, Ask.AT_ONCE] = 0, fields[lacking, Ask.IS_NEW]
+        return replace(asked, fields=fields)
 
-    def _selections(self, rows: Sequence[Asked]) -> IntArray:
-        """Selections each of the rows had before; counts these."""
-        before = np.array([self._num_selections.get(row.req_id, 0) for row in rows], np.int32)
-        for row in rows:
-            if row.is_scored:
-                self._num_selections[row.req_id] = self._num_selections.get(row.req_id, 0) + 1
-        return before
+    @staticmethod
+    def _in_order(asked: Asked) -> Asked:
+        """Those without a set first, of both kinds those that are scored, of these those in force at once."""
+        is_new, is_scored, at_once = asked.fields[:, (Ask.IS_NEW, Ask.IS_SCORED, Ask.AT_ONCE)].T
+        rank = -4 * is_new - 2 * is_scored - at_once
+        if (rank[1:] >= rank[:-1]).all():
+            return asked
+        return asked.take(np.argsort(rank, kind="stable").astype(np.int32))
 
-    def _fields(self, step: int, rows: Sequence[Asked], earlier: Mapping[str, torch.Tensor]) -> IntArray:
+    def _fields(self, step: int, asked: Asked, questions: Sequence[torch.Tensor | None]) -> IntArray:
         """Rows int32 `[n, len(Due)]` as the device reads them, but for what it has to look up."""
-        fields = np.zeros((len(rows), len(Due)), np.int32)
-        most = self._state.places.queries.shape[2] - 1
-        for row, of_row in zip(rows, fields, strict=True):
-            elapsed = 0 if row.is_new else row.num_tokens - int(self._remembered_at[row.place])
-            newest = self._kind.num_queries or min(elapsed, most)
-            if row.is_new:
-                newest = 1 + len(earlier.get(row.req_id, ()))
-            if row.is_scored or row.is_new:
-                self._remembered_at[row.place] = row.num_tokens
-            goes_on = not row.is_new or row.req_id in self._parked
-            cap = row.end if row.at_once else row.cap
-            of_row[:] = (
-                row.place, row.epoch, step, row.is_new, row.num_tokens - 1, max(1, newest) if row.is_scored else 0,
-                elapsed, -int(goes_on), row.block_ids.size, 0, row.sink_end, row.first_recent, row.end, row.want, cap,
-                NOBODY,
-            )  # fmt: skip
+        num_new, place, num_tokens = len(questions), asked.place, asked.fields[:, Ask.NUM_TOKENS]
+        elapsed = num_tokens - self._remembered_at[place]
+        elapsed[:num_new] = 0
+        kept = self._state.places.queries.shape[2] - 1
+        newest = np.full(len(asked), self._kind.num_queries) if self._kind.num_queries else np.minimum(elapsed, kept)
+        newest[:num_new] = [1 if one is None else 1 + len(one) for one in questions]
+        goes_on = np.ones(len(asked), np.bool_)
+        goes_on[:num_new] = [req_id in self._parked for req_id in asked.req_ids[:num_new]]
+        is_known = asked.is_scored | asked.is_new
+        self._remembered_at[place[is_known]] = num_tokens[is_known]
+        fields = np.zeros((len(asked), len(Due)), np.int32)
+        fields[:, Due.PLACE], fields[:, Due.EPOCH], fields[:, Due.STEP] = place, asked.epoch, step
+        fields[:, Due.IS_NEW], fields[:, Due.POSITION] = asked.is_new, num_tokens - 1
+        fields[:, Due.NUM_QUERIES] = np.maximum(1, newest) * asked.is_scored
+        fields[:, Due.ELAPSED], fields[:, Due.NUM_KNOWN] = elapsed, np.where(goes_on, GOES_ON, 0)
+        fields[:, Due.NUM_BLOCKS] = asked.fields[:, Ask.NUM_FULL]
+        fields[:, Due.SINK_END : Due.CAP] = asked.fields[:, Ask.SINK_END : Ask.CAP]
+        fields[:, Due.CAP] = np.where(asked.at_once, asked.fields[:, Ask.END], asked.fields[:, Ask.CAP])
+        fields[:, Due.LONG_START] = NOBODY
         return fields
 
     def _choose(self, work: ChoiceWork) -> torch.Tensor:
         """Do the work of a step; int32, what `ChoiceState.choose` returns and the long list behind it."""
         state, device, failed = self._state, self._state.known.device, None
-        for row in work.rows[: work.num_new]:
-            self._parked.bring_back(row.req_id, row.place)
+        for req_id, place in zip(work.asked.req_ids[: work.num_new], work.asked.place.tolist(), strict=False):
+            self._parked.bring_back(req_id, place)
         work.fill_tiles()
-        # A copy: on a CPU it is the same memory, and is filled in
-        rows, told = (upload(array.copy(), device) for array in (work.fields, work.told))
-        state.look_up(rows)
+        rows, told = work.upload(device)
+        state.look_up(rows, work.unscored)
         for part, due in work.due(rows, told):
             questions, remembering = work.questions[part], self._remembering
             of_part = remembering.enter(due, questions) if due.is_entering else remembering.go_on(due)
@@ -229,7 +240,3 @@ class ChoiceQueue:
         out = state.choose(rows, failed, long_list)
         # On a CPU nobody makes another copy
         return torch.cat((out, long_list)) if work.long_size or device.type == "cpu" else out
-
-
-def _order(row: Asked) -> tuple[bool, bool, bool]:
-    return not row.is_new, not row.is_scored, not row.at_once

@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import RequestState
-from flashmemory_vllm.residency.types import Copies, IntArray, StepPlan
+from flashmemory_vllm.residency.types import Copies, IntArray
 
 MAX_SELECTIONS = 16
 # Fences whose selections are remembered until it is known whether they waited.

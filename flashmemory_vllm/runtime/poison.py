@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from flashmemory_vllm.residency.types import Copies, IntArray, StepPlan
+from flashmemory_vllm.residency.plan import StepPlan
+from flashmemory_vllm.residency.types import Copies, IntArray
 from flashmemory_vllm.runtime.parts import RuntimeParts
 from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.layout import POISON

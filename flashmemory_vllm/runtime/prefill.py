@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import IntArray, Phase, Row
 from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.engine import TransferEngine
@@ -58,14 +59,13 @@ class StreamedPrefill:
         self._attention = StreamedAttention(engine.layout, page_format, self._ring, scale, attend)
         self._rows: list[_StreamedRow] = []
 
-    def set_rows(self, rows: Sequence[Row]) -> None:
+    def set_rows(self, batch: Batch) -> None:
         """Learn this step's batch rows and begin to fetch; all layers of the step must then be completed in order."""
-        bounds = np.cumsum([0, *(row.num_tokens for row in rows)])
-        streamed = [index for index, row in enumerate(rows) if any(len(ids) for ids in row.streamed)]
-        histories = self._histories([rows[index] for index in streamed])
+        streamed = [(begin, row) for begin, row in batch.begins_of_prefill() if any(map(len, row.streamed))]
+        histories = self._histories([row for _, row in streamed])
         self._rows = [
-            _StreamedRow(slice(int(bounds[index]), int(bounds[index + 1])), of_groups)
-            for index, of_groups in zip(streamed, histories, strict=True)
+            _StreamedRow(slice(begin, begin + row.num_tokens), of_groups)
+            for (begin, row), of_groups in zip(streamed, histories, strict=True)
         ]
         self._ring.begin(self._schedule())
 
@@ -119,10 +119,10 @@ class StreamedPrefill:
                 evicted_tokens=(num_blocks * self._block_size,) * num_groups,
                 streamed=(null_blocks,) * num_groups,
             )
-            self.set_rows([row])
+            self.set_rows(Batch.of([row], [0]))
             # The first layer of all is the first of group 0.
             self.complete(0, 0, query, key, value, query)
-        self.set_rows([])
+        self.set_rows(Batch.of([], []))
 
     def _schedule(self) -> Iterator[tuple[int, HistoryPart]]:
         """What the forward pass will read, in order."""

@@ -1,11 +1,13 @@
 """The queries of a request's newest prompt tokens, its question, whatever steps they were computed in."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from flashmemory_vllm.residency.types import Asked, Phase, Row
+from flashmemory_vllm.residency.asked import AskedRow
+from flashmemory_vllm.residency.batch import Batch
+from flashmemory_vllm.residency.types import Row
 from flashmemory_vllm.runtime.shape import AttentionShape
 
 
@@ -67,19 +69,16 @@ class QuestionQueries:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def set_rows(self, rows: Sequence[Row], prompt_len_of: Callable[[str], int]) -> None:
+    def set_rows(self, batch: Batch, prompt_len_of: Callable[[str], int]) -> None:
         """Learn which tokens of the batch belong to a question.
 
         Args:
-            rows: the planned rows in batch order.
+            batch: the planned rows.
             prompt_len_of: tells how many tokens a request's prompt has.
         """
         self._parts = []
-        begin = 0  # of the row in the batch
-        for row in rows if self._window else ():
-            if row.phase is Phase.PREFILL:
-                self._find(row, prompt_len_of(row.req_id), begin)
-            begin += row.num_tokens
+        for begin, row in batch.begins_of_prefill() if self._window else ():
+            self._find(row, prompt_len_of(row.req_id), begin)
 
     def capture(self, anchor: int, query: torch.Tensor) -> None:
         """Keep what one anchor layer asks for.
@@ -91,7 +90,7 @@ class QuestionQueries:
         for part in self._parts:
             part.queries[part.place, anchor].copy_(query[part.batch])
 
-    def earlier(self, asked: Asked) -> torch.Tensor | None:
+    def earlier(self, asked: AskedRow) -> torch.Tensor | None:
         """Queries [n, A, Hq, D] of a question, but for the row's last token; a copy, None if there are none.
 
         Args:

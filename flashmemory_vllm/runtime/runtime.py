@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmemory_vllm.residency.types import (
-    Copies,
-    Row,
-    StepInput,
-    StepPlan,
-    WriteBacks,
-)
+from flashmemory_vllm.residency.plan import StepPlan
+from flashmemory_vllm.residency.types import Copies, StepInput, WriteBacks
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.index_keys import index_full_blocks
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
@@ -47,7 +42,6 @@ class ResidencyRuntime:
         self._history = SelectionHistory(parts.planner, parts.engine)
         self._ends = StepEnds(parts.engine)
         self._plan: StepPlan | None = None
-        self._rows: list[Row] = []
         self._comparisons: tuple[Comparison, ...] = ()
         # An idle server already tells its sizes.
         self._report.publish()
@@ -136,17 +130,13 @@ class ResidencyRuntime:
         if self._plan is None:
             self._tables.write_nothing()
             return
-        self._rows = [self._plan.rows[req_id] for req_id in req_ids]
-        planner = self._parts.planner
-        places = [planner.place_of(req_id) for req_id in req_ids]
-        flat = slot_mapping.view(-1)
-        for asked in self._plan.asked:
-            self._tables.know_blocks(asked.place, asked.epoch, asked.block_ids)
-        self._tables.write(self._rows, places, seq_lens, len(flat), planner.take_edits())
+        batch, flat = self._plan.rows.batch(req_ids), slot_mapping.view(-1)
+        self._tables.know_blocks(self._plan.asked)
+        self._tables.write(batch, seq_lens, len(flat), self._parts.planner.take_edits())
         # vLLM shares this tensor with all who write by it
         flat.copy_(self._tables.slot_mapping(0, len(flat)))
-        self._parts.questions.set_rows(self._rows, self._prompt_len)
-        self._parts.prefill.set_rows(self._rows)
+        self._parts.questions.set_rows(batch, self._prompt_len)
+        self._parts.prefill.set_rows(batch)
 
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         """This step's slot mapping [T] of a layer group, always in the same memory."""
@@ -255,7 +245,7 @@ class ResidencyRuntime:
             parts.planner.check_integrity()
         if parts.poison:
             poison_free_slots(parts, plan)
-        self._plan, self._rows = plan, []
+        self._plan = plan
 
     def _end(self) -> None:
         parts, plan = self._parts, self._plan
@@ -264,7 +254,8 @@ class ResidencyRuntime:
             parts.engine.write_back(group, plan.write_backs.blocks, slots)
         index_full_blocks(parts, plan.write_backs)
         parts.planner.complete(plan)
-        questions = {one.req_id: parts.questions.earlier(one) for one in plan.asked if one.is_new}
+        new = [plan.asked[row] for row in np.flatnonzero(plan.asked.is_new).tolist()]
+        questions = {one.req_id: parts.questions.earlier(one) for one in new}
         parts.choices.choose(
             plan.step, plan.asked, {req_id: earlier for req_id, earlier in questions.items() if earlier is not None}
         )

@@ -85,9 +85,14 @@ class SelectorGuard:
         """As the selector's."""
         self._attempt("forgetting a request", lambda: self._selector.forget(req_id))
 
+    @property
+    def lacks_some(self) -> bool:
+        """Whether any block has no index keys that the selector needs."""
+        return self._selector.needs_keys and self._lacks_some
+
     def lacks_keys(self, blocks: IntArray) -> bool:
         """Whether one of the blocks, int32 [n], has no index keys that the selector needs; counts it."""
-        lacks = self._selector.needs_keys and self._lacks_some and bool(self._lacks_keys[blocks].any())
+        lacks = self.lacks_some and bool(self._lacks_keys[blocks].any())
         self.failures[NOT_INDEXED] += lacks
         return lacks
 

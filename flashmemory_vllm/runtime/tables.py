@@ -13,7 +13,9 @@ import torch
 from flashmemory_kernels.apply_step import ROW_FIELDS, PlaceTables, apply_step
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.types import IntArray, Phase, Row
+from flashmemory_vllm.residency.asked import Ask, Asked
+from flashmemory_vllm.residency.batch import Batch
+from flashmemory_vllm.residency.types import IntArray
 from flashmemory_vllm.runtime.changes import NO_PLACE, TableChanges
 from flashmemory_vllm.runtime.uploads import UploadRing
 
@@ -102,7 +104,9 @@ class StepTables:
         )
         self._changes = TableChanges(groups * places)
         self._ring = UploadRing(rows * (ROW_FIELDS + groups) + RING_VALUES, device)
-        self._known_blocks: dict[int, tuple[int, int]] = {}
+        # Full blocks of each place that the device knows, and of which tenant
+        self._num_known: IntArray = np.zeros(places, np.int32)
+        self._known_of: IntArray = np.full(places, NO_PLACE, np.int32)
         self._bounds = torch.zeros((groups, 0), dtype=torch.int32)
         self._num_tokens = sizes.max_tokens
 
@@ -119,34 +123,24 @@ class StepTables:
         """Logical blocks of each place by position, int32 [P, W], always in the same memory."""
         return self._tables.block_ids
 
-    def know_blocks(self, place: int, tenant: int, ids: IntArray) -> None:
-        """Have the next `write` tell the device of the logical blocks of a place that it does not know yet.
+    def know_blocks(self, asked: Asked) -> None:
+        """Have the next `write` tell the device of the full blocks of these rows that it does not know yet.
 
         Args:
-            place: once in a step.
-            tenant: who has it now.
-            ids: int32 `[n]` by position; a tenant's only grow.
+            asked: of places that are all different; a tenant's blocks only grow.
         """
-        known_of, num_known = self._known_blocks.get(place, (tenant, 0))
-        num_known = num_known if known_of == tenant else 0
-        if ids.size > num_known:
-            table = self.sizes.num_groups * self.sizes.num_places + place
-            self._changes.put(table, num_known, ids[num_known:])
-            self._known_blocks[place] = tenant, ids.size
+        place, epoch, num_full = asked.place, asked.epoch, asked.fields[:, Ask.NUM_FULL]
+        num_known = np.where(self._known_of[place] == epoch, self._num_known[place], 0)
+        for row in np.flatnonzero(num_known < num_full).tolist():
+            table = self.sizes.num_groups * self.sizes.num_places + int(place[row])
+            self._changes.put(table, int(num_known[row]), asked.blocks_of(row)[num_known[row] :])
+        self._known_of[place], self._num_known[place] = epoch, np.maximum(num_known, num_full)
 
-    def write(
-        self,
-        rows: Sequence[Row],
-        places: Sequence[int],
-        seq_lens: torch.Tensor,
-        num_tokens: int,
-        edits: Sequence[IntArray] = (),
-    ) -> None:
+    def write(self, batch: Batch, seq_lens: torch.Tensor, num_tokens: int, edits: Sequence[IntArray] = ()) -> None:
         """Write a step's batch. Tables of prefill rows are compared with what is there, those of decode rows edited.
 
         Args:
-            rows: the planned rows in batch order.
-            places: of the same requests, all different.
+            batch: the planned rows, of places that are all different.
             seq_lens: int32 [R] logical lengths on the device, 0 in padding rows, which come last.
             num_tokens: tokens of the batch, padding included.
             edits: per group int32 [n, 3] of place, column and slot, all that changed in the tables of decode rows since
@@ -156,15 +150,15 @@ class StepTables:
             IntegrityError: there are more rows than lengths, or than these tables have.
         """
         num_rows = min(len(seq_lens), self.sizes.max_rows)
-        if len(rows) > num_rows:
-            raise IntegrityError(f"a step has {len(rows)} rows, allowed are {num_rows} (--max-num-seqs)")
+        if len(batch) > num_rows:
+            raise IntegrityError(f"a step has {len(batch)} rows, allowed are {num_rows} (--max-num-seqs)")
         for group, of_group in enumerate(edits):
             place, column, slot = of_group.T
             self._changes.edit(group * np.int32(self.sizes.num_places) + place, column, slot)
-        for row, place in zip(rows, places, strict=True):
-            for group, slots in enumerate(row.slots if row.phase is Phase.PREFILL else ()):
-                self._changes.set(group * self.sizes.num_places + place, slots)
-        header, bounds = self._header(rows, places, num_rows)
+        for index, row in batch.prefill.items():
+            for group, slots in enumerate(row.slots):
+                self._changes.set(group * self.sizes.num_places + int(batch.place[index]), slots)
+        header, bounds = self._header(batch, num_rows)
         packed, counts = self._changes.pack(header, num_tokens)
         apply_step(self._ring.upload(packed), counts, seq_lens, self._tables)
         self._bounds, self._num_tokens = torch.from_numpy(bounds), num_tokens
@@ -211,26 +205,25 @@ class StepTables:
     def warm_up(self) -> None:
         """Compile the kernels, on a batch of padding and a table of one null slot."""
         self._changes.set(0, np.zeros(1, np.int32))
-        self.write([], [], torch.zeros(1, dtype=torch.int32, device=self._tables.entries.device), 1)
+        self.write(Batch.of([], []), torch.zeros(1, dtype=torch.int32, device=self._tables.entries.device), 1)
 
     def reset(self) -> None:
         """Take nothing for granted that is on the device."""
         self._changes.forget()
-        self._known_blocks.clear()
+        self._known_of[:] = NO_PLACE
 
-    def _header(self, rows: Sequence[Row], places: Sequence[int], num_rows: int) -> tuple[IntArray, IntArray]:
+    def _header(self, batch: Batch, num_rows: int) -> tuple[IntArray, IntArray]:
         """The rows [R, 3 + G] as `apply_step` reads them, and bounds [G, R] of their compacted lengths."""
         header = np.zeros((num_rows, ROW_FIELDS + self.sizes.num_groups), np.int32)
-        header[len(rows) :, 0] = NO_PLACE
+        header[len(batch) :, 0] = NO_PLACE
         bounds = np.zeros((self.sizes.num_groups, num_rows), np.int32)
-        if rows:
-            own, evicted = header[: len(rows)], header[: len(rows), ROW_FIELDS:]
-            own[:, 0], own[:, 2] = places, [row.num_tokens for row in rows]
-            evicted[:] = [row.evicted_tokens for row in rows]
-            bounds[:, : len(rows)] = own[:, 2] + [row.num_computed_tokens for row in rows] - evicted.T
+        if len(batch):
+            own = header[: len(batch)]
+            own[:, 0], own[:, 2], own[:, ROW_FIELDS:] = batch.place, batch.num_tokens, batch.evicted_tokens
+            bounds[:, : len(batch)] = batch.num_tokens + batch.num_computed_tokens - batch.evicted_tokens.T
         header[1:, 1] = np.cumsum(header[:-1, 2])
-        for index, row in enumerate(rows) if self._skip_streamed else ():
-            for group in range(self.sizes.num_groups) if row.phase is Phase.PREFILL else ():
+        for index, row in batch.prefill.items() if self._skip_streamed else ():
+            for group in range(self.sizes.num_groups):
                 if len(row.streamed[group]):
                     header[index, ROW_FIELDS + group] = -1 - row.evicted_tokens[group]
                     bounds[group, index] = 0

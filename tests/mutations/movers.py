@@ -77,8 +77,8 @@ MOVERS = (
     Mutation(
         "a row is chosen for by what is known of another's blocks",
         f"{_RUNTIME}choices.py",
-        "                row.place, row.epoch,",
-        "                rows[0].place, row.epoch,",
+        "fields[:, Due.PLACE], fields[:, Due.EPOCH], fields[:, Due.STEP] = place, asked.epoch, step",
+        "fields[:, Due.PLACE], fields[:, Due.EPOCH], fields[:, Due.STEP] = place[0], asked.epoch, step",
         f"{_RUNTIME_TEST}test_choices.py::test_sets_are_those_of_ranked_scores[exact-groups0]",
     ),
     Mutation(
@@ -98,15 +98,15 @@ MOVERS = (
     Mutation(
         "a block newer than the scoring ranks by what an earlier tenant left there",
         f"{_RUNTIME}choice.py",
-        "torch.where(rows[:, Due.NUM_QUERIES] > 0, full, torch.minimum(known, full))",
-        "full",
+        "                rows[part, Due.NUM_BLOCKS].clamp_(max=rows[part, Due.NUM_KNOWN])\n",
+        "                pass\n",
         f"{_RUNTIME_TEST}test_choices.py::test_sets_are_those_of_ranked_scores[exact-groups0]",
     ),
     Mutation(
         "a share is remembered for ever",
         f"{_RUNTIME}choices.py",
-        "elapsed = 0 if row.is_new else row.num_tokens - int(self._remembered_at[row.place])",
-        "elapsed, most = 0, 1",
+        "elapsed = num_tokens - self._remembered_at[place]",
+        "elapsed = num_tokens - num_tokens",
         f"{_RUNTIME_TEST}test_choices.py::test_a_memory_is_of_all_tokens_in_any_portions",
     ),
     Mutation(
@@ -119,8 +119,8 @@ MOVERS = (
     Mutation(
         "the device scores the blocks of the tenant before",
         f"{_RUNTIME}tables.py",
-        "num_known = num_known if known_of == tenant else 0",
-        "assert known_of >= 0",
+        "np.where(self._known_of[place] == epoch, self._num_known[place], 0)",
+        "self._num_known[place]",
         f"{_RUNTIME_TEST}test_tables.py::test_logical_blocks_are_written_beside_the_tables",
     ),
     Mutation(
@@ -154,8 +154,8 @@ MOVERS = (
     Mutation(
         "seq_len off by one",
         f"{_RUNTIME}tables.py",
-        "            evicted[:] = [row.evicted_tokens for row in rows]\n",
-        "            evicted[:] = np.array([row.evicted_tokens for row in rows]) + 1\n",
+        "= batch.place, batch.num_tokens, batch.evicted_tokens\n",
+        "= batch.place, batch.num_tokens, batch.evicted_tokens + 1\n",
         f"{_RUNTIME_TEST}test_tables.py::test_rows_and_lengths",
     ),
     Mutation(
@@ -168,8 +168,8 @@ MOVERS = (
     Mutation(
         "wrong group: the tables of every group are changed at the places of the first one",
         f"{_RUNTIME}tables.py",
-        "self._changes.set(group * self.sizes.num_places + place, slots)",
-        "self._changes.set(place, slots)",
+        "self._changes.set(group * self.sizes.num_places + int(batch.place[index]), slots)",
+        "self._changes.set(int(batch.place[index]), slots)",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-2]",
     ),
     Mutation(

@@ -7,17 +7,17 @@ _TEST = "tests/unit/residency/"
 
 PAGER = (
     Mutation(
-        "stale table: a row goes on with the table of the step before, though its set changed",
-        f"{_DIR}tables.py",
-        "            state.table = None\n",
-        "            pass\n",
-        f"{_TEST}test_selection.py::test_growth_drops_the_lowest_scored_block",
+        "wrong tail length: of a decode row the last, partial block counts as left out",
+        f"{_DIR}planner.py",
+        "evicted = rows.block_size * (rows.end[:, None] - num_blocks)",
+        "evicted = rows.num_tokens_after[:, None] - rows.block_size * (num_blocks - 1)",
+        "tests/unit/runtime/test_runtime.py::test_every_output_is_that_of_the_logical_kv[0.3-CpuTransferEngine-1]",
     ),
     Mutation(
         "wrong tail length: the last, partial block counts as left out",
         f"{_DIR}tables.py",
-        "evicted.append(row.block_size * (row.end - chosen.size))",
-        "evicted.append(row.block_size * (row.end - chosen.size) + row.num_tokens_after % row.block_size)",
+        "tuple(row.block_size * (row.end - chosen.size) for chosen",
+        "tuple(row.block_size * (row.end - chosen.size) + row.num_tokens_after % row.block_size for chosen",
         f"{_TEST}test_planner.py::test_a_prompt_is_written_back_as_its_blocks_fill",
     ),
     Mutation(
@@ -86,8 +86,8 @@ PAGER = (
     Mutation(
         "lost write-back: the first block that a step fills is not copied to the host",
         f"{_DIR}planner.py",
-        "row.state.blocks.ids[row.first_written : row.num_full]",
-        "row.state.blocks.ids[row.first_written + 1 : row.num_full]",
+        "rows.first_written[index] : rows.num_full[index]",
+        "rows.first_written[index] + 1 : rows.num_full[index]",
         f"{_TEST}test_planner.py::test_a_prompt_is_written_back_as_its_blocks_fill",
     ),
     Mutation(
@@ -135,8 +135,8 @@ PAGER = (
     Mutation(
         "what was recent once can never be given up",
         f"{_DIR}decode_rows.py",
-        "recent = _ints(row.state.policy.recent_blocks(row.num_tokens_after) for row in rows)",
-        "recent = self._books.groups[0].recent[_ints(row.state.place for row in rows)]",
+        "self._books.keep_recent(growing.place, _recent_blocks(growing))",
+        "self._books.keep_recent(growing.place, self._books.groups[0].recent[growing.place])",
         f"{_TEST}test_selection.py::test_growth_keeps_recent_blocks_however_they_scored",
     ),
     Mutation(
@@ -156,14 +156,14 @@ PAGER = (
     Mutation(
         "the first set of a preempted request reaches its next life",
         f"{_DIR}decode_rows.py",
-        "is_mine = of_asked[:, 1] == self._books.epoch[of_asked[:, 0]]",
-        "is_mine = of_asked[:, 1] >= 0",
+        "is_mine, is_new = asked.epoch == self._books.epoch[asked.place], asked.is_new",
+        "is_mine, is_new = asked.epoch >= 0, asked.is_new",
         f"{_TEST}test_planner.py::test_a_list_that_meets_its_request_in_prefill_again_is_ignored",
     ),
     Mutation(
         "a list of other places than were asked for comes into force",
         f"{_DIR}decode_rows.py",
-        "if (chosen.rows[:, :, :COMES] != of_asked[:, None]).any():",
+        "if (rows[:, :, :COMES] != of_asked).any():",
         "if chosen.step < 0:",
         f"{_TEST}test_decode_rows.py::test_a_list_that_says_nonsense_changes_nothing",
     ),
@@ -184,8 +184,8 @@ PAGER = (
     Mutation(
         "growth without its go: nobody chooses for a row that has begun a block",
         f"{_DIR}asking.py",
-        "if not (is_due or begins or state.lacks_chosen):",
-        "if not (is_due or state.lacks_chosen):",
+        "at = np.flatnonzero(is_new | is_opening | fetches | begins)",
+        "at = np.flatnonzero(is_new | is_opening | fetches)",
         f"{_TEST}test_asking.py::test_a_row_that_begins_a_block_is_chosen_for_without_scores_or_fetches",
     ),
     Mutation(
@@ -199,7 +199,7 @@ PAGER = (
         "an edit is lost: who came with a copy is not uploaded",
         f"{_DIR}entries.py",
         "        self.entry[place, come] = at\n        self._note(place, at)\n",
-        "        self.entry[place, come] = at\n        self.changed[place] = True\n",
+        "        self.entry[place, come] = at\n",
         f"{_TEST}test_decode_rows.py::test_edits_make_the_tables_that_rows_read",
     ),
     Mutation(
@@ -261,8 +261,8 @@ PAGER = (
     Mutation(
         "more blocks come in a step than may be fetched",
         f"{_DIR}asking.py",
-        "share = max(1, self._max_fetches // max(1, num_fetching))",
-        "share = 1 + self._max_fetches // max(1, num_fetching)",
+        "max(1, self._max_fetches // max(1, num_fetching))",
+        "1 + self._max_fetches // max(1, num_fetching)",
         f"{_TEST}test_asking.py::test_rows_share_what_may_be_fetched_and_have_a_block_each_in_any_case",
     ),
 )

@@ -29,8 +29,9 @@ from flashmemory_vllm.observability.counters import Capacity, CounterWriter, wor
 from flashmemory_vllm.plugin.admission import FlashMemoryManager, FlashMemorySpec
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import Geometry, StepPlan
+from flashmemory_vllm.residency.types import Geometry
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
 from tests.unit.residency.list_twin import LateLists
@@ -177,7 +178,7 @@ class TaggedWorker:
     def _ask(self, plan: StepPlan) -> None:
         """A token's query is its position; a first selection must be made with those of the whole question."""
         rows = list(plan.rows.values())
-        self.questions.set_rows(rows, lambda req_id: self.requests[req_id].prompt_len)
+        self.questions.set_rows(plan.rows.batch([*plan.rows]), lambda req_id: self.requests[req_id].prompt_len)
         positions = [np.arange(row.num_computed_tokens, row.num_computed_tokens + row.num_tokens) for row in rows]
         if positions:
             self.questions.capture(0, torch.from_numpy(np.concatenate(positions)).float().view(-1, 1, 1))

@@ -9,8 +9,9 @@ import numpy as np
 from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import Geometry, NewRequest, RunningRequest, StepInput, StepPlan
+from flashmemory_vllm.residency.types import Geometry, NewRequest, RunningRequest, StepInput
 from tests.unit.residency.list_twin import ListTwin
 
 BLOCK = 4
@@ -69,6 +70,12 @@ class Driver:
         """Prefill a prompt of full blocks in one step; block ids are consecutive, some for growth."""
         blocks = tuple(range(first_block, first_block + num_blocks + spare_blocks))
         return self.step([NewRequest(req_id, blocks, 0, num_blocks * BLOCK)], tokens={req_id: num_blocks * BLOCK})
+
+    def place_of(self, req_id: str) -> int:
+        """Where the tables of a known request lie."""
+        state = self.planner.requests.get(req_id)
+        assert state is not None
+        return state.place
 
     def offer(self, req_id: str, num_scored: int, best: Sequence[int]) -> None:
         """A selection that likes the blocks given, the first one most, and all others by age."""

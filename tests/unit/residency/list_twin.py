@@ -9,11 +9,13 @@ import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy, choose_sets
 from flashmemory_kernels.common.due_rows import Due, make_rows
 
-from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
+from flashmemory_vllm.residency.asked import Asked, AskedRow
+from flashmemory_vllm.residency.budget import STEPS_TO_FORCE, cdiv
 from flashmemory_vllm.residency.lists import HEADER, NOBODY, Chosen, pairs_of
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import ScheduledRequest
-from flashmemory_vllm.residency.types import Asked, FloatArray, StepPlan
+from flashmemory_vllm.residency.types import FloatArray
 
 
 class ListTwin:
@@ -31,7 +33,7 @@ class ListTwin:
         self._memory, self.in_set = torch.zeros(1, *size), torch.zeros(size, dtype=torch.int8)
         self._known = np.zeros(len(books.ids), np.int32)
         self._offered: dict[str, FloatArray] = {}
-        self._asked: tuple[Asked, ...] = ()
+        self._asked: list[AskedRow] = []
         self._step = 0
 
     def offer(self, req_id: str, worth: FloatArray) -> None:
@@ -40,7 +42,7 @@ class ListTwin:
 
     def note(self, plan: StepPlan) -> None:
         """A step has been planned."""
-        self._step, self._asked = plan.step, plan.asked
+        self._step, self._asked = plan.step, [*plan.asked]
 
     def take(self) -> list[Chosen]:
         """What comes into force in the step that begins."""
@@ -54,11 +56,11 @@ class ListTwin:
             row = ScheduledRequest(state, state.num_tokens - 1, 1, state.policy.block_size)
             if req_id not in asked or not asked[req_id].is_scored:
                 is_new = not state.is_decoding
-                asked[req_id] = self._planner._asking._asked(row, state.num_tokens + is_new, is_new=is_new)
+                asked[req_id] = self._asked_row(row, state.num_tokens + is_new, is_new=is_new)
         num_fetching = max(1, sum(one.cap > 0 and not one.at_once for one in asked.values()))
         share = max(1, self._planner._asking._max_fetches // num_fetching)
         rows = [one._replace(cap=min(one.cap, share)) if not one.at_once else one for one in asked.values()]
-        self._asked = ()
+        self._asked = []
         parts = ([one for one in rows if one.at_once], [one for one in rows if not one.at_once])
         chosen = [self.choose(self._step, part) for part in parts if part]
         self.forget_offers()
@@ -68,7 +70,7 @@ class ListTwin:
         """Nothing is named any more."""
         self._offered = {}
 
-    def choose(self, step: int, asked: Sequence[Asked]) -> Chosen:
+    def choose(self, step: int, asked: Sequence[AskedRow]) -> Chosen:
         """The list of a step for rows that are all in force at once, or none."""
         fields = [self._fields(step, one) for one in asked]
         width = self.in_set.shape[2]
@@ -76,9 +78,24 @@ class ListTwin:
         rows, nothing = make_rows(fields, len(asked), tile=width), torch.zeros(0, dtype=torch.int32)
         choose_sets(self._memory, self.in_set, rows, torch.ones(1), self._policy, listed, nothing)
         is_selected = np.array([one.req_id in self._offered for one in asked])
-        return Chosen(step, tuple(asked), listed.numpy(), is_selected, asked[0].at_once, 0.25)
+        return Chosen(
+            step, Asked.of(asked, self._planner._books.ids), listed.numpy(), is_selected, asked[0].at_once, 0.25
+        )
 
-    def _fields(self, step: int, asked: Asked) -> dict[Due, int]:
+    def _asked_row(self, row: ScheduledRequest, num_tokens: int, *, is_new: bool) -> AskedRow:
+        """What a step that scores asks for a row that has so many tokens, by the policy alone."""
+        state, policy = row.state, row.state.policy
+        end = cdiv(num_tokens, row.block_size)
+        first_recent = max(0, end - policy.recent_blocks(num_tokens))
+        sink_end = min(policy.sink_blocks(num_tokens), first_recent)
+        return AskedRow(
+            state.req_id, state.place, int(self._planner._books.epoch[state.place]), row.num_tokens_after,
+            state.prompt_len, row.num_tokens_after // row.block_size, sink_end, first_recent, end,
+            want=policy.decode_budget(num_tokens) - sink_end - (end - first_recent), cap=end,
+            is_new=is_new, at_once=is_new,
+        )  # fmt: skip
+
+    def _fields(self, step: int, asked: AskedRow) -> dict[Due, int]:
         """As the device reads them."""
         worth = self._offered.get(asked.req_id)
         if asked.is_new:
@@ -112,7 +129,7 @@ class LateLists:
         """Choose for the rows of a step; now and then the selector fails for one."""
         for asked in plan.asked:
             if asked.is_scored and self._numbers.random() < 0.95:
-                size = (len(self._twin.in_set), asked.block_ids.size)
+                size = (len(self._twin.in_set), asked.num_full)
                 self._twin.offer(asked.req_id, self._numbers.integers(0, 6, size).astype(np.float32))
         for at_once in (True, False):
             part = [asked for asked in plan.asked if asked.at_once == at_once]

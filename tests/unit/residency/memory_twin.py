@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, Phase, Row, StepPlan
+from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, Phase, Row
 
 TagArray = npt.NDArray[np.int64]
 GARBAGE = -1

@@ -212,13 +212,6 @@ def test_some_rows_of_a_list_may_come_before_the_others() -> None:
     assert applied(books, 3, listed([6], [5]))[0].blocks.tolist() == [7]
 
 
-def test_tables_say_whether_they_have_changed() -> None:
-    books, _ = entered()
-    assert (books.take_changed(1), books.take_changed(1), books.take_changed(2)) == (True, False, False)
-    applied(books, 0, listed([4], [3]))
-    assert books.take_changed(1)
-
-
 def test_after_all_is_forgotten_lists_of_before_are_for_nobody() -> None:
     books, slots = entered()
     books.append(ids(1), ids(10), ids(30), ids(2))

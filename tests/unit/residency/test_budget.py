@@ -1,5 +1,6 @@
 """Budgets: the reserve covers every later use."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +70,24 @@ def test_forced_blocks_fit_the_budget(policy: BudgetPolicy, num_tokens: int) -> 
     assert recent >= 1
     assert min(sink + max(recent, min(2, num_blocks)), num_blocks) <= budget <= num_blocks
     assert policy.keeps_all(num_tokens) == (budget == num_blocks)
+
+
+@given(policies(), st.lists(st.integers(1, 200), min_size=1))
+def test_many_lengths_at_once_have_what_each_has_alone(policy: BudgetPolicy, lengths: list[int]) -> None:
+    frames = policy.frames(np.array(lengths, np.int32))
+    for of_all, of_one in (
+        (frames.budget, policy.decode_budget), (frames.sink, policy.sink_blocks), (frames.recent, policy.recent_blocks),
+    ):  # fmt: skip
+        assert of_all.dtype == np.int32
+        assert of_all.tolist() == [of_one(length) for length in lengths]
+
+
+@given(policies(), st.integers(1, 200))
+def test_what_keeps_all_blocks_does_so_as_long_as_is_said(policy: BudgetPolicy, num_tokens: int) -> None:
+    if policy.keeps_all(num_tokens):
+        until = min(policy.keeps_all_until(num_tokens), 400)
+        assert until >= num_tokens
+        assert all(policy.keeps_all(length) for length in range(num_tokens, until + 1))
 
 
 @given(policies(), st.integers(1, 200))

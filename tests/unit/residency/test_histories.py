@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from flashmemory_vllm.residency.budget import STEPS_TO_FORCE, BudgetPolicy, cdiv
+from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.types import Geometry, StepInput, StepPlan
+from flashmemory_vllm.residency.types import Geometry, StepInput
 from tests.unit.residency.list_twin import LateLists
 from tests.unit.residency.memory_twin import MemoryTwin
+from tests.unit.residency.row_by_row import RowByRow
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 
 IS_THOROUGH = os.environ.get("FLASHMEMORY_HISTORIES") == "thorough"
@@ -98,6 +100,7 @@ class History:
             world.opening_steps,
         )
         self.lists = LateLists(self.planner, world.chooses, world.seed)
+        self.row_by_row = RowByRow(self.planner, world.tau, world.opening_steps, world.max_prefetches)
         self.max_prefetches = world.max_prefetches
         self.scheduler = SchedulerTwin(world.policy, num_blocks, num_slots, self.random)
         self.memory = MemoryTwin(geometry, self.scheduler.ledger.policy_of)
@@ -123,6 +126,7 @@ class History:
         step = self.scheduler.schedule()
         plan = self.planner.plan(step, self.lists.take(step.step))
         self.planner.check_integrity()
+        self.row_by_row.check(step, plan)
         self._check_reserves()
         # One block a row in any case
         most = max(self.max_prefetches, self.num_fetching.get(step.step - STEPS_TO_FORCE, 0))
@@ -167,7 +171,8 @@ class History:
             assert asked.req_id in step.num_scheduled_tokens
             assert asked.num_tokens == request.num_computed
             num_full = request.num_computed // self.geometry.block_size
-            assert asked.block_ids.tolist() == request.block_ids[:num_full]
+            assert asked.num_full == num_full
+            assert plan.asked.block_ids[asked.place, :num_full].tolist() == request.block_ids[:num_full]
             assert not self.scheduler.ledger.policy_of(asked.req_id).keeps_all(request.num_computed + asked.is_new)
 
     def _request(self, uid: int, world: World) -> Request:

@@ -16,7 +16,7 @@ def test_a_prompt_is_written_back_as_its_blocks_fill() -> None:
     plan = driver.step([NewRequest("a", (5, 6, 7), 0, 11)], a=6)
     assert plan.fresh[0].blocks.tolist() == [5, 6]
     assert plan.write_backs.blocks.tolist() == [5]
-    assert plan.asked == ()
+    assert not plan.asked
     plan = driver.step(a=5)
     row = plan.rows["a"]
     assert (row.phase, row.num_computed_tokens, row.num_tokens) == (Phase.PREFILL, 6, 5)

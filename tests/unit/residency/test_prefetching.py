@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flashmemory_vllm.errors import ConfigError
-from flashmemory_vllm.residency.types import NewRequest, StepPlan
+from flashmemory_vllm.residency.plan import StepPlan
+from flashmemory_vllm.residency.types import NewRequest
 from tests.unit.residency.driver import Driver, positions
 
 

@@ -6,13 +6,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.indexer import IndexGeometry, Selector
+from flashmemory_vllm.residency.asked import Asked, AskedRow
 from flashmemory_vllm.residency.lists import pairs_of
-from flashmemory_vllm.residency.types import Asked
 from flashmemory_vllm.runtime.choice import ChoiceSizes, ChoiceState
 from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.queries import QueryRing
@@ -140,11 +139,11 @@ class World:
             self._queries[key] = torch.randn(A, HQ, D, generator=self.generator) * 2
         return self._queries[key]
 
-    def asked(self, request: Request, *, scored: bool = True, cap: int = WIDTH, at_once: bool = False) -> Asked:
+    def asked(self, request: Request, *, scored: bool = True, cap: int = WIDTH, at_once: bool = False) -> AskedRow:
         """The row of a request."""
-        return Asked(
+        return AskedRow(
             request.name, request.place, 100 + request.place, request.num_tokens, request.prompt_len,
-            np.array(request.ids[: request.num_full], np.int32), SINK, request.end - RECENT, request.end,
+            request.num_full, SINK, request.end - RECENT, request.end,
             request.want, cap, request.is_new, scored, at_once or request.is_new,
         )  # fmt: skip
 
@@ -153,12 +152,16 @@ class World:
         end = min(request.num_tokens - 1, request.prompt_len)
         return torch.stack([self.query(request, at) for at in range(request.prompt_len - window, end)])
 
-    def choose(self, *rows: Asked, requests: dict[str, Request], window: int = 1) -> None:
+    def together(self, *rows: AskedRow) -> Asked:
+        """Rows as a step asks for them."""
+        return Asked.of(rows, self.block_ids.cpu().numpy())
+
+    def choose(self, *rows: AskedRow, requests: dict[str, Request], window: int = 1) -> None:
         """One step: choose, with the questions of new requests, and apply what comes of it to the sets."""
         self.step += 1
         earlier = {row.req_id: self.earlier(requests[row.req_id], window) for row in rows if row.is_new and window > 1}
         on_device = {req_id: queries.to(self.geometry.device) for req_id, queries in earlier.items()}
-        self.queue.choose(self.step, rows, on_device)
+        self.queue.choose(self.step, self.together(*rows), on_device)
         by_place = {request.place: request for request in requests.values()}
         for chosen in (*self.queue.take(self.step + 1), *self.queue.take(self.step + 2)):
             assert (chosen.rows[:, :, 2] == self.step).all()

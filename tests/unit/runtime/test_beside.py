@@ -5,6 +5,7 @@ import torch
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.shares import PASS_QUERIES, SCRATCH_ELEMS, scratch_bytes
+from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.assembly import choice_sizes, table_sizes, unallocated_selector
 from flashmemory_vllm.runtime.beside import beside_slots, plan_staging
@@ -29,7 +30,7 @@ def beside(**options: object) -> BesideSlots:
 def test_questions_take_what_as_many_requests_as_run_at_once_keep() -> None:
     questions = QuestionQueries(12, 3, SHAPE_8B)
     rows = [Row(str(index), Phase.PREFILL, 0, 100, (), (), (), ()) for index in range(MAX_NUM_SEQS)]
-    questions.set_rows(rows, lambda _name: 100)
+    questions.set_rows(Batch.of(rows, range(len(rows))), lambda _name: 100)
     kept = sum(one.queries.nbytes for one in questions._kept.values())
     assert beside(query_window=12, anchor_layers=[3, 4, 5]).question_bytes == kept > 0
 

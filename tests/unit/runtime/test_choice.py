@@ -53,7 +53,8 @@ class Asker:
         """The list after one step."""
         rows, nothing = make_rows(given, len(given), TILE), np.zeros(len(given), np.int32)
         fields = rows.numpy().copy()
-        self.state.look_up(rows)
+        unscored = np.flatnonzero(fields[:, Due.NUM_QUERIES] == 0).tolist()
+        self.state.look_up(rows, [slice(row, row + 1) for row in unscored])
         on_device = torch.from_numpy(nothing)
         due = DueRows(fields, rows, ("",) * len(given), nothing, on_device, on_device, is_entering=False)
         index = KeyIndex(self.index, None, torch.zeros(1, dtype=torch.int32), SHAPE.softmax_scale)

@@ -318,7 +318,7 @@ def test_lists_come_in_two_parts_and_can_be_forgotten() -> None:
     requests = {"a": world.start("a", 2, prompt_len=93, want=4), "b": world.start("b", 0, prompt_len=93, want=4)}
     a, b = requests.values()
     world.choose(world.asked(b), requests=requests)
-    world.queue.choose(5, [world.asked(a), world.asked(b)])
+    world.queue.choose(5, world.together(world.asked(a), world.asked(b)))
     assert world.queue.take(5) == []
     (first,) = world.queue.take(6)
     assert ([one.req_id for one in first.asked], first.at_once, first.is_selected.tolist()) == (["a"], True, [True])
@@ -326,11 +326,11 @@ def test_lists_come_in_two_parts_and_can_be_forgotten() -> None:
     (later,) = world.queue.take(7)
     assert ([one.req_id for one in later.asked], later.at_once) == (["b"], False)
     assert later.seconds >= first.seconds > 0
-    world.queue.choose(8, [])
-    world.queue.choose(9, [world.asked(a, scored=False)])
+    world.queue.choose(8, world.together())
+    world.queue.choose(9, world.together(world.asked(a, scored=False)))
     (both,) = world.queue.take(11)
     assert both.is_selected.tolist() == [False]
-    world.queue.choose(12, [world.asked(a)])
+    world.queue.choose(12, world.together(world.asked(a)))
     world.queue.reset()
     assert world.queue.take(14) == []
 
@@ -345,6 +345,6 @@ def test_sets_that_differ_from_those_of_the_device_are_found() -> None:
     with pytest.raises(IntegrityError, match="place 2 group 0"):
         world.queue.check_sets(2, 102, [held[:-1]])
     world.grow(a, 8)
-    world.queue.choose(20, [world.asked(a)])
+    world.queue.choose(20, world.together(world.asked(a)))
     # What is on its way counts
     world.queue.check_sets(2, 102, [np.append(held, np.int32(a.end - 1))])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from flashmemory_vllm.residency.types import NewRequest, StepPlan
+from flashmemory_vllm.residency.plan import StepPlan
+from flashmemory_vllm.residency.types import NewRequest
 from flashmemory_vllm.runtime.history import MAX_SELECTIONS, Cycle, SelectionHistory
 from flashmemory_vllm.soak.leftovers import find_mentions
 from tests.unit.residency.driver import Driver

@@ -5,6 +5,7 @@ import pytest
 import torch
 from flashmemory_kernels.partial_attention import partial_attention
 
+from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import NOTHING, Phase, Row
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
@@ -45,7 +46,7 @@ def _complete(engine_cls: type[CpuTransferEngine], *, poison: bool) -> tuple[tor
     streamed = Row(
         "streamed", Phase.PREFILL, num_history_tokens, CHUNK, (written,), (written,), (num_history_tokens,), (STREAMED,)
     )
-    prefill.set_rows([decode, streamed])
+    prefill.set_rows(Batch.of([decode, streamed], [0, 1]))
     query, key, value, before = (
         torch.randn(1 + CHUNK, heads, HEAD_DIM, generator=generator)
         for heads in (QUERY_HEADS, NUM_HEADS, NUM_HEADS, QUERY_HEADS)
@@ -125,7 +126,7 @@ def test_rows_layers_and_groups_are_dense_attention(num_buffers: int, poison: bo
         poison=poison,
     )
     for _ in range(2):  # the second step begins where the first left the ring
-        prefill.set_rows(rows)
+        prefill.set_rows(Batch.of(rows, range(len(rows))))
         for layer in range(3):
             group = int(layer in LAYERS[1])
             query, key, value = (

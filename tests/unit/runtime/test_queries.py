@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.shape import AttentionShape
@@ -29,7 +30,7 @@ def test_the_newest_queries_of_each_place_are_kept() -> None:
         for place, tokens in step.items():
             computed[place] += tokens
         lens = torch.tensor([*(computed[place] for place in step), 0], dtype=torch.int32)
-        tables.write(rows, list(step), lens, sum(step.values()) + 2)
+        tables.write(Batch.of(rows, list(step)), lens, sum(step.values()) + 2)
         query = torch.cat([asked[place, computed[place] - tokens : computed[place]] for place, tokens in step.items()])
         query = torch.cat((query, torch.full((5, 3, 8), torch.nan)))
         ring.capture(1, query, tables.query_row(len(query)))
@@ -43,7 +44,7 @@ def test_the_newest_queries_of_each_place_are_kept() -> None:
 def test_a_batch_that_is_nobodys_leaves_all_queries_as_they_are() -> None:
     sizes = TableSizes(1, 16, NUM_PLACES, NUM_KEPT, max_rows=4, max_tokens=30, width=8)
     ring, tables = QueryRing(1, NUM_PLACES, NUM_KEPT, SHAPE), StepTables(sizes, CPU)
-    tables.write([row(0, 3)], [1], torch.tensor([3], dtype=torch.int32), 3)
+    tables.write(Batch.of([row(0, 3)], [1]), torch.tensor([3], dtype=torch.int32), 3)
     tables.pass_through(torch.zeros((1, 1), dtype=torch.int32), torch.ones(1, dtype=torch.int32), torch.zeros(1), 1)
     ring.capture(0, torch.ones(30, 3, 8), tables.query_row(30))
     assert not ring.all_rows.any()

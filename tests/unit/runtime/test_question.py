@@ -2,11 +2,12 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
-from flashmemory_vllm.residency.types import Asked, Phase, Row
+from flashmemory_vllm.residency.asked import AskedRow
+from flashmemory_vllm.residency.batch import Batch
+from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
 
@@ -27,14 +28,14 @@ class Prompts:
     def step(self, phase: Phase = Phase.PREFILL, **tokens: tuple[int, int]) -> None:
         """Compute tokens from and up to a position of each request, in one batch."""
         rows = [Row(name, phase, start, end - start, (), (), (), ()) for name, (start, end) in tokens.items()]
-        self.kept.set_rows(rows, self.prompt_lens.__getitem__)
+        self.kept.set_rows(Batch.of(rows, range(len(rows))), self.prompt_lens.__getitem__)
         batch = torch.cat([self.queries[name][start:end] for name, (start, end) in tokens.items()])
         for anchor in range(NUM_ANCHORS):
             self.kept.capture(anchor, batch[:, anchor])
 
     def earlier(self, name: str, end: int) -> torch.Tensor | None:
         """What a selection is given beside the token before `end`, which is the last one computed."""
-        return self.kept.earlier(Asked(name, 0, 0, end, self.prompt_lens[name], np.zeros(1, np.int32), 0, 0, 1, 1, 1))
+        return self.kept.earlier(AskedRow(name, 0, 0, end, self.prompt_lens[name], 1, 0, 0, 1, 1, 1))
 
     def expected(self, name: str, window: int = WINDOW, newest: int = 1) -> torch.Tensor:
         """The question, but for its newest tokens."""
@@ -71,7 +72,7 @@ def test_a_decode_row_takes_no_room_and_shifts_the_others() -> None:
     prompts.step(Phase.DECODE, a=(35, 36))
     assert len(prompts.kept) == 0
     mixed = [Row("a", Phase.DECODE, 35, 1, (), (), (), ()), Row("b", Phase.PREFILL, 0, 20, (), (), (), ())]
-    prompts.kept.set_rows(mixed, prompts.prompt_lens.__getitem__)
+    prompts.kept.set_rows(Batch.of(mixed, [0, 1]), prompts.prompt_lens.__getitem__)
     batch = torch.cat((prompts.queries["a"][35:36], prompts.queries["b"][:20]))
     for anchor in range(NUM_ANCHORS):
         prompts.kept.capture(anchor, batch[:, anchor])

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmemory_vllm.residency.types import NewRequest, StepPlan
+from flashmemory_vllm.residency.plan import StepPlan
+from flashmemory_vllm.residency.types import NewRequest
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.status import RequestStatus, RuntimeStatus, StripsAsked, run_lengths, runtime_status
 from tests.unit.residency.driver import BLOCK, Driver

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.residency.asked import Asked, AskedRow
+from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.tables import CompactedTable, StepTables, TableSizes
 
@@ -34,8 +36,16 @@ def written(
 ) -> list[CompactedTable]:
     """The tables of a step; rows have the first places unless given."""
     num_tokens = sum(each.num_tokens for each in rows) + padding
-    tables.write(rows, places or range(len(rows)), seq_lens, num_tokens)
+    tables.write(Batch.of(rows, places or range(len(rows))), seq_lens, num_tokens)
     return tables.compacted(len(seq_lens))
+
+
+def asked(*rows: tuple[int, int, list[int]]) -> Asked:
+    """Rows of these places, tenants and full blocks."""
+    ids = np.zeros((4, 8), np.int32)
+    for place, _, of_row in rows:
+        ids[place, : len(of_row)] = of_row
+    return Asked.of([AskedRow("", place, tenant, 0, 0, len(own), 0, 0, 0, 0, 0) for place, tenant, own in rows], ids)
 
 
 def test_rows_and_lengths() -> None:
@@ -83,7 +93,7 @@ def test_tables_of_decode_rows_change_by_edits_alone() -> None:
     written(tables, [both], lens(12), [2])
     both.phase, both.slots = Phase.DECODE, tuple(np.full(3, 9, np.int32) for _ in range(2))
     edits = [np.array(of_group, np.int32).reshape(-1, 3) for of_group in ([(2, 1, 7)], [(2, 0, 8), (2, 2, 9)])]
-    tables.write([both], [2], lens(13), 1, edits)
+    tables.write(Batch.of([both], [2]), lens(13), 1, edits)
     assert [table.block_table[0, :3].tolist() for table in tables.compacted(1)] == [[1, 7, 3], [8, 5, 9]]
     # Of what was edited nothing is taken for granted
     both.phase, both.slots = Phase.PREFILL, tuple(np.array([1, 2, 3], np.int32) for _ in range(2))
@@ -140,7 +150,7 @@ def test_nobodys_batch_writes_nothing() -> None:
 def test_more_rows_than_the_tables_have_are_refused() -> None:
     rows = [row([[1]], 0, 1, [0])] * 5
     with pytest.raises(IntegrityError, match=r"a step has 5 rows, allowed are 4 \(--max-num-seqs\)"):
-        make_tables().write(rows, range(5), lens(*[1] * 5), 5)
+        make_tables().write(Batch.of(rows, range(5)), lens(*[1] * 5), 5)
     tables = make_tables()
     written(tables, rows[:2], lens(1, 1))
     with pytest.raises(IntegrityError, match="attention over 3 rows, but the step has 2"):
@@ -158,12 +168,11 @@ def test_logical_blocks_are_written_beside_the_tables() -> None:
     tables = make_tables(num_groups=2)
     # Of the first tenant of place 3 only new ones are sent: what is known does not change
     for tenant, ids, known in ((0, [9, 4], [9, 4]), (0, [1, 4, 7], [9, 4, 7]), (1, [6], [6, 4, 7])):
-        tables.know_blocks(3, tenant, np.array(ids, np.int32))
-        tables.know_blocks(1, 5, np.array([8], np.int32))
+        tables.know_blocks(asked((3, tenant, ids), (1, 5, [8])))
         written(tables, [row([[5, 3], [2, 6]], 4, 1, [0, 0])], lens(5), [3])
         assert tables.block_ids[3, : len(known)].tolist() == known
         assert tables.block_ids[1, 0].item() == 8
     tables.reset()
-    tables.know_blocks(3, 1, np.array([2], np.int32))
+    tables.know_blocks(asked((3, 1, [2])))
     written(tables, [row([[5, 3], [2, 6]], 4, 1, [0, 0])], lens(5), [3])
     assert tables.block_ids[3, 0].item() == 2
