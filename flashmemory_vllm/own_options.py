@@ -32,7 +32,7 @@ class OwnOptions(NamedTuple):
     index_dtype: IndexDtype = "auto"
 
 
-DEFAULT_SELECTOR: Final = "h2o"
+DEFAULT_SELECTOR: Final = "exact"
 _OWN = {
     "exact": OwnOptions(
         tau_steps=4, memory_decay=0.9, question_share=0.3, successor_share=0.5, hysteresis=1.0, index_dtype="fp8"

@@ -115,7 +115,7 @@ def _config(setting: Setting) -> FlashMemoryConfig:
 def plan_starts(cells: Sequence[Cell], shape: "AttentionShape", choices: EngineChoices) -> list[Start]:
     """Split cells between two engines at most.
 
-    Captured CUDA graphs write the queries of certain layers for certain layer groups. Most cells agree in these;
+    Captured CUDA graphs write so many queries of certain layers for certain layer groups. Most cells agree in these;
     those that do not share an engine without graphs, which starts faster than one for each.
 
     Args:
@@ -126,13 +126,14 @@ def plan_starts(cells: Sequence[Cell], shape: "AttentionShape", choices: EngineC
     Raises:
         ConfigError: a setting is not allowed for this model, or its indexer cannot be read or does not fit.
     """
-    from flashmemory_vllm.runtime.trained import anchor_layers
+    from flashmemory_vllm.runtime.trained import anchor_layers, num_kept
 
     bytes_of: dict[Setting, int] = {}
     by_graphs: dict[object, list[Cell]] = {}
     for cell in cells:
         config = _config(cell.setting)
-        by_graphs.setdefault((config.layer_groups, anchor_layers(config, shape)), []).append(cell)
+        key = (config.layer_groups, anchor_layers(config, shape), num_kept(config))
+        by_graphs.setdefault(key, []).append(cell)
         bytes_of[cell.setting] = index_bytes(cell.setting, shape)
     with_graphs = [] if choices.eager else max(by_graphs.values(), key=len, default=[])
     without = [cell for group in by_graphs.values() if group is not with_graphs for cell in group]

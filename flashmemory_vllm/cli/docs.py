@@ -44,6 +44,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "metrics.md": lambda _folder: metrics_table(),
     "reliability.md": mutations_table,
     "results/core.md": measured_tables.accuracy_tables,
+    "results/default.md": measured_tables.default_tables,
     "results/device.md": measured_tables.device_tables,
     "results/exactness.md": measured_tables.exactness_table,
     "results/indexer.md": measured_tables.indexer_tables,

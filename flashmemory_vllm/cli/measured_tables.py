@@ -50,6 +50,15 @@ def equal_bytes_tables(folder: Path) -> str:
     return _accuracy(folder / "results" / "reference.json")
 
 
+def default_tables(folder: Path) -> str:
+    """Scores of the default without training by task, beside other selectors and without one of its parts.
+
+    Args:
+        folder: `docs/`; the rows are `results/default.json`.
+    """
+    return _accuracy(folder / "results" / "default.json")
+
+
 def _accuracy(*paths: Path) -> str:
     from flashmemory_vllm.evaluation.accuracy_rows import format_tables, load_rows
 

@@ -45,13 +45,13 @@ CHUNK_SIZE = 4
 # First selections, and the tokens of a question that they are made with
 FIRST = "neural-first"
 QUERY_WINDOW = 16
-# Steps between two selections
 TAU = 4
 # Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
 NEURAL_RANKS = {"neural-64": 64, "neural": 512, FIRST: 512}
-SELECTORS = ("mean", "bounds", "exact", "exact-memory", "h2o", *NEURAL_RANKS)
-# What is remembered of all tokens, with the queries of each
-MEMORY = {"exact-memory": {"memory_decay": 0.9}}
+# What is remembered of all tokens, with the queries of each; the last one is what is served by default
+_SERVED = {"memory_decay": 0.9, "question_share": 0.3, "index_dtype": "fp8"}
+MEMORY: dict[str, dict[str, Any]] = {"exact-memory": {"memory_decay": 0.9}, "exact-fp8": _SERVED}
+SELECTORS = ("mean", "bounds", "exact", *MEMORY, "h2o", *NEURAL_RANKS)
 # Blocks whose index keys are made at once, and calls that the host's time is the median of.
 ADDED_BLOCKS = 1024
 HOST_RUNS = 50

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 
 from flashmemory_vllm.benchmark.scenario import load_scenario
-from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.own_options import DEFAULT_SELECTOR, own_options
 from tests.docs.pages import DOCS, README, ROOT, code_blocks
 from tests.docs.test_figures import LINES as SPEED_LINES
 
 BLOCK_SIZE = 16
 # A block of Llama 8B's shape: 32 layers, keys and values of 8 heads of 128 dims in bf16
 BLOCK_BYTES = 32 * 2 * 8 * 128 * 2 * BLOCK_SIZE
+
+# The default when the rows were made
+DEFAULT_OF_ROWS = "h2o"
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 COUNTED = (("dashboards", "grafana", r'^  "uid": '), ("alerts", "prometheus", r"^ +- alert: "))
@@ -36,8 +39,7 @@ def selector_of(scenario: str, measurement: str) -> str:
     """The selector that a measurement ran with, as its file says."""
     loaded = load_scenario(ROOT / "configs" / "bench" / f"{scenario}.yaml")
     (one,) = (one for one in loaded.all_measurements() if one.name == measurement)
-    default = FlashMemoryConfig().selector
-    return str((loaded.flashmemory | one.flashmemory).get("selector", default))
+    return str((loaded.flashmemory | one.flashmemory).get("selector", DEFAULT_OF_ROWS))
 
 
 @pytest.mark.parametrize("line", SPEED_LINES)
@@ -79,14 +81,38 @@ def test_the_speed_of_short_requests_is_that_of_the_rows() -> None:
         ("two-hop questions", "tracking"),
     ],
 )
-def test_the_accuracies_of_the_default_are_those_of_the_rows(words: str, task: str) -> None:
+def test_the_accuracies_of_a_selector_are_those_of_the_rows(words: str, task: str) -> None:
     rows = json.loads((DOCS / "results" / "core.json").read_text(encoding="utf-8"))
-    default = FlashMemoryConfig().selector
     (accuracy,) = (
-        row["accuracy"] for row in rows if row["task"] == task and row["selector"] == default and row["tokens"] == 32768
+        row["accuracy"]
+        for row in rows
+        if (row["task"], row["selector"], row["tokens"]) == (task, DEFAULT_OF_ROWS, 32768)
     )
+    assert f"with `{DEFAULT_OF_ROWS}`, the default when these rows were made" in text_of(DOCS / "limits.md")
     (said,) = re.findall(rf"(\d+) % (?:of those )?to {words}", text_of(DOCS / "limits.md"))
     assert abs(float(said) - 100 * accuracy) <= 0.5
+
+
+def test_the_default_is_not_behind_what_it_replaced_and_loses_nothing_by_fp8() -> None:
+    rows = json.loads((DOCS / "results" / "default.json").read_text(encoding="utf-8"))
+    one_question = 1 / 40 + 1e-9
+
+    def accuracies(selector: str, options: list[list[str]]) -> dict[str, float]:
+        tau = own_options(selector).tau_steps
+        key = (selector, tau, options, None)
+        return {
+            row["task"]: row["accuracy"]
+            for row in rows
+            if (row["selector"], row["tau"], row["options"], row["query_window"]) == key
+        }
+
+    default = accuracies(DEFAULT_SELECTOR, [])
+    assert len(default) == 7
+    for other in ("h2o", "streaming"):
+        assert all(default[task] >= accuracy - one_question for task, accuracy in accuracies(other, []).items())
+    of_keys = accuracies(DEFAULT_SELECTOR, [["index_dtype", "auto"]])
+    assert len(of_keys) == 5
+    assert all(abs(default[task] - accuracy) <= one_question for task, accuracy in of_keys.items())
 
 
 def test_the_readme_installs_before_it_serves() -> None:

@@ -14,6 +14,7 @@ from tests.unit.runtime.choosing import BLOCK, HQ, D, World
 
 POLICIES: dict[str, dict[str, Any]] = {
     "exact": {"memory_decay": 0.9},
+    "exact fp8": {"memory_decay": 0.9, "question_share": 0.3, "index_dtype": "fp8"},
     "bounds": {},
     "mean": {"aggregate": "mean"},
     "h2o": {},
@@ -36,11 +37,11 @@ def without_waiting(choose: Callable[..., None]) -> Callable[..., None]:
     return watched
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_sets_are_those_of_a_cpu(
-    name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    policy: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = POLICIES[name]
+    name, options = policy.partition(" ")[0], POLICIES[policy]
     if name == "neural":
         path = tmp_path_factory.mktemp("indexer") / "indexer.safetensors"
         sizes = {"num_layers": 6, "num_query_heads": HQ, "head_dim": D, "block_size": BLOCK, "chunk_size": 4}

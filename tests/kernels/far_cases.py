@@ -30,7 +30,7 @@ from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.remember_shares import Channel, Channels
 from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
 from flashmemory_kernels.row_lse.kernel import row_lse_triton
-from flashmemory_kernels.score_chunks import Ensemble, quantise_codes
+from flashmemory_kernels.score_chunks import CODE_DTYPE, Ensemble, quantise_codes
 from flashmemory_kernels.score_chunks.kernel import score_chunks_triton
 from flashmemory_kernels.score_chunks.naive import score_chunks_naive
 from flashmemory_kernels.score_rows.kernel import score_rows_triton
@@ -248,9 +248,20 @@ def check_score_rows(reserve: Reserve) -> None:
     """Index, queries and ids lie far apart, each by layer, block or place."""
     memory = reserve(FAR + (ROW + 1) * STRIDE, torch.float32)
     index, device = memory.as_strided((2, ROW + 1, 2, 1, 16), (FAR, STRIDE, 16, 16, 1)), memory.device
-    ids = far_rows(reserve, torch.int32, 3)
-    ids[ROW] = torch.tensor([ROW, 1, ROW - 1], device=device)
-    index[:, ids[ROW].long()] = torch.randn(2, 3, 2, 1, 16, device=device)
+    blocks = torch.tensor([ROW, 1, ROW - 1], device=device)
+    index[:, blocks] = torch.randn(2, 3, 2, 1, 16, device=device)
+    _check_scored(reserve, index, None, blocks)
+    # The same in fp8
+    codes = reserve(FAR + (ROW + 1) * STRIDE, torch.uint8).as_strided(index.shape, index.stride())
+    scales = reserve(FAR + (ROW + 1) * STRIDE, torch.float32).as_strided((2, ROW + 1, 2), (FAR, STRIDE, 1))
+    of_blocks, scales[:, blocks] = quantise_codes(index[:, blocks].flatten(3))
+    codes[:, blocks] = of_blocks.view(2, 3, 2, 1, 16).view(torch.uint8)
+    _check_scored(reserve, codes.view(CODE_DTYPE), scales, blocks)
+
+
+def _check_scored(reserve: Reserve, index: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor) -> None:
+    device, ids = index.device, far_rows(reserve, torch.int32, 3)
+    ids[ROW] = blocks
     queries = reserve(FAR + (ROW + 1) * STRIDE, torch.float32)
     queries = queries.as_strided((2, ROW + 1, 2, 4, 16), (FAR, STRIDE, 64, 16, 1))
     queries[:, ROW] = torch.randn(2, 2, 4, 16, device=device)
@@ -258,11 +269,12 @@ def check_score_rows(reserve: Reserve) -> None:
         [{Due.PLACE: ROW, Due.POSITION: 5, Due.NUM_QUERIES: 2, Due.NUM_BLOCKS: 3}], 1, tile=16
     )  # fmt: skip
     got, expected = torch.zeros(2, 1, 8, 2, 16, device=device)
-    score_rows_triton(queries, index, None, ids, rows.to(device), 0.3, got)
-    near = index[:, ids[ROW].long()].contiguous()
+    score_rows_triton(queries, index, scales, ids, rows.to(device), 0.3, got)
+    near = index.view(torch.uint8)[:, blocks].contiguous().view(index.dtype)
+    near_scales = None if scales is None else scales[:, blocks].contiguous()
     rows[0, Due.PLACE] = 0
     near_ids = torch.arange(3, dtype=torch.int32, device=device).unsqueeze(0)
-    score_rows_naive(queries[:, ROW:].contiguous(), near, None, near_ids, rows.to(device), 0.3, expected)
+    score_rows_naive(queries[:, ROW:].contiguous(), near, near_scales, near_ids, rows.to(device), 0.3, expected)
     torch.testing.assert_close(got[..., :3], expected[..., :3], rtol=1e-5, atol=1e-5)
 
 

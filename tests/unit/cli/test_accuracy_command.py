@@ -22,8 +22,9 @@ from tests.unit.evaluation.rows import make_row
 PLAN = """
 why: to see what is split
 cells:
-  - {selectors: [full, exact, streaming], tokens: [1024, 4096], tasks: [multikey, late], batches: [8], ratios: [0.2]}
-  - {selectors: [exact], tokens: [1024], tasks: [multikey], batches: [2], anchor_layers: [[1], [2, 3, 4]]}
+  - {selectors: [full, h2o, streaming], tokens: [1024, 4096], tasks: [multikey, late], batches: [8], ratios: [0.2]}
+  - {selectors: [h2o], tokens: [1024], tasks: [multikey], batches: [2], anchor_layers: [[1], [2, 3, 4]]}
+  - {selectors: [exact], tokens: [1024], tasks: [multikey], batches: [2]}
   - {selectors: [oracle], tokens: [1024], tasks: [multikey], groups: [1, 3]}
 """
 
@@ -77,7 +78,7 @@ def test_a_fallback_is_set_where_it_is_asked_for() -> None:
 
 
 def test_every_task_can_be_asked_for_and_the_trained_ones_are_the_default() -> None:
-    (start,) = starts("--tasks", "path,latepath", "--tokens", "2048")
+    (start,) = starts("--selectors", "h2o", "--tasks", "path,latepath", "--tokens", "2048")
     assert start.engine["max_model_len"] == 2048 + 144 + 2 + 32
     assert {cell.task for cell in make_cells(parse())} == set(TASK_NAMES)
 
@@ -91,8 +92,8 @@ def test_an_indexer_goes_to_the_selector_that_takes_one() -> None:
 
 
 def test_the_engine_starts_with_the_largest_ratio_and_the_largest_index() -> None:
-    (dense,) = starts("--selectors", "streaming,mean,exact,full")
-    assert (dense.options["selector"], dense.options["resident_ratio"]) == ("exact", 1.0)
+    (dense,) = starts("--selectors", "streaming,mean,h2o,full")
+    assert (dense.options["selector"], dense.options["resident_ratio"]) == ("h2o", 1.0)
     (sparse,) = starts("--selectors", "streaming", "--host-memory-gib", "2")
     assert (sparse.options["selector"], sparse.options["resident_ratio"]) == ("streaming", 0.135)
     assert sparse.options["host_memory_gib"] == 2.0
@@ -100,7 +101,8 @@ def test_the_engine_starts_with_the_largest_ratio_and_the_largest_index() -> Non
 
 
 def test_the_longest_answer_fits_behind_the_longest_prompt() -> None:
-    (start,) = starts("--tasks", "multikey,late", "--tokens", "512, 4096", "--gpu-memory-bytes", "1024", "--batch", "7")
+    sizes = ("--tokens", "512, 4096", "--gpu-memory-bytes", "1024", "--batch", "7")
+    (start,) = starts("--selectors", "h2o", "--tasks", "multikey,late", *sizes)
     assert (start.engine["max_model_len"], start.engine["max_num_seqs"]) == (4096 + 150, 7)
     assert start.engine["kv_cache_memory_bytes"] == 1024
 
@@ -111,12 +113,17 @@ def test_cells_that_captured_graphs_cannot_serve_share_an_engine_without(tmp_pat
     graphs, eager = starts("--plan", str(plan))
     assert (graphs.engine["enforce_eager"], eager.engine["enforce_eager"]) == (False, True)
     assert {(cell.setting.anchors, cell.setting.groups) for cell in graphs.cells} == {(None, 1), ((2, 3, 4), 1)}
-    assert {(cell.setting.anchors, cell.setting.groups) for cell in eager.cells} == {((1,), 1), (None, 3)}
+    assert {(cell.setting.selector, cell.setting.anchors, cell.setting.groups) for cell in eager.cells} == {
+        ("h2o", (1,), 1),
+        # Its memory reads the queries of all tokens
+        ("exact", None, 1),
+        ("oracle", None, 3),
+    }
     assert (graphs.engine["max_model_len"], eager.engine["max_model_len"]) == (4096 + 150, 1024 + 4)
     (both,) = starts("--plan", str(plan), "--eager")
     assert set(both.cells) == {*graphs.cells, *eager.cells}
     assert both.engine["enforce_eager"] is True
-    assert both.options["selector"] == "exact"
+    assert both.options["selector"] == "h2o"
 
 
 def test_no_engine_starts_where_all_is_measured() -> None:

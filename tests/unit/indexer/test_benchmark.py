@@ -19,6 +19,7 @@ INDEX_BYTES = {
     "bounds": 3 * 8 * 512,
     "exact": 3 * 8 * 4096,
     "exact-memory": 3 * 8 * 4096,
+    "exact-fp8": 3 * 8 * (2048 + 4),
     "h2o": 3 * 8 * 4096,
     "neural": 3 * 4 * 132,
     "neural-first": 3 * 4 * 132,
