@@ -10,6 +10,7 @@ from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.own_options import (
     DECAYING_SELECTORS,
     DEFAULT_SELECTOR,
+    HOLDING_SELECTORS,
     KEY_SELECTORS,
     SHARE_SELECTORS,
     IndexDtype,
@@ -23,7 +24,7 @@ _ALLOWED_WITH: Mapping[str, tuple[tuple[str, ...], str]] = {
     "memory_decay": (DECAYING_SELECTORS, "has no score that fades"),
     "question_share": (DECAYING_SELECTORS, "has no score that fades"),
     "successor_share": (SHARE_SELECTORS, "does not score by shares of attention"),
-    "hysteresis": (SHARE_SELECTORS, "does not score by shares of attention"),
+    "hysteresis": (HOLDING_SELECTORS, "does not score by shares of attention"),
     "index_dtype": (KEY_SELECTORS, "keeps no keys as they are"),
 }
 
@@ -140,12 +141,13 @@ class FlashMemoryConfig(BaseModel):
         default=None,
         ge=0,
         description="How much more a block is worth that the request holds already, as a share: what is not much "
-        "better is not copied. Unset: 1 with `exact`, else 0.",
+        "better is not copied. Unset: 1 with `exact` and with an indexer that forecasts, else 0.",
     )
     index_dtype: IndexDtype | None = Field(
         default=None,
-        description="How `exact` and `h2o` keep index keys: `auto` as the model does, `fp8` (e4m3) with a scale for "
-        "each block and KV head, which is half of 16-bit keys. Unset: `fp8` with `exact`, else `auto`.",
+        description="How `exact`, `h2o` and an indexer that forecasts keep index keys: `auto` as the model does, `fp8` "
+        "(e4m3) with a scale for each block and KV head, which is half of 16-bit keys. Unset: `auto` with `h2o`, else "
+        "`fp8`.",
     )
     dense_fallback_share: float | None = Field(
         default=None,

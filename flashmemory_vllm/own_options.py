@@ -8,8 +8,10 @@ IndexDtype = Literal["auto", "fp8"]
 SHARE_SELECTORS = ("mean", "bounds", "exact", "h2o")
 # Of them, those that take what earlier tokens paid into account if asked to; h2o adds up in any case
 DECAYING_SELECTORS = ("mean", "bounds", "exact")
-# Whose index is the model's keys, each by itself
-KEY_SELECTORS = ("exact", "h2o")
+# Whose index is the model's keys, each by itself; that of an indexer is so beside its codes if it forecasts
+KEY_SELECTORS = ("exact", "h2o", "neural")
+# Who may prefer what is held
+HOLDING_SELECTORS = (*SHARE_SELECTORS, "neural")
 
 
 class OwnOptions(NamedTuple):
@@ -36,7 +38,8 @@ DEFAULT_SELECTOR: Final = "exact"
 _OWN = {
     "exact": OwnOptions(
         tau_steps=4, memory_decay=0.9, question_share=0.3, successor_share=0.5, hysteresis=1.0, index_dtype="fp8"
-    )
+    ),
+    "neural": OwnOptions(index_dtype="fp8"),
 }
 
 

@@ -8,7 +8,8 @@ import torch
 
 from flashmemory_vllm.capture.document import Recording
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.evaluation.history import MIX_DECAYS, mixed, replay
+from flashmemory_vllm.evaluation.history import mixed, replay
+from flashmemory_vllm.indexer.forecast_model import MIX_DECAYS
 
 NUM_ANCHORS = 3
 # Tokens between two at which a selection is made up, and for which it is; until then from its query on

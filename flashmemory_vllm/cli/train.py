@@ -30,7 +30,7 @@ _INTEGERS = (
     ("questions", 32, 1, "validation tokens of a document, at most"),
     ("save-every", 500, 1, "steps between two saved states"),
 )
-_DECAYS = "0,0.7,0.9,0.97,0.99,1"
+_DECAYS = "0,0.7,0.9,0.98,0.99,1"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from flashmemory_kernels.forecast_blocks import mixed as mixed_blocks
 from flashmemory_kernels.remember_shares import remembered
 
-# Of what is made of a memory without training: channels, their weights, and what a block hands on to the next one
-MIX_DECAYS, _MIX_WEIGHTS = (0.9, 0.98), (0.7, 0.3)
-_SUCCESSOR = 0.5
+from flashmemory_vllm.indexer.forecast_model import MIX_WEIGHTS, with_neighbours
+
 _LARGEST = 0
 
 IntArray = npt.NDArray[np.int64]
@@ -43,6 +43,4 @@ def replay(shares: torch.Tensor, positions: IntArray, decays: Sequence[float]) -
 
 def mixed(memory: torch.Tensor) -> torch.Tensor:
     """Worth of blocks [..., N], of a memory [..., 2, N] with `MIX_DECAYS`, each no less than half of the one before."""
-    worth = memory[..., 0, :] * _MIX_WEIGHTS[0] + memory[..., 1, :] * _MIX_WEIGHTS[1]
-    before = torch.nn.functional.pad(worth, (1, 0))[..., :-1]
-    return torch.maximum(worth, _SUCCESSOR * before)
+    return mixed_blocks(with_neighbours(memory), torch.tensor(MIX_WEIGHTS))

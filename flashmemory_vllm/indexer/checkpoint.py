@@ -23,9 +23,9 @@ from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer
 
 # The one key of the metadata: safetensors writes several in any order, and equal weights should make equal files
 METADATA_KEY = "flashmemory_indexer"
-VERSION = 4
-# Before there was a head
-_OLDER = 3
+VERSION = 5
+# Before there was a head, and before heads knew the mix of what is remembered
+_WITHOUT_HEADS, _OLDER_HEADS = 3, 4
 FILE_NAME = "indexer.safetensors"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -131,11 +131,17 @@ def _read_spec(path: Path, identity: tuple[int, ...]) -> IndexerSpec:  # noqa: A
     try:
         content = json.loads(metadata[METADATA_KEY])
         version, spec = content["version"], content["spec"]
-        if version in {_OLDER, VERSION}:
-            return _spec_of(spec if version == VERSION else {**_WITHOUT_HEAD, **spec})
+        if version in {_WITHOUT_HEADS, _OLDER_HEADS, VERSION}:
+            found = _spec_of({**_WITHOUT_HEAD, **spec} if version == _WITHOUT_HEADS else spec)
+            if version == VERSION or not found.memory_decays:
+                return found
+            version = f"{version} with a head"
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"indexer {path} has no valid spec in its metadata: {error!r}") from error
-    raise ConfigError(f"indexer {path} has the format version {version!r}: allowed are {_OLDER} and {VERSION}")
+    raise ConfigError(
+        f"indexer {path} has the format version {version!r}: allowed are {VERSION}, and without a head "
+        f"{_WITHOUT_HEADS} and {_OLDER_HEADS}"
+    )
 
 
 def check_indexer(path: Path) -> IndexerSpec:

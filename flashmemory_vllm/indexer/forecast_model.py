@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 HIDDEN = 32
-# What a block was worth fades about so in a language model: the start
-_START_DECAY = 0.9
+# How what a block was worth fades in a language model, and how much of it does so: the start
+MIX_DECAYS, MIX_WEIGHTS = (0.9, 0.98), (0.7, 0.3)
+# How much more a block is worth that is held: a forecast that is hardly better is not worth a copy
+HYSTERESIS = 1.0
 # A weight of one on a feature is this much of what it is made of
 _PER_LOG, _PER_LOGIT = 4.0, 4.0
 _CONTENT_AT_START = 0.25
@@ -29,6 +31,7 @@ class ForecastHead(nn.Module):
     """
 
     calibration: torch.Tensor
+    mix: torch.Tensor
 
     def __init__(self, decays: tuple[float, ...]) -> None:
         super().__init__()
@@ -40,26 +43,34 @@ class ForecastHead(nn.Module):
         self.linear = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(1))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+        self.register_buffer("mix", mix_weights(decays))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw the hidden layer; start with what is remembered for some tokens and a part of the content's logit."""
+        """Draw the hidden layer; start with the mix of what is remembered and a part of the content's logit."""
         nn.init.normal_(self.hidden, std=1 / math.sqrt(len(self.hidden)), generator=generator)
         for weight in (self.hidden_bias, self.out, self.linear, self.bias):
             nn.init.zeros_(weight)
-        nearest = min(range(len(self.decays)), key=lambda channel: abs(self.decays[channel] - _START_DECAY))
         with torch.no_grad():
-            self.linear[len(self.decays) + nearest] = _PER_LOG
+            self.linear[-1] = _PER_LOG
             self.linear[NEIGHBOURS * len(self.decays)] = _PER_LOGIT * _CONTENT_AT_START
 
     def weights(self) -> Head:
         """The weights as `forecast_blocks` takes them."""
-        return Head(self.hidden, self.hidden_bias, self.out, self.linear, self.bias, self.calibration)
+        return Head(self.hidden, self.hidden_bias, self.out, self.linear, self.bias, self.calibration, self.mix)
 
     def forward(self, seen: Seen) -> torch.Tensor:
         """Logits [..., M]."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             memory, newest, asked, distance = (part.float() for part in seen[:-1])
             return forecast_logits(Seen(memory, newest, asked, distance, seen.is_first), self.weights())
+
+
+def mix_weights(decays: tuple[float, ...]) -> torch.Tensor:
+    """Weights [C] of channels of these decays in a mix without training: those of the ones that fade about so."""
+    weights = torch.zeros(len(decays))
+    for wanted, weight in zip(MIX_DECAYS, MIX_WEIGHTS, strict=True):
+        weights[min(range(len(decays)), key=lambda channel: abs(decays[channel] - wanted))] += weight
+    return weights
 
 
 def with_neighbours(memory: torch.Tensor) -> torch.Tensor:

@@ -45,14 +45,14 @@ class HeavyHitterSelector(ExactSelector):
     def remember(self, due: DueRows, state: PlaceState) -> None:
         """Add the mass of each request's last token; of a question that is seen first, the largest of its tokens'."""
         if not due.is_entering:
-            remember_rows(due, state, self._keys(), self._channels, OnlySets(state.in_set, self._layer_groups))
+            remember_rows(due, state, self.keys, self._channels, OnlySets(state.in_set, self._layer_groups))
             return
         is_back = due.on_device[:, Due.NUM_KNOWN] > 0
         asking = replace(due, on_device=only_rows(due.on_device, ~is_back))
-        remember_rows(asking, state, self._keys(), self._entering)
+        remember_rows(asking, state, self.keys, self._entering)
         if (due.fields[:, Due.NUM_KNOWN] < 0).any():
             # What their questions asked for is in their mass
             fields, rows = due.fields.copy(), only_rows(due.on_device, is_back)
             fields[:, Due.NUM_QUERIES] = fields[:, Due.NUM_QUERIES].clip(max=1)
             rows[:, Due.NUM_QUERIES].clamp_(max=1)
-            remember_rows(replace(due, fields=fields, on_device=rows), state, self._keys(), self._channels)
+            remember_rows(replace(due, fields=fields, on_device=rows), state, self.keys, self._channels)

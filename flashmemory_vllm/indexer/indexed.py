@@ -95,7 +95,9 @@ class IndexedSelector(Selector):
 
     def remember(self, due: DueRows, state: PlaceState) -> None:
         """Attention shares of all rows in one pass over their keys; see `Selector.remember`."""
-        remember_rows(due, state, self._keys(), self._entering if due.is_entering else self._channels)
+        remember_rows(due, state, self.keys, self._entering if due.is_entering else self._channels)
 
-    def _keys(self) -> KeyIndex:
+    @property
+    def keys(self) -> KeyIndex:
+        """The index keys, as shares are made of them."""
         return KeyIndex(self.index, self.scales, self._layer_groups, self.geometry.softmax_scale)

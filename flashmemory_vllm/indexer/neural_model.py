@@ -97,8 +97,14 @@ class IndexerSpec:
 
     @property
     def bytes_per_block(self) -> int:
-        """Device bytes of one block's codes and scales, all anchor layers together."""
+        """Device bytes of one block's codes and scales, all anchor layers together; without a forecast's keys."""
         return len(self.anchor_layers) * self.chunks_per_block * (self.dim * CODE_DTYPE.itemsize + _SCALE_BYTES)
+
+    @property
+    def key_bytes_per_block(self) -> int:
+        """Device bytes of one block's keys in fp8, which a forecast is made of; 0 without a head."""
+        of_head = self.block_size * self.head_dim * CODE_DTYPE.itemsize + _SCALE_BYTES
+        return len(self.anchor_layers) * self.num_kv_heads * of_head if self.memory_decays else 0
 
 
 class QueryWeights(NamedTuple):

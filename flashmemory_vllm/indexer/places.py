@@ -20,12 +20,14 @@ class MemoryKind(NamedTuple):
         weights: of each channel. Default: 1.
         combine: whether the channels are added up, each with its weight, or the largest counts.
         num_queries: newest queries of a request that a later selection reads; 0: of all tokens since the last one.
+        num_inner: first channels that say nothing of a block's worth, and have no weight; the selector reads them.
     """
 
     channels: tuple[Channel, ...]
     weights: tuple[float, ...] = ()
     combine: Literal["sum", "max"] = "max"
     num_queries: int = 1
+    num_inner: int = 0
 
     @property
     def outlives(self) -> bool:

@@ -24,7 +24,7 @@ from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
-from flashmemory_vllm.runtime.trained import anchor_layers, num_kept, opening_steps, query_window, tau_steps
+from flashmemory_vllm.runtime.trained import anchor_layers, hysteresis, num_kept, opening_steps, query_window, tau_steps
 from flashmemory_vllm.transfer.checksums import COMPARED
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -138,8 +138,7 @@ def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfi
 def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy, buffers: StepBuffers) -> ChoiceQueue:
     kind, tables = selector.memory_kind, buffers.tables
     threshold = selector.score_threshold if config.score_threshold is None else config.score_threshold
-    own = config.own
-    policy = ChoicePolicy(kind.combine, own.successor_share, own.hysteresis, threshold or 0.0)
+    policy = ChoicePolicy(kind.combine, config.own.successor_share, hysteresis(config), threshold or 0.0)
     sizes = choice_sizes(config, budget, kind, tables.sizes.num_places)
     state = ChoiceState(sizes, buffers.queries.by_place, tables.block_ids, kind, policy)
     return ChoiceQueue(selector, state, SideStream(selector.geometry.device))

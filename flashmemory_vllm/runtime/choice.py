@@ -82,7 +82,8 @@ class ChoiceState:
             torch.zeros(by_place, dtype=torch.int8, device=device),
         )
         self.known = torch.zeros(sizes.num_places, dtype=torch.int32, device=device)
-        self._weights = torch.tensor(kind.weights or (1.0,) * sizes.num_channels, device=device)
+        self._num_inner = kind.num_inner
+        self._weights = torch.tensor(kind.weights or (1.0,) * (sizes.num_channels - kind.num_inner), device=device)
         num_elems = sizes.max_rows * (1 + sizes.num_groups * sizes.columns)
         self._out = torch.full((num_elems,), NOBODY, dtype=torch.int32, device=device)
 
@@ -119,6 +120,6 @@ class ChoiceState:
             rows[:, Due.NUM_BLOCKS] = torch.where(failed != 0, rows[:, Due.NUM_KNOWN], rows[:, Due.NUM_BLOCKS])
         self.known.index_copy_(0, rows[:, Due.PLACE].long(), rows[:, Due.NUM_BLOCKS])
         listed = out[num_rows:].view(num_rows, size.num_groups, size.columns)
-        memory, in_set = self.places.memory, self.places.in_set
+        memory, in_set = self.places.memory[self._num_inner :], self.places.in_set
         choose_sets(memory, in_set, rows, self._weights, self._policy, listed, long_list)
         return out

@@ -3,6 +3,7 @@
 from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.indexer.checkpoint import read_spec, resolve_indexer
+from flashmemory_vllm.indexer.forecast_model import HYSTERESIS
 from flashmemory_vllm.indexer.neural_model import IndexerSpec
 from flashmemory_vllm.runtime.shape import AttentionShape
 
@@ -53,7 +54,26 @@ def num_kept(config: FlashMemoryConfig) -> int:
     Raises:
         ConfigError: the indexer cannot be read.
     """
-    return 1 + (tau_steps(config) if config.own.memory_decay else 1)
+    return 1 + (tau_steps(config) if config.own.memory_decay or forecasts(config) else 1)
+
+
+def forecasts(config: FlashMemoryConfig) -> bool:
+    """Whether a trained indexer remembers what every token paid.
+
+    Raises:
+        ConfigError: the indexer cannot be read.
+    """
+    trained = _trained(config)
+    return trained is not None and bool(trained.memory_decays)
+
+
+def hysteresis(config: FlashMemoryConfig) -> float:
+    """How much more a block is worth that is held: as asked for, or what suits a forecast or the selector.
+
+    Raises:
+        ConfigError: the indexer cannot be read.
+    """
+    return HYSTERESIS if config.hysteresis is None and forecasts(config) else config.own.hysteresis
 
 
 def opening_steps(config: FlashMemoryConfig) -> int:

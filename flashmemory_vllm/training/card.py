@@ -116,7 +116,7 @@ def _card(report: TrainingReport, weights: Path, picture: Path, curves: Path) ->
         dim=spec.dim,
         rank=spec.rank,
         aggregate=spec.aggregate,
-        bytes_per_block=spec.bytes_per_block,
+        bytes_per_block=spec.bytes_per_block + spec.key_bytes_per_block,
         chunk_size=spec.chunk_size,
         reach=spec.reach,
         query_window=spec.query_window,
@@ -160,7 +160,10 @@ def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-_ITSELF = "`neural` reads what heads paid to blocks before, too; `content` is the same indexer without that. "
+_ITSELF = (
+    "`neural` reads what heads paid to blocks before, too, and doubles what it expects of a block that is held, as "
+    "serving does; `content` is the same indexer without either. "
+)
 _CARD = """\
 ---
 library_name: flashmemory-vllm

@@ -13,14 +13,14 @@ from flashmemory_kernels.forecast_blocks import Seen
 from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
-from flashmemory_vllm.evaluation.history import MIX_DECAYS, mixed
+from flashmemory_vllm.evaluation.history import mixed
 from flashmemory_vllm.evaluation.worth import worth
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.due import DueRequest, due_rows
 from flashmemory_vllm.indexer.factory import create_selector
-from flashmemory_vllm.indexer.forecast_model import with_neighbours
+from flashmemory_vllm.indexer.forecast_model import MIX_DECAYS, with_neighbours
 from flashmemory_vllm.indexer.indexed import IndexedSelector
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer, calibrated
 from flashmemory_vllm.indexer.places import PlaceState
 from flashmemory_vllm.residency.ranking import best
 from flashmemory_vllm.training.batches import later_tokens
@@ -185,6 +185,12 @@ class IndexerScorer:
         arguments = self._codes, self._scales, self._block_ids, due.on_device, self._ensemble, logits
         score_chunks(heads.unsqueeze(0), gates.unsqueeze(0), *arguments)
         return logits[0, 0, :num_blocks]
+
+
+def worth_scorer(model: NeuralIndexer, document: Document) -> Scorer:
+    """What an indexer says that blocks are worth: logits, or with a head the shares that it expects."""
+    scorer, head = IndexerScorer(model, document), model.head
+    return scorer if head is None else lambda token: calibrated(scorer(token), head.calibration)
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:

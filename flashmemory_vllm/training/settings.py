@@ -12,7 +12,7 @@ from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.validation import THRESHOLD
 
 # The last token, some tokens, and all since the question
-DECAYS = (0.0, 0.7, 0.9, 0.97, 0.99, 1.0)
+DECAYS = (0.0, 0.7, 0.9, 0.98, 0.99, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

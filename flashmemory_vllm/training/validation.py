@@ -9,6 +9,7 @@ import torch
 
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.worth import worth
+from flashmemory_vllm.indexer.forecast_model import HYSTERESIS as FORECAST_HYSTERESIS
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer, calibrated
 from flashmemory_vllm.training.calibration import fit_platt
 from flashmemory_vllm.training.dataset import Document, Schedule, TrainingData
@@ -24,6 +25,7 @@ from flashmemory_vllm.training.evaluation import (
     ask,
     baseline_scorer,
     evaluate,
+    worth_scorer,
 )
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
@@ -69,7 +71,8 @@ class Validation:
             rank: which process asks.
             world_size: number of processes that share the documents.
         """
-        return self._columns(lambda document, _: IndexerScorer(model, document), rank, world_size)
+        hysteresis = 0.0 if model.head is None else FORECAST_HYSTERESIS
+        return self._columns(lambda document, _: worth_scorer(model, document), rank, world_size, hysteresis)
 
     def run_content(self, model: NeuralIndexer) -> Columns:
         """The same for what a model says without its head."""

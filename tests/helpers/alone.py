@@ -71,8 +71,8 @@ class OneByOne:
         )  # fmt: skip
         self.selector.remember(due_rows([asked], geometry.device, is_entering=is_entering), state)
         self._memory[request.req_id] = memory
-        weights = torch.tensor(kind.weights or (1.0,) * len(kind.channels)).view(-1, 1, 1)
-        weighed = memory[:, :, 0] * weights
+        worth = memory[kind.num_inner :, :, 0]
+        weighed = worth * torch.tensor(kind.weights or (1.0,) * len(worth)).view(-1, 1, 1)
         return weighed.amax(0) if kind.combine == "max" else weighed.sum(0)
 
     def remembered(self, req_id: str) -> torch.Tensor:

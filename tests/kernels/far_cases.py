@@ -226,7 +226,7 @@ def check_forecast_blocks(reserve: Reserve) -> None:
     device = memory.device
     near = torch.rand(4, 1, 2, 4, device=device)
     memory[:, :, ROW] = near[:, :, 1]
-    weights = (torch.rand(shape, device=device) for shape in ((8, 2), (2,), (2,), (8,), (1,), (2,)))
+    weights = (torch.rand(shape, device=device) for shape in ((9, 2), (2,), (2,), (9,), (1,), (2,), (1,)))
     head, fields = Head(*weights), {Due.NUM_BLOCKS: 4, Due.NUM_QUERIES: 1, Due.NUM_KNOWN: 4}
     forecast_blocks_triton(memory, make_rows([{**fields, Due.PLACE: ROW}], 1, tile=1).to(device), head, 16)
     forecast_blocks_naive(near, make_rows([{**fields, Due.PLACE: 1}], 1, tile=1).to(device), head, 16)

@@ -23,6 +23,11 @@ def _expected(given: ForecastInputs, row: list[int], group: int, block: int) -> 
     features += [newest / 4, (newest if asked <= NOT_ASKED else asked) / 4, math.log(tokens) / 8, 256 / (tokens + 256)]
     features.append(1.0 if row[Due.NUM_KNOWN] == 0 else 0.0)
     head = given.head
+    before, own = (
+        sum(float(memory[channel, at]) * float(weight) for channel, weight in enumerate(head.mix)) if at >= 0 else 0.0
+        for at in (block - 1, block)
+    )
+    features.append(math.log(max(own, before / 2) + 1e-4) / 4 + 1)
     logit = float(head.bias) + sum(value * float(weight) for value, weight in zip(features, head.linear, strict=True))
     for unit in range(len(head.out)):
         weights = head.hidden[:, unit].tolist()
@@ -49,7 +54,7 @@ def test_wrong_arguments_are_named() -> None:
     memory, rows, head, size = make_inputs(CASES[1])
     with pytest.raises(ValueError, match="memory: expected 3 channels or more, got 2"):
         forecast_blocks(memory[:2], rows, head, size)
-    with pytest.raises(ValueError, match=r"hidden: expected shape \[11, 8\], got \[14, 8\]"):
+    with pytest.raises(ValueError, match=r"hidden: expected shape \[12, 8\], got \[15, 8\]"):
         forecast_blocks(memory[:5], rows, head, size)
     with pytest.raises(ValueError, match="hidden: expected a power of two of units, got 7"):
         forecast_blocks(memory, rows, head._replace(hidden=head.hidden[:, :7].contiguous()), size)

@@ -66,7 +66,7 @@ def test_given_options_replace_defaults() -> None:
             {"selector": "streaming", "hysteresis": 1.0},
             (
                 "flashmemory.hysteresis is 1.0, but flashmemory.selector 'streaming' does not score by shares of "
-                "attention: allowed with mean, bounds, exact, h2o"
+                "attention: allowed with mean, bounds, exact, h2o, neural"
             ),
         ),
         (
@@ -80,7 +80,7 @@ def test_given_options_replace_defaults() -> None:
             {"selector": "bounds", "index_dtype": "fp8"},
             (
                 "flashmemory.index_dtype is 'fp8', but flashmemory.selector 'bounds' keeps no keys as they are: "
-                "allowed with exact, h2o"
+                "allowed with exact, h2o, neural"
             ),
         ),
         ({"index_dtype": "int8"}, "flashmemory.index_dtype is 'int8': allowed is unset or one of auto, fp8"),
@@ -122,8 +122,10 @@ def test_tau_is_as_asked_for_or_as_trained_or_the_selectors_own() -> None:
 
 def test_each_selector_has_options_of_its_own() -> None:
     assert _read(selector="exact").own == OwnOptions(4, 0.9, 0.3, 0.5, 1.0, "fp8")
-    for options in ({"selector": "h2o"}, {"selector": "streaming"}, {"selector": "bounds"}, {"indexer": "some/where"}):
+    for options in ({"selector": "h2o"}, {"selector": "streaming"}, {"selector": "bounds"}):
         assert _read(**options).own == OwnOptions(16, 0.0, 0.0, 0.0, 0.0, "auto")
+    # Of keys that an indexer may have beside its codes
+    assert _read(indexer="some/where").own == OwnOptions(16, 0.0, 0.0, 0.0, 0.0, "fp8")
     plain = OwnOptions()._asdict()
     assert _read(selector="exact", **plain).own == OwnOptions(16, 0.0, 0.0, 0.0, 0.0, "auto")
     assert _read(selector="bounds", memory_decay=0.5).own == OwnOptions(16, 0.5, 0.0, 0.0, 0.0, "auto")

@@ -3,11 +3,23 @@
 from flashmemory_kernels.forecast_blocks.naive import (
     NEIGHBOURS,
     NOT_ASKED,
+    NUM_OTHERS,
     Head,
     Seen,
     forecast_logits,
+    mixed,
     num_features,
 )
 from flashmemory_kernels.forecast_blocks.op import forecast_blocks
 
-__all__ = ["NEIGHBOURS", "NOT_ASKED", "Head", "Seen", "forecast_blocks", "forecast_logits", "num_features"]
+__all__ = [
+    "NEIGHBOURS",
+    "NOT_ASKED",
+    "NUM_OTHERS",
+    "Head",
+    "Seen",
+    "forecast_blocks",
+    "forecast_logits",
+    "mixed",
+    "num_features",
+]

@@ -65,7 +65,8 @@ def make_inputs(case: ForecastCase, device: str = "cpu") -> ForecastInputs:
         torch.randn(shape, generator=generator).to(device) / 2
         for shape in ((features, units), (units,), (units,), (features,), (1,))
     )
-    head = Head(hidden, hidden_bias, out, linear, bias, torch.tensor([0.7, -0.5], device=device))
+    calibration, mix = torch.tensor([0.7, -0.5], device=device), torch.rand(case.num_channels, generator=generator)
+    head = Head(hidden, hidden_bias, out, linear, bias, calibration, mix.to(device))
     return ForecastInputs(
         memory.to(device), make_rows(given, len(given) + case.num_padding, 1).to(device), head, block_size=16
     )

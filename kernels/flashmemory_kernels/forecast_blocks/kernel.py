@@ -19,11 +19,13 @@ from flashmemory_kernels.forecast_blocks.naive import (
     NEIGHBOURS,
     NOT_ASKED,
     NUM_OTHERS,
+    SUCCESSOR,
     Head,
 )
 
 PLACE, NUM_QUERIES, FIELDS = tl.constexpr(int(Due.PLACE)), tl.constexpr(int(Due.NUM_QUERIES)), tl.constexpr(len(Due))
 NUM_KNOWN, NUM_BLOCKS = tl.constexpr(int(Due.NUM_KNOWN)), tl.constexpr(int(Due.NUM_BLOCKS))
+HANDED = tl.constexpr(SUCCESSOR)
 SIDES, UNASKED, LEAST = tl.constexpr(NEIGHBOURS), tl.constexpr(NOT_ASKED), tl.constexpr(LEAST_SHARE)
 PER_LOG, PER_LOGIT = tl.constexpr(1 / LOG_SCALE), tl.constexpr(1 / LOGIT_SCALE)
 PER_DISTANCE, CLOSE = tl.constexpr(1 / DISTANCE_SCALE), tl.constexpr(NEAR)
@@ -42,7 +44,7 @@ def add_feature(hidden, straight, value, p_hidden, p_linear, i_feature, i_unit, 
 
 @triton.jit
 def forecast_blocks_kernel(
-    p_memory, p_rows, p_hidden, p_hidden_bias, p_out, p_linear, p_bias, p_calibration,
+    p_memory, p_rows, p_hidden, p_hidden_bias, p_out, p_linear, p_bias, p_calibration, p_mix,
     block_size, stride_channel, stride_group, stride_place,
     C: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -58,11 +60,17 @@ def forecast_blocks_kernel(
         hidden = tl.zeros((H, TILE), tl.float32) + tl.load(p_hidden_bias + i_unit)[:, None]
         straight = tl.zeros((TILE,), tl.float32) + tl.load(p_bias)
         p_blocks = p_own + i_block
+        own_mix = tl.zeros((TILE,), tl.float32)
+        mix_before = tl.zeros((TILE,), tl.float32)
         for channel in tl.static_range(C):
             for side in tl.static_range(SIDES):
                 i_beside = i_block + (side - 1)
                 m_beside = (i_beside >= 0) & (i_beside < num_blocks)
                 share = tl.load(p_blocks + (side - 1), m_beside, other=0.0)
+                if side == 0:
+                    mix_before += share * tl.load(p_mix + channel)
+                if side == 1:
+                    own_mix += share * tl.load(p_mix + channel)
                 value = tl.log(share + LEAST) * PER_LOG + 1.0
                 hidden, straight = add_feature(
                     hidden, straight, value, p_hidden, p_linear, side * C + channel, i_unit, H
@@ -81,6 +89,8 @@ def forecast_blocks_kernel(
         near = CLOSE / (distance + CLOSE)
         hidden, straight = add_feature(hidden, straight, near, p_hidden, p_linear, at + 3, i_unit, H)
         hidden, straight = add_feature(hidden, straight, is_first, p_hidden, p_linear, at + 4, i_unit, H)
+        mix = tl.log(tl.maximum(own_mix, HANDED * mix_before) + LEAST) * PER_LOG + 1.0
+        hidden, straight = add_feature(hidden, straight, mix, p_hidden, p_linear, at + 5, i_unit, H)
         active = hidden / (1.0 + tl.exp(-hidden))
         logit = straight + tl.sum(active * tl.load(p_out + i_unit)[:, None], axis=0)
         logit = tl.load(p_calibration + 1) + tl.load(p_calibration) * logit

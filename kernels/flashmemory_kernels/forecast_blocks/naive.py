@@ -18,7 +18,9 @@ LEAST_SHARE = 1e-4
 LOG_SCALE, LOGIT_SCALE, DISTANCE_SCALE = 4.0, 4.0, 8.0
 # Tokens from the end within which distance tells most
 NEAR = 256.0
-_NOT_REMEMBERED = 5
+_OTHER_FEATURES = 6
+# What a block hands on to the next one: text that is read goes on
+SUCCESSOR = 0.5
 
 
 class Head(NamedTuple):
@@ -31,6 +33,7 @@ class Head(NamedTuple):
         linear: [F].
         bias: [1].
         calibration: [2], slope and offset that make a share to expect of a logit.
+        mix: [C], weights of the channels in what a memory says without training.
     """
 
     hidden: torch.Tensor
@@ -39,6 +42,7 @@ class Head(NamedTuple):
     linear: torch.Tensor
     bias: torch.Tensor
     calibration: torch.Tensor
+    mix: torch.Tensor
 
 
 class Seen(NamedTuple):
@@ -62,12 +66,18 @@ class Seen(NamedTuple):
 
 def num_features(num_channels: int) -> int:
     """Features F of a block whose memory has so many channels."""
-    return NEIGHBOURS * num_channels + _NOT_REMEMBERED
+    return NEIGHBOURS * num_channels + _OTHER_FEATURES
 
 
-def forecast_features(seen: Seen) -> torch.Tensor:
+def mixed(memory: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """What a memory [..., 3, C] says of blocks [...]: its weighted channels, no less than half of the block before."""
+    before, own, _ = (memory @ mix).unbind(-1)
+    return torch.maximum(own, SUCCESSOR * before)
+
+
+def forecast_features(seen: Seen, mix: torch.Tensor) -> torch.Tensor:
     """Features [..., M, F]: logarithms of shares, so that a factor is a difference, logits, and where a block lies."""
-    remembered = (seen.memory + LEAST_SHARE).log() / LOG_SCALE + 1
+    remembered = _log(seen.memory)
     distance = seen.distance.clamp(min=1)
     others = (
         seen.newest / LOGIT_SCALE,
@@ -75,13 +85,18 @@ def forecast_features(seen: Seen) -> torch.Tensor:
         distance.log() / DISTANCE_SCALE,
         NEAR / (distance + NEAR),
         seen.is_first.to(distance.dtype).expand_as(distance),
+        _log(mixed(seen.memory, mix)),
     )
     return torch.cat((remembered.flatten(-2), torch.stack(others, dim=-1)), dim=-1)
 
 
+def _log(shares: torch.Tensor) -> torch.Tensor:
+    return (shares + LEAST_SHARE).log() / LOG_SCALE + 1
+
+
 def forecast_logits(seen: Seen, head: Head) -> torch.Tensor:
     """Logits [..., M]."""
-    features = forecast_features(seen)
+    features = forecast_features(seen, head.mix)
     hidden = torch.nn.functional.silu(features @ head.hidden + head.hidden_bias)
     return hidden @ head.out + features @ head.linear + head.bias
 

@@ -32,7 +32,7 @@ def forecast_blocks(memory: torch.Tensor, rows: torch.Tensor, head: Head, block_
     features, units = num_features(len(memory) - NUM_OTHERS), head.hidden.shape[-1]
     if units & (units - 1):
         raise ValueError(f"hidden: expected a power of two of units, got {units}")
-    shapes = ((features, units), (units,), (units,), (features,), (1,), (2,))
+    shapes = ((features, units), (units,), (units,), (features,), (1,), (2,), (len(memory) - NUM_OTHERS,))
     for name, tensor, shape in zip(Head._fields, head, shapes, strict=True):
         expect_shape(name, tensor, shape)
     for name, tensor in (("memory", memory), *zip(Head._fields, head, strict=True)):

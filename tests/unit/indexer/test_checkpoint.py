@@ -73,6 +73,15 @@ def test_what_was_made_before_there_was_a_head_has_none(path: Path) -> None:
     assert (model.spec, model.head) == (SPEC, None)
 
 
+def test_heads_that_know_less_are_refused(path: Path) -> None:
+    weights = load_file(path)
+    save_file(weights, path, metadata=_metadata(4))
+    assert load_indexer(path, CPU).spec == SPEC
+    save_file(weights, path, metadata=_metadata(4, memory_decays=[0.0, 0.9]))
+    with pytest.raises(ConfigError, match="has the format version '4 with a head': allowed are 5, and without a head"):
+        load_indexer(path, CPU)
+
+
 def test_the_large_weights_are_rounded_as_they_are_stored(path: Path) -> None:
     model = NeuralIndexer(SPEC)
     model.init_weights(torch.Generator().manual_seed(3))
@@ -116,7 +125,7 @@ def test_other_weights_are_refused(path: Path) -> None:
     [
         ({"format": "pt"}, "has no 'flashmemory_indexer' in its metadata: it is another kind of file"),
         (None, "has no 'flashmemory_indexer' in its metadata"),
-        (_metadata(version=2), "has the format version 2: allowed are 3 and 4"),
+        (_metadata(version=2), "has the format version 2: allowed are 5, and without a head 3 and 4"),
         ({METADATA_KEY: "{"}, "has no valid spec"),
         ({METADATA_KEY: "{}"}, "has no valid spec in its metadata: KeyError"),
         (_metadata(other=3), r"fields \['other'\] are missing or unknown"),

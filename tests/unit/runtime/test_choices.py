@@ -31,20 +31,27 @@ POLICIES: dict[str, dict[str, object]] = {
     "streaming": {},
     "random": {"seed": 5},
     "neural": {},
+    "neural that forecasts": {},
 }
 
 
 @pytest.fixture(scope="module")
-def indexer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("indexer") / "indexer.safetensors"
+def indexers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By policy; a forecast's channels do not depend on how long ago a token was, so that its twin needs no clock."""
+    folder = tmp_path_factory.mktemp("indexer")
     sizes = {"num_layers": 6, "num_query_heads": HQ, "head_dim": D, "block_size": BLOCK, "chunk_size": 4}
-    return str(save_untrained(path, anchor_layers=(1, 3, 4), threshold=0.0, **sizes))
+    spec = sizes | {"anchor_layers": (1, 3, 4), "threshold": 0.0, "forecast_threshold": 0.0}
+    decays = {"neural": (), "neural that forecasts": (0.0, 1.0)}
+    return {
+        policy: str(save_untrained(folder / f"{len(own)}.safetensors", memory_decays=own, **spec))
+        for policy, own in decays.items()
+    }
 
 
-def maker(policy: str, indexer: str) -> MakeSelector:
+def maker(policy: str, indexers: dict[str, str]) -> MakeSelector:
     name, options = policy.split(maxsplit=1)[0], dict(POLICIES[policy])
-    if name == "neural":
-        options["indexer"] = indexer
+    if policy in indexers:
+        options["indexer"] = indexers[policy]
     return lambda geometry: create_selector(name, geometry, **options)
 
 
@@ -57,8 +64,8 @@ def same(world: World, requests: dict[str, Request]) -> None:
 
 @pytest.mark.parametrize("groups", [(0, 0, 0), (1, 0, 1)])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sets_are_those_of_ranked_scores(policy: str, groups: tuple[int, ...], indexer: str) -> None:
-    world = World(maker(policy, indexer), groups)
+def test_sets_are_those_of_ranked_scores(policy: str, groups: tuple[int, ...], indexers: dict[str, str]) -> None:
+    world = World(maker(policy, indexers), groups)
     requests = {
         "a": world.start("a", 2, prompt_len=93, want=4),
         "b": world.start("b", 0, prompt_len=75, want=3),
@@ -92,8 +99,10 @@ def test_sets_are_those_of_ranked_scores(policy: str, groups: tuple[int, ...], i
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(policy: str, indexer: str) -> None:
-    world = World(maker(policy, indexer))
+def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(
+    policy: str, indexers: dict[str, str]
+) -> None:
+    world = World(maker(policy, indexers))
     request, other = world.start("a", 2, prompt_len=93, want=4), world.start("b", 1, prompt_len=60, want=2)
     requests, window = {"a": request, "b": other}, 4
     for one in requests.values():
@@ -115,7 +124,8 @@ def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(po
         world.twin_chosen(request)
         world.choose(world.asked(request), requests=requests, window=window)
         same(world, requests)
-        remembered = world.state.places.memory[:, :, place, : request.num_full].amax(0)
+        inner = world.selector.memory_kind.num_inner
+        remembered = world.state.places.memory[inner:, :, place, : request.num_full].amax(0)
         assert request.worth is not None
         torch.testing.assert_close(remembered, request.worth, rtol=1e-4, atol=1e-6)
     world.queue.forget(["a", "nobody"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.runtime.trained import num_kept, opening_steps, query_window, tau_steps
+from flashmemory_vllm.runtime.trained import hysteresis, num_kept, opening_steps, query_window, tau_steps
 from tests.helpers.indexers import save_untrained
 
 
@@ -29,6 +29,17 @@ def test_tau_is_the_trained_one_unless_another_is_asked_for(tmp_path: Path) -> N
     assert tau_steps(FlashMemoryConfig(selector="h2o")) == 16
     assert tau_steps(FlashMemoryConfig(indexer=indexer)) == 48
     assert tau_steps(FlashMemoryConfig(indexer=indexer, tau_steps=5)) == 5
+
+
+def test_an_indexer_that_forecasts_remembers_all_tokens_and_prefers_what_is_held(tmp_path: Path) -> None:
+    without = str(save_untrained(tmp_path / "without.safetensors", tau=8))
+    forecasting = str(save_untrained(tmp_path / "toy.safetensors", tau=8, memory_decays=(0.0, 0.9)))
+    assert (num_kept(FlashMemoryConfig(indexer=without)), hysteresis(FlashMemoryConfig(indexer=without))) == (2, 0)
+    config = FlashMemoryConfig(indexer=forecasting)
+    assert (num_kept(config), hysteresis(config)) == (9, 1)
+    assert num_kept(FlashMemoryConfig(indexer=forecasting, tau_steps=3)) == 4
+    assert hysteresis(FlashMemoryConfig(indexer=forecasting, hysteresis=0.0)) == 0
+    assert hysteresis(FlashMemoryConfig(selector="exact")) == 1
 
 
 def test_queries_are_kept_for_a_selection_and_the_running_step() -> None:
