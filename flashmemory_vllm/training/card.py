@@ -161,8 +161,8 @@ def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 
 _ITSELF = (
-    "`neural` reads what heads paid to blocks before, too, and doubles what it expects of a block that is held, as "
-    "serving does; `content` is the same indexer without either. "
+    "`neural` reads what heads paid to blocks before, too; `held` is the same as it is served, where what it expects "
+    "of a block that is held counts twice; `content` is the indexer without what was paid. "
 )
 _CARD = """\
 ---

@@ -187,10 +187,11 @@ class IndexerScorer:
         return logits[0, 0, :num_blocks]
 
 
-def worth_scorer(model: NeuralIndexer, document: Document) -> Scorer:
-    """What an indexer says that blocks are worth: logits, or with a head the shares that it expects."""
-    scorer, head = IndexerScorer(model, document), model.head
-    return scorer if head is None else lambda token: calibrated(scorer(token), head.calibration)
+def share_scorer(model: NeuralIndexer, document: Document) -> Scorer:
+    """The shares that an indexer expects."""
+    scorer = IndexerScorer(model, document)
+    calibration = model.calibration if model.head is None else model.head.calibration
+    return lambda token: calibrated(scorer(token), calibration)
 
 
 def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:

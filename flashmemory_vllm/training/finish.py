@@ -34,6 +34,7 @@ def finish(result: TrainResult, validation: Validation, provenance: Provenance, 
     save_indexer(model, out)
     scores = {"neural": alone.mean(validation.run(model))}
     if model.head is not None:
+        scores["held"] = alone.mean(validation.run_held(model))
         scores["content"] = alone.mean(validation.run_content(model))
     scores |= {name: alone.mean(columns) for name, columns in validation.run_baselines().items()}
     report = TrainingReport(

@@ -25,7 +25,7 @@ from flashmemory_vllm.training.evaluation import (
     ask,
     baseline_scorer,
     evaluate,
-    worth_scorer,
+    share_scorer,
 )
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 
@@ -71,8 +71,11 @@ class Validation:
             rank: which process asks.
             world_size: number of processes that share the documents.
         """
-        hysteresis = 0.0 if model.head is None else FORECAST_HYSTERESIS
-        return self._columns(lambda document, _: worth_scorer(model, document), rank, world_size, hysteresis)
+        return self._columns(lambda document, _: IndexerScorer(model, document), rank, world_size)
+
+    def run_held(self, model: NeuralIndexer) -> Columns:
+        """The same for a forecast as it is served: blocks that are held are worth more."""
+        return self._columns(lambda document, _: share_scorer(model, document), 0, 1, FORECAST_HYSTERESIS)
 
     def run_content(self, model: NeuralIndexer) -> Columns:
         """The same for what a model says without its head."""

@@ -21,6 +21,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "streaming": {},
     "random": {"seed": 3},
     "neural": {},
+    "neural that forecasts": {},
 }
 
 
@@ -44,7 +45,14 @@ def test_sets_are_those_of_a_cpu(
     name, options = policy.partition(" ")[0], POLICIES[policy]
     if name == "neural":
         path = tmp_path_factory.mktemp("indexer") / "indexer.safetensors"
-        sizes = {"num_layers": 6, "num_query_heads": HQ, "head_dim": D, "block_size": BLOCK, "chunk_size": 4}
+        sizes: dict[str, Any] = {
+            "num_layers": 6,
+            "num_query_heads": HQ,
+            "head_dim": D,
+            "block_size": BLOCK,
+            "chunk_size": 4,
+        }
+        sizes |= {"memory_decays": (0.0, 0.9) if "forecasts" in policy else (), "forecast_threshold": 0.0}
         options = {"indexer": str(save_untrained(path, anchor_layers=(1, 3, 4), threshold=0.0, **sizes))}
 
     def make(geometry: IndexGeometry) -> Selector:

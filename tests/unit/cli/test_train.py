@@ -41,14 +41,16 @@ def test_weights_card_and_curves_are_written(data: Path, tmp_path: Path, capsys:
     assert (model.spec.tau, model.spec.delay, model.spec.rank, model.spec.model) == (6, 1, 16, "toy")
     assert model.calibration.tolist() != [1.0, 0.0]
     curves = json.loads((out.parent / "indexer.curves.json").read_text())
-    assert list(curves["selectors"]) == ["neural", "content", "oracle", "mix", "last", *UNTRAINED]
+    assert list(curves["selectors"]) == ["neural", "held", "content", "oracle", "mix", "last", *UNTRAINED]
     assert curves["history"][0]["loss"] is None
     card = (out.parent / "indexer.md").read_text()
     best = max(row["recall@0.135"] for row in curves["history"])
     assert curves["selectors"]["neural"]["recall@0.135"] == best
     assert f"| neural | {curves['selectors']['neural']['recall@0.1']:.3f} |" in card
     assert f"| parameters | {sum(weight.numel() for weight in model.parameters()):,} |" in card
-    assert f"| index bytes of a block | {2 * 4 * (32 + 4)} |" in card
+    codes, keys = 2 * 4 * (32 + 4), 2 * 2 * (16 * 16 + 4)
+    assert f"| index bytes of a block | {codes + keys:,} |" in card
+    assert curves["selectors"]["held"]["fetched@0.135"] <= curves["selectors"]["neural"]["fetched@0.135"]
     assert "commit abc123" in card
     assert str(out.parent / "indexer.md") in capsys.readouterr().out
 

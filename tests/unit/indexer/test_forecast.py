@@ -18,7 +18,7 @@ from flashmemory_vllm.indexer.checkpoint import load_indexer, save_indexer
 from flashmemory_vllm.indexer.neural import NeuralSelector
 from flashmemory_vllm.indexer.neural_model import IndexerSpec, NeuralIndexer, calibrated
 from flashmemory_vllm.own_options import IndexDtype
-from flashmemory_vllm.residency.types import Asked
+from flashmemory_vllm.residency.asked import Asked, AskedRow
 from flashmemory_vllm.runtime.choice import ChoiceSizes, ChoiceState
 from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.runtime.side_stream import SideStream
@@ -103,14 +103,14 @@ class Served:
         self.block_ids[self.place, : full + 1] = self.ids[: full + 1]
         self.queries[:, self.place, (num_tokens - 1) % 2] = self.of_anchors(num_tokens - 1)
         end = full + 1
-        row = Asked(
-            "r", self.place, 5 + self.place, num_tokens, PROMPT, self.ids[:full].numpy(), 1, end - 1, end, 3, 16,
+        row = AskedRow(
+            "r", self.place, 5 + self.place, num_tokens, PROMPT, full, 1, end - 1, end, 3, 16,
             is_new, True, is_new,
         )  # fmt: skip
         asked = range(PROMPT - WINDOW, min(PROMPT, num_tokens - 1))
         self.step += 1
         question = {"r": torch.stack([self.of_anchors(at) for at in asked])} if is_new else {}
-        self.queue.choose(self.step, [row], question)
+        self.queue.choose(self.step, Asked.of([row], self.block_ids.numpy()), question)
         self.queue.take(self.step + 2)
         assert self.queue.failures == dict.fromkeys(self.queue.failures, 0)
         return self.state.places.memory[:, 0, self.place, :full].clone()

@@ -1,5 +1,7 @@
 """What a plan counts beside the slots is what a runtime allocates there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
+from tests.helpers.indexers import save_untrained
 
 GIB = 1 << 30
 # One layer's page of a block is 64 KiB.
@@ -50,6 +53,20 @@ def test_tables_take_what_is_allocated_for_them(layer_groups: int) -> None:
         chosen = choice_sizes(config, budget, kind, MAX_NUM_SEQS).num_bytes
         scratch = scratch_bytes(MAX_NUM_SEQS, sizes.width, 3 * 32) if selector != "streaming" else 0
         assert beside(**options).table_bytes == sum(tensor.nbytes for tensor in held) + chosen + scratch
+
+
+def test_what_a_forecast_needs_is_counted(tmp_path: Path) -> None:
+    sizes = {"num_layers": 32, "num_query_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 16}
+    spec = sizes | {"anchor_layers": (3, 12, 30), "chunk_size": 4, "tau": 4}
+    without, forecasting = (
+        beside(indexer=str(save_untrained(tmp_path / f"{len(decays)}.safetensors", memory_decays=decays, **spec)))
+        for decays in ((), (0.0, 0.9, 0.98))
+    )
+    # Keys in fp8 with a scale for each head; four channels more, each with a weight, and three queries more in the ring
+    keys = forecasting.index_bytes_per_block - without.index_bytes_per_block
+    assert keys == 3 * 8 * (16 * 128 + 4)
+    channels, queries = 4 * 4 * (MAX_NUM_SEQS * (32768 // 16 + 1) + 1), 3 * 3 * MAX_NUM_SEQS * 32 * 128 * 2
+    assert forecasting.table_bytes - without.table_bytes == channels + queries
 
 
 def test_scratch_is_as_large_as_what_is_scored_at_once() -> None:

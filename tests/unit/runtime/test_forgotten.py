@@ -61,12 +61,14 @@ def texts_kept_by(root: object) -> Iterator[str]:
             waiting.extend(new)
 
 
-@pytest.mark.parametrize("selector", ["h2o", "neural"])
-def test_nothing_is_kept_of_requests_that_ended(tmp_path: Path, selector: str) -> None:
+@pytest.mark.parametrize(("selector", "decays"), [("h2o", ()), ("neural", ()), ("neural", (0.0, 0.9))])
+def test_nothing_is_kept_of_requests_that_ended(tmp_path: Path, selector: str, decays: tuple[float, ...]) -> None:
     options: dict[str, Any] = {"selector": selector}
     if selector == "neural":
         sizes = {"num_query_heads": QUERY_HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK}
-        options["indexer"] = str(save_untrained(tmp_path / "toy.safetensors", chunk_size=2, **sizes))
+        options["indexer"] = str(
+            save_untrained(tmp_path / "toy.safetensors", chunk_size=2, memory_decays=decays, **sizes)
+        )
     requests = requests_of(0)
     ids = {request.req_id for request in requests}
     with CounterWriter.create(tmp_path / "flashmemory-test-0", worker_name(0)) as counters:
