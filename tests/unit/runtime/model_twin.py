@@ -85,7 +85,13 @@ class ModelTwin:
             min_sparse_tokens=0,
             sink_tokens=BLOCK_SIZE,
             recent_tokens=2 * BLOCK_SIZE,
+            # Its keys as they are, asked with the last token alone
             selector="exact",
+            index_dtype="auto",
+            memory_decay=0.0,
+            question_share=0.0,
+            successor_share=0.0,
+            hysteresis=0.0,
             tau_steps=3,
             query_window=QUERY_WINDOW,
             growth_reserve_tokens=0,
