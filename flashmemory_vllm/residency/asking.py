@@ -9,8 +9,8 @@ import numpy as np
 
 from flashmemory_vllm.residency.asked import Ask, Asked
 from flashmemory_vllm.residency.books import Books
-from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest, ScheduledRows
+from flashmemory_vllm.residency.registry import RequestRegistry
+from flashmemory_vllm.residency.requests import ScheduledRequest, ScheduledRows
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 NOBODY = NOT_ASKED = -1
@@ -30,7 +30,6 @@ class Asking:
         max_fetches: most blocks that come into the sets of a step's rows in a group, but for those in force at once.
         known: all known requests, live.
         books: tenants and blocks of each place, live.
-        policy: of all requests that are sparse.
 
     Attributes:
         lacks_chosen: bool `[P]` places whose last list left out blocks that were chosen; whoever brings lists into
@@ -42,16 +41,14 @@ class Asking:
         tau: int,
         opening_steps: int,
         max_fetches: int,
-        known: Iterable[RequestState],
+        known: RequestRegistry,
         books: Books,
-        policy: BudgetPolicy,
     ) -> None:
         self._tau = tau
         self._opening_steps = opening_steps
         self._max_fetches = max_fetches
         self._known = known
         self._books = books
-        self._policy = policy
         num_places = books.epoch.size
         self.lacks_chosen: BoolArray = np.zeros(num_places, np.bool_)
         # By place. What stands there is of this tenant; all else is of no meaning for another one
@@ -135,11 +132,12 @@ class Asking:
 
     def _set_frame(self, place: IntArray, num_tokens: IntArray) -> None:
         """What stays in the sets of sparse requests with so many tokens, int32 `[n]`, and what is chosen beside it."""
-        frame = self._policy.frames(num_tokens)
-        end = -(-num_tokens // self._policy.block_size)
-        first_recent = np.maximum(0, end - frame.recent)
-        sink_end = np.minimum(frame.sink, first_recent)
-        want = frame.budget - sink_end - (end - first_recent)
+        # All of them follow the configured policy: under another one a request keeps all its blocks
+        budget, sink, recent = (of_lengths[num_tokens] for of_lengths in self._known.frames)
+        end = -(-num_tokens // self._known.policy.block_size)
+        first_recent = np.maximum(0, end - recent)
+        sink_end = np.minimum(sink, first_recent)
+        want = budget - sink_end - (end - first_recent)
         self._frame[place] = np.stack((sink_end, first_recent, end, want), axis=1)
 
 

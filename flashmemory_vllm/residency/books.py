@@ -16,7 +16,7 @@ from flashmemory_vllm.residency.awaited import Awaited, Taken
 from flashmemory_vllm.residency.entries import NO_ENTRY, Entries
 from flashmemory_vllm.residency.lists import NOBODY, Pairs, pairs_of
 from flashmemory_vllm.residency.slots import NOT_RESIDENT, NULL_SLOT, SlotTable
-from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray
+from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, has_repeats
 
 
 class Books:
@@ -124,7 +124,7 @@ class Books:
         for entries in self.groups:
             entries.keep_recent(place, recent)
 
-    def apply(self, step: int, rows: IntArray, *, at_once: bool = False) -> None:
+    def apply(self, step: int, rows: IntArray, *, at_once: bool = False) -> list[Pairs]:
         """Bring the list of a step into force, for every place whose tenant is still the one it was made for.
 
         Args:
@@ -132,16 +132,23 @@ class Books:
             rows: int32 `[n, G, 6 + 2 L]`, see `pairs_of`; a row of padding has place -1.
             at_once: some rows of a list, whose others come later: the order of steps is not for these. Default: False.
 
+        Returns:
+            Per group the changes that are in force now.
+
         Raises:
             IntegrityError: the list is not the next one, or does not follow from the sets in force; nothing is
                 changed then.
         """
         if step <= self._applied and not at_once:
             raise IntegrityError(f"the list of step {step} comes after that of step {self._applied}")
-        rows = rows[rows[:, 0, 0] != NOBODY]
-        if not ((rows[:, 0, 0] >= 0) & (rows[:, 0, 0] < self.epoch.size)).all():
-            raise IntegrityError(f"step {step}: places {rows[:, 0, 0]}, allowed are 0 to {self.epoch.size - 1}")
-        rows = rows[rows[:, 0, 1] == self.epoch[rows[:, 0, 0]]]
+        if rows[:, 0, 0].min(initial=0) == NOBODY:
+            rows = rows[rows[:, 0, 0] != NOBODY]
+        place = rows[:, 0, 0]
+        if place.min(initial=0) < 0 or place.max(initial=0) >= self.epoch.size:
+            raise IntegrityError(f"step {step}: places {place}, allowed are 0 to {self.epoch.size - 1}")
+        is_mine = rows[:, 0, 1] == self.epoch[place]
+        if not is_mine.all():
+            rows = rows[is_mine]
         pairs = [pairs_of(rows[:, group]) for group in range(len(self.groups))]
         for group, of_group in enumerate(pairs):
             self._check(step, group, of_group)
@@ -149,6 +156,7 @@ class Books:
             self._applied = step
         for group, of_group in enumerate(pairs):
             self._change(group, of_group, self._recalled if at_once else self._prefetched)
+        return pairs
 
     def widen(self, place: int, positions: Sequence[IntArray]) -> None:
         """A request reads blocks beside its sets until it narrows; lists go on changing the sets.
@@ -221,12 +229,10 @@ class Books:
         entries = self.groups[group]
         for what, positions, allowed in (("comes", pairs.come, entries.may_come), ("goes", pairs.go, entries.may_go)):
             is_there = positions != NOBODY
-            place, named = pairs.place[is_there], positions[is_there]
-            known = (named >= 0) & (named < self.ids.shape[1])
-            is_wrong = ~known
-            is_wrong[known] = ~allowed(place[known], named[known])
-            both = place.astype(np.int64) * self.ids.shape[1] + named
-            if is_wrong.any() or np.unique(both).size != both.size:
+            place, named = (pairs.place, positions) if is_there.all() else (pairs.place[is_there], positions[is_there])
+            width = self.ids.shape[1]
+            is_right = named.min(initial=0) >= 0 and named.max(initial=0) < width and allowed(place, named).all()
+            if not is_right or has_repeats(place.astype(np.int64) * width + named):
                 raise IntegrityError(
                     f"step {step} group {group}: the list says that of places {place} blocks {named} {what}, "
                     "which does not follow from their sets"
@@ -284,9 +290,11 @@ class Books:
     @staticmethod
     def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
         """Rows whose budget or length has just changed, mostly by one block: one block of each at a time."""
-        while pairs.place.size:
+        while has_repeats(pairs.place):
             _, first = np.unique(pairs.place, return_index=True)
             is_first = np.zeros(pairs.place.size, np.bool_)
             is_first[first] = True
             yield pairs.where(is_first)
             pairs = pairs.where(~is_first)
+        if pairs.place.size:
+            yield pairs

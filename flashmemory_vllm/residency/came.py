@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashmemory_vllm.residency.lists import NOBODY, pairs_of
+from flashmemory_vllm.residency.lists import NOBODY, Pairs
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 
@@ -21,18 +21,17 @@ class Came:
         # Per group, for each list int32 `[3, m]` places, positions, epochs
         self._parts: list[list[IntArray]] = [[] for _ in range(num_groups)]
 
-    def add(self, rows: IntArray, epoch: IntArray) -> None:
+    def add(self, pairs: Sequence[Pairs], epoch: IntArray) -> None:
         """Lists have brought blocks.
 
         Args:
-            rows: int32 `[n, G, 6 + 2 L]` of a list, for tenants that are there.
+            pairs: per group what they have changed, for tenants that are there.
             epoch: int32 `[P]` tenants that each place has had.
         """
-        for group, parts in enumerate(self._parts):
-            pairs = pairs_of(rows[:, group])
-            place, come = pairs.place[pairs.come != NOBODY], pairs.come[pairs.come != NOBODY]
-            if place.size:
-                parts.append(np.stack((place, come, epoch[place])))
+        for parts, of_group in zip(self._parts, pairs, strict=True):
+            place = of_group.place
+            came = np.stack((place, of_group.come, epoch[place]))
+            parts.append(came[:, of_group.come != NOBODY])
 
     def take(self, place: IntArray, epoch: IntArray) -> Sequence[IntArray]:
         """What came into the sets of places, int32 `[n]`, since the last call for them.

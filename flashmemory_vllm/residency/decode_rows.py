@@ -114,9 +114,9 @@ class DecodeRows:
             return []
         is_selected = is_changed & chosen.is_selected
         self._note_selections(chosen, is_selected)
-        self._books.apply(chosen.step, rows[is_changed], at_once=chosen.at_once)
+        pairs = self._books.apply(chosen.step, rows[is_changed], at_once=chosen.at_once)
         self._judge(asked.place[is_selected])
-        self._came.add(rows[is_changed], self._books.epoch)
+        self._came.add(pairs, self._books.epoch)
         if not chosen.at_once:
             self._note_full(asked.fields[is_changed], rows[is_changed])
         return [asked.req_ids[index] for index in np.flatnonzero(is_selected).tolist()]
@@ -199,7 +199,11 @@ class DecodeRows:
             place, position = growing.place[is_begun], position[is_begun]
             blocks = self._books.ids[place, position]
             self._books.append(place, position, blocks, self._books.groups[0].recent[place] + 1)
-        self._books.keep_recent(growing.place, _recent_blocks(growing))
+        recent = self._known.frames.recent[growing.num_tokens_after]
+        for index, state in enumerate(growing.states):
+            if state.policy is not self._known.policy:
+                recent[index] = state.policy.recent_blocks(int(growing.num_tokens_after[index]))
+        self._books.keep_recent(growing.place, recent)
 
     def _widen(self, rows: Sequence[ScheduledRequest], lists: Sequence[Chosen]) -> None:
         """Requests that fall back get what they lack, the newest first, as far as lists leave fetches."""
@@ -262,16 +266,6 @@ class DecodeRows:
             is_chosen = (entries.entry[of_place, position] != NO_ENTRY) & ~entries.is_extra[of_place, position]
             self._counters.judged_prefetches += position.size
             self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
-
-
-def _recent_blocks(rows: ScheduledRows) -> IntArray:
-    """How many of the newest blocks of each row keep their order."""
-    recent = np.empty(len(rows), np.int32)
-    policies = {id(state.policy): state.policy for state in rows.states}
-    for policy in policies.values():
-        is_its = np.array([state.policy is policy for state in rows.states], np.bool_)
-        recent[is_its] = policy.frames(rows.num_tokens_after[is_its]).recent
-    return recent
 
 
 def _who_comes(line: IntArray) -> IntArray:

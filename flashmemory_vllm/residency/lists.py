@@ -35,11 +35,14 @@ def pairs_of(rows: IntArray) -> Pairs:
             of them valid.
     """
     longest = (rows.shape[1] - HEADER) // 2
-    column = np.arange(longest, dtype=np.int32)
     comes, goes = rows[:, 3:4], rows[:, 4:5]
-    used = column < np.maximum(comes, goes)
-    come = np.where(column < comes, rows[:, HEADER : HEADER + longest], NOBODY)
-    go = np.where(column < goes, rows[:, HEADER + longest : HEADER + 2 * longest], NOBODY)
+    most = np.maximum(comes, goes)
+    # Mostly few of the columns are in use
+    columns = min(longest, int(most.max(initial=0)))
+    column = np.arange(columns, dtype=np.int32)
+    used = column < most
+    come = np.where(column < comes, rows[:, HEADER : HEADER + columns], NOBODY)
+    go = np.where(column < goes, rows[:, HEADER + longest : HEADER + longest + columns], NOBODY)
     return Pairs(np.broadcast_to(rows[:, :1], used.shape)[used], come[used], go[used])
 
 

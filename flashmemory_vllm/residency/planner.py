@@ -89,7 +89,7 @@ class StepPlanner:
         if fallback_share is not None:
             fallback = DenseFallback(fallback_share, geometry.num_slots, self._requests, self._counters)
         most = geometry.num_slots if max_prefetches is None else max_prefetches
-        self._asking = Asking(tau, opening_steps, most, self._requests, self._books, policy)
+        self._asking = Asking(tau, opening_steps, most, self._requests, self._books)
         self._decode_rows = DecodeRows(
             self._slots, self._books, self._requests, self._counters, fallback, most, self._asking.lacks_chosen
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
+from typing import NoReturn
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, Ste
 
 
 class RequestRegistry:
-    """Keeps the state of every known request, each at a place of its own; iterates over it."""
+    """Keeps the state of every known request, each at a place of its own; iterates over it.
+
+    Attributes:
+        frames: of requests under the configured policy, by their number of tokens.
+    """
 
     def __init__(self, geometry: Geometry, slots: SlotTable, books: Books, policy: BudgetPolicy) -> None:
         self._geometry = geometry
@@ -28,6 +33,7 @@ class RequestRegistry:
         self._policy = policy
         self._modes = Modes(policy, geometry.num_slots)
         self._states: dict[str, RequestState] = {}
+        self.frames = policy.frames(np.arange(books.ids.shape[1] * policy.block_size + 1, dtype=np.int32))
 
     @property
     def policy(self) -> BudgetPolicy:
@@ -65,23 +71,24 @@ class RequestRegistry:
         for new in step_input.new:
             self._forget(new.req_id)
         allocated = [self._admit(new) for new in step_input.new]
-        for running in step_input.running:
-            state = self._known(running.req_id)
-            if running.new_block_ids:
-                allocated.append(self._append(state, running.new_block_ids))
+        growing = [running for running in step_input.running if running.new_block_ids]
+        allocated += [self._append(self._known(running.req_id), running.new_block_ids) for running in growing]
         # The scheduler gave these ids to other tokens: whatever they held is gone.
         self._slots.drop(joined(allocated))
         computed = {new.req_id: new.num_computed_tokens for new in step_input.new}
         computed |= {running.req_id: running.num_computed_tokens for running in step_input.running}
         new_ids = {new.req_id for new in step_input.new}
-        states, before = list[RequestState](), list[int]()
+        states, before, block_size = list[RequestState](), list[int](), self._geometry.block_size
         for req_id, num_tokens in step_input.num_scheduled_tokens.items():
             state = self._known(req_id)
             if req_id in new_ids:
                 self._choose_policy(state, new_ids)
                 new_ids.remove(req_id)
-            before.append(state.num_tokens)
-            self._advance(state, num_tokens, computed.get(req_id))
+            known = state.num_tokens
+            if computed.get(req_id) != known or not 0 < num_tokens <= len(state.blocks) * block_size - known:
+                self._refuse(state, num_tokens, computed.get(req_id))
+            state.num_tokens = known + num_tokens
+            before.append(known)
             states.append(state)
         return ScheduledRows(
             states,
@@ -89,7 +96,7 @@ class RequestRegistry:
             np.array(before, np.int32),
             np.array([*step_input.num_scheduled_tokens.values()], np.int32),
             np.array([computed < state.prefill_len for computed, state in zip(before, states, strict=True)], np.bool_),
-            self._geometry.block_size,
+            block_size,
         )
 
     def _choose_policy(self, state: RequestState, undecided: Collection[str]) -> None:
@@ -139,16 +146,14 @@ class RequestRegistry:
             raise IntegrityError(f"request {req_id} goes on running but is not known")
         return state
 
-    def _advance(self, state: RequestState, num_tokens: int, computed: int | None) -> None:
-        """Note that a request computes so many tokens."""
+    def _refuse(self, state: RequestState, num_tokens: int, computed: int | None) -> NoReturn:
+        """Tell what is wrong with a request that computes so many tokens."""
         before, block_size = state.num_tokens, self._geometry.block_size
         if computed != before:
             raise IntegrityError(
                 f"request {state.req_id}: the step begins at token {computed}, the last one ended at {before}"
             )
-        if num_tokens < 1 or before + num_tokens > len(state.blocks) * block_size:
-            raise IntegrityError(
-                f"request {state.req_id}: {before} + {num_tokens} tokens do not fit "
-                f"its {len(state.blocks)} blocks of {block_size}, or none are scheduled"
-            )
-        state.num_tokens = before + num_tokens
+        raise IntegrityError(
+            f"request {state.req_id}: {before} + {num_tokens} tokens do not fit "
+            f"its {len(state.blocks)} blocks of {block_size}, or none are scheduled"
+        )

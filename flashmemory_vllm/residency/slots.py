@@ -27,7 +27,7 @@ import numpy as np
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.counters import STEP_BOUNDS, Histogram
 from flashmemory_vllm.residency.idle_queue import IdleQueue
-from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray
+from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, distinct
 
 NOT_RESIDENT = -1
 NO_OWNER = -1
@@ -111,25 +111,25 @@ class SlotTable:
 
     def pin(self, group: int, blocks: IntArray) -> None:
         """Claim resident blocks, several times if they are given several times."""
-        slots = self._slots_of(group, blocks)
-        idle = np.unique(slots[self.pins[group, slots] == 0])
+        slots, pins = self._slots_of(group, blocks), self.pins[group]
+        idle = distinct(slots[pins[slots] == 0])
         self._num_pinned[group] += idle.size
         self._idle[group].remove(idle)
-        np.add.at(self.pins[group], slots, 1)
+        np.add.at(pins, slots, 1)
 
     def unpin(self, group: int, blocks: IntArray) -> None:
         """Give up claims, several on a block if it is given several times.
 
         Blocks that nobody claims any more become cache. The step before this one was the last that read them.
         """
-        slots = self._slots_of(group, blocks)
-        np.subtract.at(self.pins[group], slots, 1)
-        left = self.pins[group, slots]
+        slots, pins = self._slots_of(group, blocks), self.pins[group]
+        np.subtract.at(pins, slots, 1)
+        left = pins[slots]
         if left.size and left.min() < 0:
             raise IntegrityError(f"group {group}: blocks {blocks[left < 0]} have no pin to give up")
-        idle = np.unique(slots[left == 0])
+        idle, last_read = distinct(slots[left == 0]), self.last_read[group]
         self._num_pinned[group] -= idle.size
-        self.last_read[group, idle] = np.maximum(self.last_read[group, idle], self._clock - 1)
+        last_read[idle] = np.maximum(last_read[idle], self._clock - 1)
         self._idle[group].add(idle)
 
     def touch(self, group: int, blocks: IntArray) -> None:
@@ -168,10 +168,13 @@ class SlotTable:
         Returns:
             int32 `[n]` slots of the blocks, and those that had none.
         """
-        distinct, counts = np.unique(blocks, return_counts=True)
-        copies = self.hold(group, distinct)
-        self.pins[group, self.lut[group, distinct]] += (counts - 1).astype(np.int32)
-        return self.lut[group, blocks], copies
+        once = distinct(blocks)
+        copies = self.hold(group, once)
+        slots = self.lut[group, blocks]
+        if once.size < blocks.size:
+            np.add.at(self.pins[group], slots, 1)
+            self.pins[group, self.lut[group, once]] -= 1
+        return slots, copies
 
     def mark_written_back(self, blocks: IntArray) -> None:
         """DIRTY blocks have a host copy now and are CLEAN."""

@@ -32,6 +32,22 @@ def joined(arrays: Sequence[IntArray]) -> IntArray:
     return np.concatenate(arrays) if arrays else NOTHING
 
 
+def distinct(numbers: IntArray) -> IntArray:
+    """Each of the numbers `[n]` once, ascending. As `np.unique` does, which takes three times as long for a few."""
+    if numbers.size < 2:
+        return numbers
+    ordered = np.sort(numbers)
+    is_first = np.ones(ordered.size, np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+    return ordered[is_first]
+
+
+def has_repeats(numbers: npt.NDArray[np.integer]) -> bool:
+    """Whether one of the numbers `[n]` is given twice."""
+    ordered = np.sort(numbers)
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Sizes of the paged memory; filled by the worker once the KV cache is laid out.

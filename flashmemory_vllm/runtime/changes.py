@@ -20,6 +20,7 @@ class TableChanges:
 
     def __init__(self, num_tables: int) -> None:
         self._known: list[IntArray] = [NOTHING] * num_tables
+        self._is_known = np.zeros(num_tables, np.bool_)
         # Per run: its table, its first column, its values
         self._runs: tuple[list[int], list[int], list[IntArray]] = ([], [], [])
         self._edits: list[IntArray] = []
@@ -34,7 +35,7 @@ class TableChanges:
         known = self._known[table]
         if known is wanted:
             return
-        self._known[table] = wanted
+        self._known[table], self._is_known[table] = wanted, True
         if wanted.size <= SHORT:
             self._add_run(table, 0, wanted)
             return
@@ -69,8 +70,8 @@ class TableChanges:
         """
         if tables.size:
             self._edits.append(np.stack((tables, columns, values), axis=1))
-            for table in np.unique(tables).tolist():
-                self._known[table] = NOTHING
+            for table in tables[self._is_known[tables]].tolist():
+                self._known[table], self._is_known[table] = NOTHING, False
 
     def pack(self, rows: IntArray, num_tokens: int) -> tuple[IntArray, StepCounts]:
         """The upload of a step; its changes count as made.
@@ -93,6 +94,7 @@ class TableChanges:
     def forget(self) -> None:
         """Take nothing for granted that is on the device."""
         self._known = [NOTHING] * len(self._known)
+        self._is_known[:] = False
 
     def _add_run(self, table: int, first: int, values: IntArray) -> None:
         if values.size:

@@ -16,7 +16,10 @@ from flashmemory_vllm.residency.types import IntArray
 from flashmemory_vllm.runtime.choice import ChoiceSizes
 from flashmemory_vllm.runtime.long_list import from_long_list
 from flashmemory_vllm.runtime.side_stream import Arrival
-from flashmemory_vllm.runtime.uploads import upload
+from flashmemory_vllm.runtime.uploads import UploadRing
+
+# Of each row: the fields, selections before, tokens of the prompt
+NUM_UPLOADED = len(Due) + 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +32,7 @@ class ChoiceWork:
         selections: int32 `[n]` that they had before.
         questions: of each row without a set, queries `[q, A, Hq, D]` of its question.
         long_size: elements of the long list.
+        scored: the rows that are scored: without a set, and with one.
     """
 
     asked: Asked
@@ -36,18 +40,12 @@ class ChoiceWork:
     selections: IntArray
     questions: Sequence[torch.Tensor | None]
     long_size: int
+    scored: tuple[slice, slice]
 
     @property
     def num_new(self) -> int:
         """Rows without a set."""
         return len(self.questions)
-
-    @property
-    def scored(self) -> tuple[slice, slice]:
-        """The rows that are scored: without a set, and with one."""
-        is_scored, num_new = self.fields[:, Due.NUM_QUERIES] > 0, self.num_new
-        first, others = int(np.count_nonzero(is_scored[:num_new])), int(np.count_nonzero(is_scored[num_new:]))
-        return slice(0, first), slice(num_new, num_new + others)
 
     @property
     def unscored(self) -> tuple[slice, slice]:
@@ -61,14 +59,17 @@ class ChoiceWork:
             tiles = -(-self.fields[part, Due.NUM_BLOCKS] // TILE)
             self.fields[part, Due.FIRST_TILE] = np.cumsum(tiles) - tiles
 
-    def upload(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def upload(self, ring: UploadRing) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy on the device, in one piece: the fields, and what selectors are told beside them.
 
+        Args:
+            ring: takes `NUM_UPLOADED` elements for each row.
+
         Returns:
-            Int32 `[n, len(Due)]`, and int32 `[2, n]` of selections before and tokens of the prompts.
+            Int32 `[n, len(Due)]`, and `[2, n]` of selections before and tokens of the prompts; until the next call.
         """
         told = (self.selections, self.asked.fields[:, Ask.PROMPT_LEN])
-        packed = upload(np.concatenate((self.fields.reshape(-1), *told)), device)
+        packed = ring.upload(np.concatenate((self.fields.reshape(-1), *told)))
         return packed[: self.fields.size].view(self.fields.shape), packed[self.fields.size :].view(2, -1)
 
     def due(self, on_device: torch.Tensor, told: torch.Tensor) -> Iterator[tuple[slice, DueRows]]:

@@ -18,12 +18,13 @@ from flashmemory_vllm.residency.budget import STEPS_TO_FORCE
 from flashmemory_vllm.residency.lists import NOBODY, Chosen, pairs_of
 from flashmemory_vllm.residency.types import IntArray
 from flashmemory_vllm.runtime.choice import GOES_ON, ChoiceState
-from flashmemory_vllm.runtime.choice_work import ChoiceWork, PendingList
+from flashmemory_vllm.runtime.choice_work import NUM_UPLOADED, ChoiceWork, PendingList
 from flashmemory_vllm.runtime.parked import ParkedMemories
 from flashmemory_vllm.runtime.remembering import NOT_FINITE, Remembering
 from flashmemory_vllm.runtime.selection_counts import SelectionCounts
 from flashmemory_vllm.runtime.selector_guard import SelectorGuard
 from flashmemory_vllm.runtime.side_stream import SideStream
+from flashmemory_vllm.runtime.uploads import UploadRing
 
 
 class ChoiceQueue:
@@ -46,6 +47,7 @@ class ChoiceQueue:
         self._selections = SelectionCounts(state.sizes.num_places)
         self._remembered_at = np.zeros(state.sizes.num_places, np.int64)
         self._parked = ParkedMemories(state)
+        self._ring = UploadRing(state.sizes.max_rows * NUM_UPLOADED, state.known.device)
 
     @property
     def failures(self) -> Mapping[str, int]:
@@ -79,9 +81,12 @@ class ChoiceQueue:
         fields = self._fields(step, asked, questions)
         spans = asked.num_candidates[:num_at_once].astype(np.int64) * self._state.sizes.num_groups
         fields[:num_at_once, Due.LONG_START] = np.cumsum(spans) - spans
-        selections = self._selections.before(asked.place, names)
-        self._selections.count(asked.place[asked.is_scored])
-        work = ChoiceWork(asked, fields, selections, questions, int(spans.sum()))
+        is_scored, selections = asked.is_scored, self._selections.before(asked.place, names)
+        self._selections.count(asked.place[is_scored])
+        num_scored_new = int(np.count_nonzero(is_scored[:num_new]))
+        num_scored = int(np.count_nonzero(is_scored)) - num_scored_new
+        scored = slice(0, num_scored_new), slice(num_new, num_new + num_scored)
+        work = ChoiceWork(asked, fields, selections, questions, int(spans.sum()), scored)
         inputs = [one for one in questions if one is not None]
         arrival = self._side_stream.fetch(lambda: self._choose(work), *inputs)
         self._pending.append(PendingList(step, asked, num_at_once, fields, arrival, time.perf_counter()))
@@ -228,7 +233,7 @@ class ChoiceQueue:
         for req_id, place in zip(work.asked.req_ids[: work.num_new], work.asked.place.tolist(), strict=False):
             self._parked.bring_back(req_id, place)
         work.fill_tiles()
-        rows, told = work.upload(device)
+        rows, told = work.upload(self._ring)
         state.look_up(rows, work.unscored)
         for part, due in work.due(rows, told):
             questions, remembering = work.questions[part], self._remembering

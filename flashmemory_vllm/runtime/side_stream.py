@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashmemory_vllm.runtime.uploads import NUM_BUFFERS
 from flashmemory_vllm.transfer.pinned import pinned_like
 
 
@@ -15,7 +16,8 @@ class Arrival:
     """A result on its way to the host.
 
     Attributes:
-        values: on the host; filled once the side stream has been waited for.
+        values: on the host; filled once the side stream has been waited for, and until `NUM_BUFFERS` later results have
+            been fetched.
         enqueued: marks what the device had to do before this work; None on a CPU, like `landed`.
         landed: marks the end of the copy.
     """
@@ -23,6 +25,24 @@ class Arrival:
     values: torch.Tensor
     enqueued: torch.cuda.Event | None
     landed: torch.cuda.Event | None
+
+
+class LandingRing:
+    """Pinned memory that results land in, in turn: to allocate some for each takes the host longer than the copy."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor | None] = [None] * NUM_BUFFERS
+        self._next = 0
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """Memory like `values` on the host, given again after `NUM_BUFFERS` calls. One stream fills it, in order."""
+        buffer, size = self._buffers[self._next], values.numel()
+        if buffer is None or buffer.numel() < size or buffer.dtype != values.dtype:
+            # Twice as much as before, so that a batch that grows is done with it soon
+            buffer = pinned_like(torch.empty(2 * size, dtype=values.dtype, device="meta"))
+            self._buffers[self._next] = buffer
+        self._next = (self._next + 1) % NUM_BUFFERS
+        return buffer[:size].view(values.shape)
 
 
 class SideStream:
@@ -38,6 +58,7 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._landing = LandingRing()
         self.stall_seconds = 0.0
 
     def fetch(self, work: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Arrival:
@@ -56,7 +77,7 @@ class SideStream:
             tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             values = work()
-            on_host = pinned_like(values)
+            on_host = self._landing.take(values)
             on_host.copy_(values, non_blocking=True)
             landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             landed.record()

@@ -182,7 +182,7 @@ MOVERS = (
     Mutation(
         "a table that was edited counts as the one that was set before",
         f"{_RUNTIME}changes.py",
-        "                self._known[table] = NOTHING\n",
+        "                self._known[table], self._is_known[table] = NOTHING, False\n",
         "                pass\n",
         f"{_RUNTIME_TEST}test_changes.py::test_of_an_edited_table_nothing_is_taken_for_granted",
     ),

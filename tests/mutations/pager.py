@@ -135,7 +135,7 @@ PAGER = (
     Mutation(
         "what was recent once can never be given up",
         f"{_DIR}decode_rows.py",
-        "self._books.keep_recent(growing.place, _recent_blocks(growing))",
+        "self._books.keep_recent(growing.place, recent)",
         "self._books.keep_recent(growing.place, self._books.groups[0].recent[growing.place])",
         f"{_TEST}test_selection.py::test_growth_keeps_recent_blocks_however_they_scored",
     ),
@@ -149,8 +149,8 @@ PAGER = (
     Mutation(
         "a list is applied for the tenant after the one that it was made for",
         f"{_DIR}books.py",
-        "rows = rows[rows[:, 0, 1] == self.epoch[rows[:, 0, 0]]]",
-        "rows = rows[rows[:, 0, 1] >= 0]",
+        "is_mine = rows[:, 0, 1] == self.epoch[place]",
+        "is_mine = rows[:, 0, 1] >= 0",
         f"{_TEST}test_books.py::test_a_list_is_applied_once_and_only_for_the_tenant_it_was_made_for",
     ),
     Mutation(
