@@ -312,6 +312,9 @@ def tune_jobs(ops: Iterable[str]) -> Iterator[Job]:
         "score_rows": lambda config: score_rows_jobs(rows, "cuda", partial(score_rows_triton, config=config)),
     }
     for op, config in itertools.product(sorted(makers.keys() & set(ops)), TUNED_CONFIGS):
+        if op == "score_chunks" and config.programs:
+            # Its programs do not stay for another tile
+            continue
         for job in makers[op](config):
             try:
                 job.call()

@@ -89,6 +89,27 @@ MOVERS = (
         f"{_RUNTIME_TEST}test_choices.py::test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked[h2o]",
     ),
     Mutation(
+        "what a question paid counts again with a preemption",
+        "flashmemory_vllm/indexer/forecast.py",
+        "torch.where(is_back, asked.clamp(max=1), asked)",
+        "asked",
+        "tests/unit/indexer/test_forecast.py::test_what_was_remembered_comes_back_with_the_request",
+    ),
+    Mutation(
+        "a forecast asks for content with every token since the last selection",
+        "flashmemory_vllm/indexer/neural.py",
+        "if due.is_entering else 1\n",
+        "\n",
+        "tests/unit/indexer/test_forecast.py::test_all_tokens_pay_and_the_newest_one_asks_for_content",
+    ),
+    Mutation(
+        "rows of a later portion are scored with the queries of the first",
+        "flashmemory_vllm/indexer/neural.py",
+        "due.places[start : start + size]\n",
+        "due.places[:size][: len(due) - start]\n",
+        "tests/unit/indexer/test_neural.py::test_rows_in_any_portions_give_the_same[1]",
+    ),
+    Mutation(
         "NaN from the indexer comes into force",
         f"{_RUNTIME}remembering.py",
         "torch.where(is_wrong[:, None], memory[:, :, places], own.memory)",

@@ -72,13 +72,13 @@ def checkpoint(tmp_path: Path) -> Path:
 class Served:
     """A request that is selected for after every token, through the queue of choices."""
 
-    def __init__(self, checkpoint: Path, model: Model, index_dtype: IndexDtype = "auto") -> None:
+    def __init__(self, checkpoint: Path, model: Model, index_dtype: IndexDtype = "auto", num_kept: int = 2) -> None:
         geometry = IndexGeometry(
             NUM_BLOCKS, BS, HQ, HKV, D, SCALE, ANCHORS, (0, 0), 1, torch.float32, torch.device("cpu")
         )
         self.selector = NeuralSelector(geometry, str(checkpoint), index_dtype=index_dtype)
         kind, width = self.selector.memory_kind, 16
-        self.queries = torch.zeros(len(ANCHORS), 2, 2, HQ, D)
+        self.queries = torch.zeros(len(ANCHORS), 2, num_kept, HQ, D)
         self.block_ids = torch.zeros(2, width, dtype=torch.int32)
         self.ids = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5))[:width].int()
         sizes = ChoiceSizes(len(kind.channels), 1, 2, width, 2, width)
@@ -101,7 +101,9 @@ class Served:
             self.selector.add_blocks(self.ids[self.num_full : full].long(), list(blocks))
             self.num_full = full
         self.block_ids[self.place, : full + 1] = self.ids[: full + 1]
-        self.queries[:, self.place, (num_tokens - 1) % 2] = self.of_anchors(num_tokens - 1)
+        num_kept = self.queries.shape[2]
+        for position in range(max(0, num_tokens - num_kept), num_tokens):
+            self.queries[:, self.place, position % num_kept] = self.of_anchors(position)
         end = full + 1
         row = AskedRow(
             "r", self.place, 5 + self.place, num_tokens, PROMPT, full, 1, end - 1, end, 3, 16,
@@ -166,6 +168,17 @@ def test_what_was_remembered_comes_back_with_the_request(checkpoint: Path) -> No
     # What the question paid is not paid again: only the newest token counts
     found, expected = away.select(PROMPT + 3, is_new=True), stayed.select(PROMPT + 3)
     torch.testing.assert_close(found[: C + 2], expected[: C + 2])
+
+
+def test_all_tokens_pay_and_the_newest_one_asks_for_content(checkpoint: Path) -> None:
+    model = Model([PROMPT + TOKENS], window=WINDOW)
+    newest_only, all_tokens = Served(checkpoint, model), Served(checkpoint, model, num_kept=4)
+    one, other = (
+        [served.select(PROMPT, is_new=True), served.select(PROMPT + 3)] for served in (newest_only, all_tokens)
+    )
+    assert torch.equal(one[1][C : C + 2], other[1][C : C + 2])
+    assert bool((other[1][1:C] >= one[1][1:C] - 1e-6).all())
+    assert not torch.allclose(other[1][1:C], one[1][1:C])
 
 
 def test_keys_in_fp8_take_half_and_say_about_the_same(checkpoint: Path) -> None:
