@@ -87,7 +87,7 @@ class FlashMemoryManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: FlashMemorySpec, **kwargs: Any) -> None:
         """Read the number of slots that the workers published before the scheduler is built."""
-        fail_requests_with_broken_blocks()
+        fail_requests_with_broken_blocks(managed_blocks)
         hear_every_rank()
         super().__init__(kv_cache_spec, **kwargs)
         assert kv_cache_spec.budget is not None
@@ -210,10 +210,15 @@ class FlashMemoryManager(FullAttentionManager):
             self._counters.add("refused_admissions_total", 1)
 
 
+def managed_blocks(scheduler: Scheduler) -> FlashMemoryManager | None:
+    """A scheduler's manager of managed blocks; None in another engine than ours."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return next((manager for manager in managers if isinstance(manager, FlashMemoryManager)), None)
+
+
 def counts_slots(scheduler: Scheduler) -> bool:
     """Whether a scheduler works with our block manager."""
-    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    return any(isinstance(manager, FlashMemoryManager) for manager in managers)
+    return managed_blocks(scheduler) is not None
 
 
 def _register() -> None:

@@ -142,9 +142,8 @@ class CaptureExtension:
         if isinstance(runtime, RecordedRuntime):
             runtime = runtime.watched
         anchors = anchor_layers or runtime.anchors
-        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
-        shape = sizing.attention_shape(self.vllm_config, layers, self.device)
-        page_format = sizing.page_format(self.vllm_config, layers, self.device)
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.parts.shape.layer_names))
+        shape, page_format = runtime.parts.shape, runtime.parts.page_format
         caches = [layer.kv_cache for layer in layers.values()]
 
         def read_keys(layer: int, slots: torch.Tensor) -> torch.Tensor:
@@ -187,7 +186,7 @@ class CaptureExtension:
         runtime = self.flashmemory_runtime
         if isinstance(runtime, TimedRuntime):
             return
-        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.parts.shape.layer_names))
         _watch(self, layers.values(), TimedRuntime(runtime))
 
 

@@ -4,8 +4,8 @@ Each docstring names the symptom that made the change necessary, why it works, a
 No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
 instance attribute on an enum member, one official backend override (CPU only), two wrapped bound methods
 on our own worker's model runner, two wrapped methods of the scheduler that change nothing for other engines,
-the interpreter's hook for uncaught errors once one of ours is raised, and three wrapped methods that make an error
-of broken KV (`compat_outputs.py`).
+the interpreter's hook for uncaught errors once one of ours is raised, and four wrapped methods that make an error
+of broken KV (`compat_outputs.py`), of which the scheduler's `_handle_invalid_blocks` is private.
 
 Overrides stand in the classes of ours that need them. Those that go further than vLLM offers a way for:
 
@@ -22,13 +22,26 @@ Overrides stand in the classes of ours that need them. Those that go further tha
   whose queries a first selection is made with; goes when a request can say how many tokens no hit may cover.
 - `plugin/admission.py` `FlashMemorySpec.merge`: vLLM's rebuilds a spec from a fixed list of fields, without
   ours; goes when it copies.
+- `plugin/hybrid_admission.py` `HybridSpec.page_size_bytes`: says the page of other layers, so that vLLM's groups are as
+  without us; goes when a plugin can say what layers are grouped (0.33's builder of KV cache configurations).
+- `plugin/hybrid_admission.py` `HybridSpec.max_memory_usage_bytes`: nothing, for a group has no memory of its own in
+  vLLM; goes with the one above.
+- `plugin/hybrid_admission.py` `HybridSpec.merge`: keeps managed layers and others apart; goes with the one above.
+- `plugin/hybrid_admission.py` `HybridManager.get_num_blocks_to_allocate`: asks another pool than vLLM's and answers for
+  that; goes when a group can have a pool of its own.
+- `plugin/hybrid_admission.py` `HybridManager.records_new_block_ids`: no block of that pool is zeroed; goes with the one
+  above.
+- `plugin/hybrid_admission.py` `HybridManager.take_new_block_ids`: likewise.
+- `plugin/workers/hybrid.py` `native_bytes`: vLLM's private `_pool_bytes_per_block` and
+  `_max_memory_usage_bytes_from_groups` say what native layers need; goes when vLLM tells a worker.
+- `plugin/workers/hybrid.py` `bind_caches`: allocates what vLLM's configuration does not have; goes with the pool above.
 - `plugin/admission.py` `_register`: calls vLLM's private `_ensure_registered`, for vLLM registers its own specs
   only while its list is empty; goes when registering one of ours does it.
 - `plugin/workers/common.py` `ResidencyWorker.determine_available_memory`: reports the bytes of the host pool,
   so that the scheduler has N blocks; goes when a worker can report blocks instead of bytes.
 - `plugin/workers/physical.py` `physical_config`: makes vLLM's KV cache configuration again for S
   slots, with its private `_pool_bytes_per_block`; goes when vLLM tells logical from physical blocks.
-- `plugin/workers/physical.py` `_without_block_override`: hides `--num-gpu-blocks-override`
+- `plugin/workers/physical.py` `without_block_override`: hides `--num-gpu-blocks-override`
   meanwhile, which counts logical blocks; goes with the one above.
 - `plugin/workers/common.py` `ResidencyWorker.compile_or_warm_up_model`: takes the runtime away while vLLM warms
   up with requests of its own; goes when warm-up batches can be told from real ones.
@@ -155,7 +168,7 @@ def override_cpu_backend() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
 
 
-def install_slot_translation(runner: Any, set_batch: SetBatch) -> None:
+def install_slot_translation(runner: Any, set_batch: SetBatch, managed: int) -> None:
     """Replace slot mappings of logical blocks by those of slots, exactly once per step.
 
     Symptom: key/value writes take their target from the forward context's slot mapping, which vLLM computes
@@ -167,13 +180,14 @@ def install_slot_translation(runner: Any, set_batch: SetBatch) -> None:
     Args:
         runner: vLLM's GPUModelRunner (V1) or the V2 runner.
         set_batch: told, before metadata is built, the request ids of the batch rows in their order, their lengths
-            int32 `[R]` on the device, padding included, and an int64 slot mapping `[T]` (or `[1, T]`), which it
+            int32 `[R]` on the device, padding included, and an int64 slot mapping `[T]`, which it
             overwrites. V1 calls it for dummy batches as well.
+        managed: index of the KV cache group whose blocks are logical.
     """
     if hasattr(runner, "prepare_attn"):
-        _wrap_v2(runner, set_batch)
+        _wrap_v2(runner, set_batch, managed)
     else:
-        _wrap_v1(runner, set_batch)
+        _wrap_v1(runner, set_batch, managed)
 
 
 def keep_steps_out_of_full_graphs(runner: Any, needs_python: Callable[[], bool]) -> None:
@@ -246,26 +260,26 @@ def let_sessions_give_up_their_blocks(scheduler_cls: Any, is_ours: Callable[[Any
     scheduler_cls._update_request_as_session = _update_request_as_session
 
 
-def _wrap_v2(runner: Any, set_batch: SetBatch) -> None:
+def _wrap_v2(runner: Any, set_batch: SetBatch, managed: int) -> None:
     original = runner.prepare_attn
 
     @functools.wraps(original)
     def prepare_attn(input_batch: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         block_tables, slot_mappings = original(input_batch)
-        set_batch(list(input_batch.req_ids), input_batch.seq_lens, slot_mappings)
+        set_batch(list(input_batch.req_ids), input_batch.seq_lens, slot_mappings[managed])
         return block_tables, slot_mappings
 
     runner.prepare_attn = prepare_attn
 
 
-def _wrap_v1(runner: Any, set_batch: SetBatch) -> None:
+def _wrap_v1(runner: Any, set_batch: SetBatch, managed: int) -> None:
     original = runner._get_slot_mappings
 
     @functools.wraps(original)
     def _get_slot_mappings(num_tokens_padded: int, num_reqs_padded: int, *args: Any, **kwargs: Any) -> Any:
         by_group, by_layer = original(num_tokens_padded, num_reqs_padded, *args, **kwargs)
         if by_group:
-            set_batch(list(runner.input_batch.req_ids), runner.seq_lens[:num_reqs_padded], by_group[0])
+            set_batch(list(runner.input_batch.req_ids), runner.seq_lens[:num_reqs_padded], by_group[managed])
         return by_group, by_layer
 
     runner._get_slot_mappings = _get_slot_mappings

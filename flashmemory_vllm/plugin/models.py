@@ -19,15 +19,39 @@ class LayerSizes(NamedTuple):
         return f"{self.num_query_heads} query heads, {self.num_kv_heads} KV heads, head size {self.head_dim}"
 
 
+# What models name the kinds of their layers with
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+
+
+def managed_layers(model: "ModelConfig") -> list[int]:
+    """Indices of the layers of full attention, as far as the model's configuration tells; of all layers if it does not.
+
+    Args:
+        model: vLLM's configuration of the model. Windows that it has dropped are none.
+    """
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    every = range(model.get_total_num_hidden_layers())
+    if not kinds:
+        return list(every)
+    plain = {_FULL} if model.get_sliding_window() is not None else {_FULL, _WINDOW}
+    return [index for index, kind in zip(every, kinds, strict=False) if kind in plain]
+
+
+def is_window_beside_full_attention(model: "ModelConfig") -> bool:
+    """Whether some layers have a sliding window and others attend to all tokens."""
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    return model.get_sliding_window() is not None and {_FULL, _WINDOW} <= set(kinds)
+
+
 def layer_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> dict[int, LayerSizes]:
-    """Sizes of every layer that has attention, by its index among all layers.
+    """Sizes of every layer of full attention, by its index among all layers.
 
     Args:
         model: vLLM's configuration of the model.
         parallel: vLLM's configuration of the ranks, which share heads.
     """
     sizes = {}
-    for index in range(model.get_total_num_hidden_layers()):
+    for index in managed_layers(model):
         arch = model.model_arch_config[index]
         num_query_heads = model.get_num_attention_heads(parallel, arch)
         num_kv_heads = model.get_num_kv_heads(parallel, arch)

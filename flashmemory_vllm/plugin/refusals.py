@@ -7,7 +7,7 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dt
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import UnsupportedError
-from flashmemory_vllm.plugin.models import describe_differences, layer_sizes
+from flashmemory_vllm.plugin.models import describe_differences, is_window_beside_full_attention, layer_sizes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -56,6 +56,10 @@ def _refusals(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> Iterator[
     model = vllm_config.model_config
     if model is not None:
         yield from _model_refusals(model)
+        disabled = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        one_for_all = bool(disabled) and is_window_beside_full_attention(model)
+        allowed = "unset, for windows beside full attention"
+        yield Refusal(one_for_all, "--disable-hybrid-kv-cache-manager", disabled, allowed)
         yield from _cache_dtype_refusals(vllm_config, model)
         # Only now: of a model without attention there is nothing to ask
         differences = describe_differences(layer_sizes(model, vllm_config.parallel_config))
@@ -151,7 +155,8 @@ def _model_refusals(model: "ModelConfig") -> Iterator[Refusal]:
         yield Refusal(bool(refused), "model", f"{model.model} ({kind})", allowed)
     given = f"{model.model} (sliding window of {window} tokens)"
     no_window = f"{allowed}, or --disable-sliding-window for requests no longer than that"
-    yield Refusal(window is not None, "model", given, no_window)
+    only_windows = window is not None and not is_window_beside_full_attention(model)
+    yield Refusal(only_windows, "model", given, no_window)
 
 
 def _cache_dtype_refusals(vllm_config: "VllmConfig", model: "ModelConfig") -> Iterator[Refusal]:

@@ -29,9 +29,11 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": ("self", "scheduler_output"),
     "vllm.v1.worker.gpu_worker:Worker.sample_tokens": ("self", "grammar_output"),
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("self", "scheduler_output", "model_runner_output"),
-    "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks": ("self", "invalid_block_ids"),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("self", "block_ids"),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("self", "request_id"),
+    "vllm.v1.core.sched.scheduler:Scheduler._handle_invalid_blocks": (
+        "self",
+        "invalid_block_ids",
+        "num_scheduled_tokens",
+    ),
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor.execute_model": ("self", "scheduler_output"),
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc": (
         "self",
@@ -45,6 +47,10 @@ FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
         "available_memory",
     ),
     "vllm.v1.core.kv_cache_utils:_pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
+    "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups": ("vllm_config", "kv_cache_groups"),
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
+    "vllm.v1.worker.utils:allocate_kv_cache": ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
+    "vllm.v1.core.block_pool:BlockPool.__init__": ("self", "num_gpu_blocks", "enable_caching", "hash_block_size"),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate": (
         "self",
         "request_id",
@@ -117,6 +123,8 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "seq_lens"),
     "vllm.v1.outputs:ModelRunnerOutput": ("kv_connector_output",),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ("num_blocks", "kv_cache_tensors", "kv_cache_groups"),
+    "vllm.v1.kv_cache_interface:KVCacheTensor": ("layers",),
     "vllm.v1.outputs:KVConnectorOutput": ("invalid_block_ids",),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc",

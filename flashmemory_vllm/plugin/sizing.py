@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.plugin.layers import LayerSplit
 from flashmemory_vllm.plugin.machine import engines_of_machine
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
 from flashmemory_vllm.residency.budget import BudgetPolicy
@@ -23,24 +24,20 @@ from flashmemory_vllm.runtime.beside import beside_slots
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_automatic, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
-from flashmemory_vllm.transfer.streaming import PartialAttention
+from flashmemory_vllm.transfer.streaming import PageKind, PartialAttention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 # Share of the free host memory that the pool takes when flashmemory.host_memory_gib is not given.
 DEFAULT_HOST_SHARE = 0.5
 
 
-def budget_policy(
-    vllm_config: "VllmConfig", config: FlashMemoryConfig, specs: Mapping[str, "KVCacheSpec"]
-) -> BudgetPolicy:
-    """The slot budget of one request; the block size comes from the specs while vLLM may still change it."""
-    block_sizes = {spec.block_size for spec in specs.values()} or {vllm_config.cache_config.block_size}
+def budget_policy(vllm_config: "VllmConfig", config: FlashMemoryConfig, block_size: int) -> BudgetPolicy:
+    """The slot budget of one request, in blocks of so many tokens."""
     return capacity.budget_policy(
         config,
-        block_size=block_sizes.pop(),
+        block_size=block_size,
         max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_model_len=vllm_config.model_config.max_model_len,
     )
@@ -49,7 +46,7 @@ def budget_policy(
 def plan(
     vllm_config: "VllmConfig",
     config: FlashMemoryConfig,
-    specs: Mapping[str, "KVCacheSpec"],
+    split: LayerSplit,
     device_bytes: int,
     device: torch.device,
 ) -> CapacityPlan:
@@ -58,16 +55,15 @@ def plan(
     Args:
         vllm_config: vLLM's configuration.
         config: our options.
-        specs: vLLM's cache spec of each attention layer.
-        device_bytes: device memory that stock vLLM would give to its KV cache.
+        split: the model's layers.
+        device_bytes: device memory that stock vLLM would give to its KV cache, without that of native layers.
         device: the worker's device.
 
     Raises:
         ConfigError: the sizes asked for do not fit.
     """
-    layers = attention_layers(vllm_config, list(specs))
-    shape = attention_shape(vllm_config, layers, device)
-    return _plan(vllm_config, config, shape, budget_policy(vllm_config, config, specs), device_bytes)
+    shape = attention_shape(attention_layers(vllm_config, list(split.managed)), split.block_size, device)
+    return _plan(vllm_config, config, shape, budget_policy(vllm_config, config, split.block_size), device_bytes)
 
 
 def check_capacity(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> None:
@@ -80,7 +76,8 @@ def check_capacity(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> None
     device_bytes = vllm_config.cache_config.kv_cache_memory_bytes
     shape = _announced_shape(vllm_config)
     # What the worker has not measured yet limits nothing; `plan` has it
-    _plan(vllm_config, config, shape, budget_policy(vllm_config, config, {}), device_bytes or sys.maxsize)
+    budget = budget_policy(vllm_config, config, shape.block_size)
+    _plan(vllm_config, config, shape, budget, device_bytes or sys.maxsize)
 
 
 def _plan(
@@ -135,8 +132,13 @@ def attention_layers(vllm_config: "VllmConfig", names: list[str]) -> dict[str, A
     return get_layers_from_vllm_config(vllm_config, Attention, names)
 
 
-def attention_shape(vllm_config: "VllmConfig", layers: Mapping[str, Attention], device: torch.device) -> AttentionShape:
-    """Sizes shared by all layers.
+def attention_shape(layers: Mapping[str, Attention], block_size: int, device: torch.device) -> AttentionShape:
+    """Sizes shared by all managed layers.
+
+    Args:
+        layers: the managed layers in depth order.
+        block_size: tokens in a block of theirs.
+        device: the worker's device.
 
     Raises:
         UnsupportedError: they differ. vLLM puts layers of several sizes into one KV cache group if all else is equal.
@@ -156,7 +158,7 @@ def attention_shape(vllm_config: "VllmConfig", layers: Mapping[str, Attention], 
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,
         softmax_scale=float(first.impl.scale),
-        block_size=vllm_config.cache_config.block_size,
+        block_size=block_size,
         dtype=first.kv_cache_torch_dtype,
         device=device,
     )
@@ -185,19 +187,25 @@ def _announced_shape(vllm_config: "VllmConfig") -> AttentionShape:
     )
 
 
-def page_format(vllm_config: "VllmConfig", layers: Mapping[str, Attention], device: torch.device) -> PageFormat:
+def page_kind(layers: Mapping[str, Attention], shape: AttentionShape) -> PageKind:
+    """What the pages of the managed layers mean."""
+    found = {index: getattr(layer.impl, "sinks", None) for index, layer in enumerate(layers.values())}
+    sinks = {index: sink for index, sink in found.items() if sink is not None}
+    return PageKind(_page_format(layers, shape), shape.softmax_scale, _partial_attention(shape.device), sinks)
+
+
+def _page_format(layers: Mapping[str, Attention], shape: AttentionShape) -> PageFormat:
     """How the platform's kernel lays out keys and values inside a page."""
-    first = next(iter(layers.values()))
-    sizes = (first.num_kv_heads, vllm_config.cache_config.block_size, first.head_size)
-    if device.type == "cuda":
+    sizes = (shape.num_kv_heads, shape.block_size, shape.head_dim)
+    if shape.device.type == "cuda":
         return InterleavedPages(*sizes)
-    isa = getattr(first, "isa", "vec")
+    isa = getattr(next(iter(layers.values())), "isa", "vec")
     if isa not in {"vec", "vec16", "amx"}:
         raise ConfigError(f"cpu: vLLM chose the attention kernel {isa}; allowed: vec, vec16, amx (x86)")
     return CpuAmxPages(*sizes) if isa == "amx" else CpuVectorPages(*sizes)
 
 
-def partial_attention(device: torch.device) -> PartialAttention:
+def _partial_attention(device: torch.device) -> PartialAttention:
     """Attention over a part of the keys that also returns its log-sum-exp."""
     if device.type == "cuda":
         from flashmemory_vllm.plugin.backends.flash_partial import flash_partial_attention

@@ -18,9 +18,15 @@ class StepTranslator:
 
     A streaming-input session that goes on is a new request with a longer prompt, in both. Here the one before it has
     ended: what it asked for counts no more.
+
+    Args:
+        managed: index of the KV cache group of the managed layers, whose blocks are meant.
+        has_native_groups: whether there are others, whose blocks vLLM copies and zeroes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, managed: int = 0, *, has_native_groups: bool = False) -> None:
+        self.managed = managed
+        self._has_native_groups = has_native_groups
         self._prompt_len: dict[str, int] = {}
         self._step = 0
 
@@ -28,10 +34,11 @@ class StepTranslator:
         """Translate one step.
 
         Raises:
-            IntegrityError: vLLM asks to copy or zero blocks. It zeroes them for state-space layers and caches of mixed
-                precision, and copies them where hits end within a block: none of that with one kind of full attention.
+            IntegrityError: vLLM asks to copy or zero blocks, and all blocks are ours. It zeroes them for state-space
+                layers and caches of mixed precision, and copies them where hits end within a block.
         """
-        if scheduled.kv_cache_block_copies or scheduled.new_block_ids_to_zero:
+        others = scheduled.kv_cache_block_copies or scheduled.new_block_ids_to_zero
+        if others and not self._has_native_groups:
             raise IntegrityError("vllm asked to copy or zero KV blocks: allowed are blocks that are written whole")
         self._step += 1
         for req_id in scheduled.finished_req_ids:
@@ -49,7 +56,7 @@ class StepTranslator:
             if req_id in cached.resumed_req_ids
         ]
         running = [
-            RunningRequest(req_id, _flat(cached.new_block_ids[index]), cached.num_computed_tokens[index])
+            RunningRequest(req_id, self._ours(cached.new_block_ids[index]), cached.num_computed_tokens[index])
             for index, req_id in enumerate(cached.req_ids)
             if req_id not in cached.resumed_req_ids
         ]
@@ -68,7 +75,7 @@ class StepTranslator:
         prefill_len = prompt_len if request.prefill_token_ids is None else len(request.prefill_token_ids)
         self._prompt_len[request.req_id] = prompt_len
         return NewRequest(
-            request.req_id, _flat(request.block_ids), request.num_computed_tokens, prefill_len, prompt_len
+            request.req_id, self._ours(request.block_ids), request.num_computed_tokens, prefill_len, prompt_len
         )
 
     def _resumed(self, cached: "CachedRequestData", index: int) -> NewRequest:
@@ -76,13 +83,11 @@ class StepTranslator:
         prompt_len = self._prompt_len[req_id]
         return NewRequest(
             req_id,
-            _flat(cached.new_block_ids[index]),
+            self._ours(cached.new_block_ids[index]),
             cached.num_computed_tokens[index],
             prompt_len + cached.num_output_tokens[index],
             prompt_len,
         )
 
-
-def _flat(block_ids: "tuple[list[int], ...] | None") -> tuple[int, ...]:
-    """The ids of the one KV cache group there is."""
-    return tuple(block_ids[0]) if block_ids else ()
+    def _ours(self, block_ids: "tuple[list[int], ...] | None") -> tuple[int, ...]:
+        return tuple(block_ids[self.managed]) if block_ids else ()

@@ -29,9 +29,8 @@ from flashmemory_vllm.transfer.checksums import COMPARED
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
-from flashmemory_vllm.transfer.streaming import PartialAttention
+from flashmemory_vllm.transfer.streaming import PageKind
 
 # Most blocks of a request that come with one list, unless it is in force at once
 MOST_LISTED = 64
@@ -69,8 +68,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     *,
     shape: AttentionShape,
     caches: Sequence[torch.Tensor],
-    page_format: PageFormat,
-    attend: PartialAttention,
+    kind: PageKind,
     config: FlashMemoryConfig,
     budget: BudgetPolicy,
     sizes: RuntimeSizes,
@@ -83,8 +81,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
     Args:
         shape: the model's attention layers.
         caches: per layer the device KV cache [S, ...page].
-        page_format: what lies inside a page.
-        attend: attention over a part of the keys.
+        kind: what their pages mean.
         config: our options.
         budget: slots of one request.
         sizes: what was planned, and the largest batch.
@@ -107,12 +104,12 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             anchors=anchors,
             planner=_planner(sizes, budget, config, engine.layout),
             engine=engine,
-            page_format=page_format,
+            page_format=kind.page_format,
             selector=selector,
             choices=_choices(selector, config, budget, buffers),
             buffers=buffers,
             questions=QuestionQueries(question_window(selector, config, budget), len(anchors), shape),
-            prefill=_prefill(engine, page_format, shape, attend, config, sizes.staging_blocks),
+            prefill=_prefill(engine, kind, config, sizes.staging_blocks),
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
@@ -183,23 +180,14 @@ def _buffers(
     return StepBuffers(tables, QueryRing(num_anchors, sizes.max_num_seqs, of_tables.num_kept, shape))
 
 
-def _prefill(
-    engine: TransferEngine,
-    page_format: PageFormat,
-    shape: AttentionShape,
-    attend: PartialAttention,
-    config: FlashMemoryConfig,
-    staging_blocks: int,
-) -> StreamedPrefill:
+def _prefill(engine: TransferEngine, kind: PageKind, config: FlashMemoryConfig, staging_blocks: int) -> StreamedPrefill:
     layout = engine.layout
     largest = max(map(layout.layer_bytes, range(layout.num_layers)))
     size = (NUM_STAGING_BUFFERS, staging_blocks, largest)
     return StreamedPrefill(
         engine,
-        page_format,
+        kind,
         torch.zeros(size, dtype=torch.uint8, device=layout.device),
-        shape.softmax_scale,
-        attend,
         poison=config.poison_free_slots,
     )
 

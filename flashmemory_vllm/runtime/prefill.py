@@ -11,9 +11,8 @@ from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import IntArray, Phase, Row
 from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.engine import TransferEngine
-from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import HistoryPart, StagingRing, split_history
-from flashmemory_vllm.transfer.streaming import Chunk, PartialAttention, StreamedAttention, StreamedHistory
+from flashmemory_vllm.transfer.streaming import Chunk, PageKind, StreamedAttention, StreamedHistory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,26 +36,22 @@ class StreamedPrefill:
 
     Args:
         engine: moves the pages.
-        page_format: what lies inside a page.
+        kind: what they mean.
         staging: uint8 [K, staging_blocks, page_bytes] on the device, K buffers.
-        scale: factor on `q . k`.
-        attend: attention over a part of the keys.
         poison: fill staging with NaN before each fetch. Default: False.
     """
 
     def __init__(
         self,
         engine: TransferEngine,
-        page_format: PageFormat,
+        kind: PageKind,
         staging: torch.Tensor,
-        scale: float,
-        attend: PartialAttention,
         poison: bool = False,
     ) -> None:
         self._engine = engine
-        self._block_size = page_format.block_size
+        self._block_size = kind.page_format.block_size
         self._ring = StagingRing(engine, staging, poison)
-        self._attention = StreamedAttention(engine.layout, page_format, self._ring, scale, attend)
+        self._attention = StreamedAttention(engine.layout, kind, self._ring)
         self._rows: list[_StreamedRow] = []
 
     def set_rows(self, batch: Batch) -> None:

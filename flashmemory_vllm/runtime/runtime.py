@@ -52,14 +52,20 @@ class ResidencyRuntime:
         return self._plan is not None
 
     @property
-    def layer_names(self) -> tuple[str, ...]:
-        """VLLM's names of the attention layers, in depth order."""
-        return self._parts.shape.layer_names
+    def parts(self) -> RuntimeParts:
+        """What it is assembled from."""
+        return self._parts
 
     @property
     def num_logical_blocks(self) -> int:
         """N, logical blocks of the scheduler and of the host pool."""
         return self._parts.planner.geometry.num_logical_blocks
+
+    @property
+    def last_slot_token(self) -> int:
+        """The largest entry that a slot mapping may have."""
+        geometry = self._parts.planner.geometry
+        return geometry.num_slots * geometry.block_size - 1
 
     @property
     def index_bytes_per_block(self) -> int:
@@ -125,16 +131,17 @@ class ResidencyRuntime:
         Args:
             req_ids: the step's requests in the order of the rows.
             seq_lens: int32 [R] logical lengths on the device; rows of padding come last and have 0.
-            slot_mapping: int64 [T] or [1, T], padding included; becomes that of layer group 0.
+            slot_mapping: int64 [T], padding included; becomes that of layer group 0.
         """
         if self._plan is None:
             self._tables.write_nothing()
+            slot_mapping.clamp_(max=self.last_slot_token)
             return
-        batch, flat = self._plan.rows.batch(req_ids), slot_mapping.view(-1)
+        batch, num_tokens = self._plan.rows.batch(req_ids), len(slot_mapping)
         self._tables.know_blocks(self._plan.asked)
-        self._tables.write(batch, seq_lens, len(flat), self._parts.planner.take_edits())
+        self._tables.write(batch, seq_lens, num_tokens, self._parts.planner.take_edits())
         # vLLM shares this tensor with all who write by it
-        flat.copy_(self._tables.slot_mapping(0, len(flat)))
+        slot_mapping.copy_(self._tables.slot_mapping(0, num_tokens))
         self._parts.questions.set_rows(batch, self._prompt_len)
         self._parts.prefill.set_rows(batch)
 
@@ -156,12 +163,13 @@ class ResidencyRuntime:
         """As `compacted_tables` outside of a step, where vLLM's block ids are slots already.
 
         Args:
-            block_table: int32 [R, w] slots.
+            block_table: int32 [R, w] slots, or blocks of native layers, of which there may be more: noise in any case.
             seq_lens: int32 [R].
-            slot_mapping: int64 [T].
+            slot_mapping: int64 [T], likewise.
             max_seq_len: upper bound that the batch is to be computed with.
         """
-        return self._tables.pass_through(block_table, seq_lens, slot_mapping, max_seq_len)
+        slots = block_table.clamp(max=self._parts.planner.geometry.num_slots - 1)
+        return self._tables.pass_through(slots, seq_lens, slot_mapping.clamp(max=self.last_slot_token), max_seq_len)
 
     def attended(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,23 @@ class PartialAttention(Protocol):
         causal: bool,
     ) -> Part:
         """Return out [T, H, D] and natural-log lse float32 [H, T]; the caller may overwrite both."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageKind:
+    """What the pages of the managed layers mean to attention.
+
+    Attributes:
+        page_format: what lies inside a page.
+        scale: factor on `q . k`.
+        attend: attention over a part of the keys.
+        sinks: by layer the logit [H] that each query has beside those of its keys, of no value. None by default.
+    """
+
+    page_format: PageFormat
+    scale: float
+    attend: PartialAttention
+    sinks: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Chunk(NamedTuple):
@@ -92,29 +109,18 @@ class StreamedAttention:
 
     The parts are the chunk itself, the blocks on the device, and the streamed ones, read where they lie and
     merged by their log-sum-exp: dense attention, exact up to rounding. The first part is the running result as
-    it is, the merges between write float32 in place, the last one writes the output.
+    it is, the merges between write float32 in place, the last one writes the output. A sink is of the first part.
 
     Args:
         layout: where pages lie.
-        page_format: what lies inside a page.
+        kind: what they mean.
         ring: fetches the streamed parts.
-        scale: factor on `q . k`.
-        attend: attention over a part of the keys.
     """
 
-    def __init__(
-        self,
-        layout: PageLayout,
-        page_format: PageFormat,
-        ring: StagingRing,
-        scale: float,
-        attend: PartialAttention,
-    ) -> None:
+    def __init__(self, layout: PageLayout, kind: PageKind, ring: StagingRing) -> None:
         self._layout = layout
-        self._page_format = page_format
+        self._kind = kind
         self._ring = ring
-        self._scale = scale
-        self._attend = attend
 
     def complete(self, layer: int, chunk: Chunk, history: StreamedHistory) -> None:
         """Compute one chunk's attention in one layer; `history.parts` are what the ring has next.
@@ -139,10 +145,12 @@ class StreamedAttention:
         merge_attention(total, total_lse, part, part_lse, chunk.output, total_lse)
 
     def _parts(self, layer: int, chunk: Chunk, history: StreamedHistory) -> Iterator[Part]:
+        kind = self._kind
         own = chunk.key.unsqueeze(0), chunk.value.unsqueeze(0)
-        yield self._attend(chunk.query, *own, None, len(chunk.key), self._scale, True)
+        first = kind.attend(chunk.query, *own, None, len(chunk.key), kind.scale, True)
+        yield with_sink(first, kind.sinks[layer]) if layer in kind.sinks else first
         if history.num_device_tokens:
-            pages, table = self._page_format.select(self._layout.cache(layer), history.device_slots)
+            pages, table = kind.page_format.select(self._layout.cache(layer), history.device_slots)
             yield self._attend_pages(chunk.query, pages, table, history.num_device_tokens)
         for part in history.parts:
             with self._ring.part(layer, part) as staged:
@@ -153,5 +161,13 @@ class StreamedAttention:
     def _attend_pages(
         self, query: torch.Tensor, pages: torch.Tensor, table: torch.Tensor | None, num_tokens: int
     ) -> Part:
-        keys, values = self._page_format.keys(pages).transpose(1, 2), self._page_format.values(pages).transpose(1, 2)
-        return self._attend(query, keys, values, table, num_tokens, self._scale, False)
+        kind = self._kind
+        keys, values = kind.page_format.keys(pages).transpose(1, 2), kind.page_format.values(pages).transpose(1, 2)
+        return kind.attend(query, keys, values, table, num_tokens, kind.scale, False)
+
+
+def with_sink(part: Part, sink: torch.Tensor) -> Part:
+    """A part over one key more, of logit `sink` [H] and without a value: float32 [T, H, D] and its lse [H, T]."""
+    out, lse = part
+    total = torch.logaddexp(lse, sink.to(lse).unsqueeze(1))
+    return out.float() * (lse - total).exp().T.unsqueeze(-1), total

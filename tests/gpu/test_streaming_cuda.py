@@ -17,7 +17,7 @@ from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import InterleavedPages
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS, StagingRing, split_history
-from flashmemory_vllm.transfer.streaming import Chunk, StreamedAttention, StreamedHistory
+from flashmemory_vllm.transfer.streaming import Chunk, PageKind, StreamedAttention, StreamedHistory
 
 LAYERS, SLOTS, BLOCKS, BLOCK_SIZE = 3, 16, 64, 16
 # exp, log and one division in float32 by two compilers.
@@ -102,7 +102,7 @@ def test_streamed_attention_is_dense(num_history: int, poison: bool) -> None:
     staging = torch.zeros(NUM_STAGING_BUFFERS, 4, layout.layer_bytes(0), dtype=torch.uint8, device="cuda")
     ring = StagingRing(engine, staging, poison)
     page_format = InterleavedPages(heads, BLOCK_SIZE, head_dim)
-    attention = StreamedAttention(layout, page_format, ring, 0.2, partial_attention)
+    attention = StreamedAttention(layout, PageKind(page_format, 0.2, partial_attention), ring)
     ring.begin((layer, part) for layer in range(LAYERS) for part in parts)
 
     outputs = torch.full((LAYERS, *query.shape), torch.nan, device="cuda")

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl, runtime_of
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 
@@ -84,8 +85,6 @@ class AttentionOracle:
 
     def install(self) -> None:
         """Look over the shoulder of our runtime, metadata builder and attention implementation."""
-        from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl
-
         _watch(ResidencyRuntime, "set_batch", before=self.see_slots, after=self.see_rows)
         _watch(CompactedBuilder, "build", before=self.see_batch)
         _watch(ResidentImpl, "do_kv_cache_update", before=self.see_keys)
@@ -99,6 +98,8 @@ class AttentionOracle:
 
     def see_batch(self, call: Call) -> None:
         """Keep vLLM's block table and lengths, which are still logical."""
+        if runtime_of(call.self.vllm_config, call.self.layer_names[0]) is None:
+            return  # native layers, whose tables are not ours
         metadata = call.common_attn_metadata
         num_rows = metadata.num_reqs
         self._batch = _Batch(
@@ -110,7 +111,8 @@ class AttentionOracle:
 
     def see_rows(self, call: Call) -> None:
         """Learn the resident sets."""
-        self._rows = call.self._rows
+        plan = call.self._plan
+        self._rows = [] if plan is None else [plan.rows[req_id] for req_id in call.req_ids]
 
     def see_keys(self, call: Call) -> None:
         """Keep the keys and values [T, Hkv, D] of a layer."""
@@ -140,7 +142,7 @@ class AttentionOracle:
             history = self._history[impl.layer_index][self._logical_slots(index, positions)]
             asking = torch.arange(seq_len - (stop - start), seq_len, device=positions.device)
             hidden = positions[None, :] > asking[:, None]
-            expected = _attention(query[start:stop], history[:, 0], history[:, 1], hidden, impl.scale)
+            expected = _attention(query[start:stop], history[:, 0], history[:, 1], hidden, impl.scale, impl.sinks)
             error = float((outputs[start:stop].double() - expected).abs().max() / expected.abs().max())
             checked = self.checked.setdefault(self._kind(index, row, impl.group), Checked())
             checked.add(error, is_first_layer=impl.layer_index == 0)
@@ -173,9 +175,16 @@ def _in_step(impl: Any) -> bool:
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softmax attention in float64: [T, Hq, D] over [K, Hkv, D]; `hidden` [T, K] is what a query must not see.
+
+    Sinks [Hq] are logits of one key more, which has no value.
 
     By matrix products and exponentials alone: vLLM's batch-invariant mode puts its own kernels in the place of batched
     products and of softmax, and those know no float64.
@@ -186,8 +195,12 @@ def _attention(
     for group in range(key.shape[1]):
         scores = scale * (grouped[:, group].reshape(-1, head_dim) @ key[:, group].double().T)
         scores = scores.view(num_queries, -1, len(key)).masked_fill(hidden.unsqueeze(1), -torch.inf)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        weights /= weights.sum(-1, keepdim=True)
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total += (sinks.double().view(key.shape[1], -1)[group].unsqueeze(-1) - top).exp()
+        weights /= total
         outputs.append((weights.view(-1, len(key)) @ value[:, group].double()).view(num_queries, -1, head_dim))
     return torch.stack(outputs, dim=1).reshape(num_queries, num_heads, head_dim)
 

@@ -1,10 +1,18 @@
-"""A random Llama of a few hundred thousand parameters: greedy text from it changes with any wrong byte of KV."""
+"""Random models of a few hundred thousand parameters: greedy text from them changes with any wrong byte of KV."""
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 VOCABULARY = 512
 
@@ -39,6 +47,58 @@ def save_tiny_llama(
         eos_token_id=1,
     )
     model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+# Of models with windows of 64 tokens beside full attention
+_HYBRID: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": 64,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def save_tiny_gemma3(folder: Path, *, num_layers: int = 6) -> Path:
+    """Write a seeded random Gemma 3, of which each sixth layer attends to all tokens and the others have a window.
+
+    Args:
+        folder: where to; created.
+        num_layers: decoder layers.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(num_hidden_layers=num_layers, intermediate_size=256, query_pre_attn_scalar=32, **_HYBRID)
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gpt_oss(folder: Path) -> Path:
+    """Write a seeded random gpt-oss: four layers with attention sinks, of which two have a window; experts.
+
+    Args:
+        folder: where to; created.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        num_hidden_layers=4, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, **_HYBRID
+    )
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(0, 1)
     model.save_pretrained(folder)
     return folder
 

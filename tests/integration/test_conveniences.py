@@ -18,12 +18,19 @@ from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.plugin import checks, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.checks import read_config
-from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
+from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes, managed_layers
 from tests.integration.configurations import LLAMA, configure, refusal
 
 pytestmark = pytest.mark.usefixtures("plugin_here")
 
 SaveModel = Callable[[Mapping[str, Any]], Path]
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 16,
+}
 BACKEND = "is not supported with --attention-backend flashmemory; allowed: "
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 W8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
@@ -120,20 +127,20 @@ def test_runs_of_layers_are_told_as_ranges() -> None:
     assert describe_differences({0: small, 4: small}) == ""
 
 
-def test_a_worker_refuses_layers_of_different_sizes_too(llama: Path) -> None:
+def test_a_worker_refuses_layers_of_different_sizes_too() -> None:
     """Where a model's configuration does not tell, its layers do."""
     layers = {
         name: cast("Attention", SimpleNamespace(num_heads=4, num_kv_heads=heads, head_size=16))
         for name, heads in (("a", 2), ("b", 4))
     }
     with pytest.raises(UnsupportedError, match=r"^model: 4 query heads, 2 KV heads, .* in layers 0; 4 .* in layers 1;"):
-        sizing.attention_shape(configure(llama), layers, torch.device("cpu"))
+        sizing.attention_shape(layers, 32, torch.device("cpu"))
 
 
 def test_a_worker_refuses_values_of_another_size_than_keys(llama: Path) -> None:
     config = configure(llama)
     spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=16, head_size_v=8, dtype=torch.float32)
-    budget = sizing.budget_policy(config, read_config(config), {})
+    budget = sizing.budget_policy(config, read_config(config), 32)
     with pytest.raises(UnsupportedError, match=r"keys of 16 elements and values of 8; .* equal sizes"):
         FlashMemorySpec.from_spec(spec, budget, llama)
 
@@ -169,25 +176,26 @@ def test_a_window_that_is_switched_off(save_model: SaveModel) -> None:
     assert "or --disable-sliding-window for requests no longer than that" in str(refusal(model))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
-        {
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "layer_types": ["sliding_attention", "full_attention"],
-            "query_pre_attn_scalar": 16,
-        },
-    ],
-    ids=["every layer", "some layers"],
-)
+@pytest.mark.parametrize("config", [MISTRAL, GEMMA3], ids=["every layer", "some layers"])
 def test_a_window_that_no_request_is_longer_than(save_model: SaveModel, config: dict[str, Any]) -> None:
     model = save_model({"sliding_window": 1024, **config})
     served = configure(model, max_model_len=1024)
     assert served.model_config.get_sliding_window() is None
     assert served.cache_config.sliding_window is None
+    assert managed_layers(served.model_config) == [0, 1]
+
+
+def test_a_window_that_a_request_may_be_longer_than(save_model: SaveModel) -> None:
+    """Is refused in every layer, and is vLLM's own in some layers."""
+    model = save_model({"sliding_window": 1024, **MISTRAL})
     assert "sliding window of 1024 tokens" in str(refusal(model, max_model_len=1025))
+    model = save_model({"sliding_window": 1024, **GEMMA3})
+    served = configure(model, max_model_len=1025)
+    assert served.model_config.get_sliding_window() == 1024
+    assert managed_layers(served.model_config) == [1]
+    assert sizing._announced_shape(served).num_layers == 1
+    message = str(refusal(model, max_model_len=1025, disable_hybrid_kv_cache_manager=True))
+    assert message == f"--disable-hybrid-kv-cache-manager: True {BACKEND}unset, for windows beside full attention"
 
 
 def test_a_speculator_as_the_model(save_model: SaveModel, tmp_path: Path) -> None:

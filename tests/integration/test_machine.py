@@ -40,7 +40,7 @@ def plan(config: VllmConfig) -> CapacityPlan:
     config.cache_config.kv_cache_memory_bytes = 100 * GIB
     shape = sizing._announced_shape(config)
     options = read_config(config)
-    return sizing._plan(config, options, shape, sizing.budget_policy(config, options, {}), 100 * GIB)
+    return sizing._plan(config, options, shape, sizing.budget_policy(config, options, shape.block_size), 100 * GIB)
 
 
 def pinned_bytes(config: VllmConfig) -> int:

@@ -25,15 +25,14 @@ from flashmemory_vllm.plugin.checks import prepare_config, read_config
 from tests.helpers.indexers import save_untrained, spoil
 from tests.integration.configurations import configure, refusal
 
-ALTERNATING = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
 LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 # By a name of ours: architecture, model type, what differs from SIZES, the reason we give
 OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "sliding window": ("MistralForCausalLM", "mistral", {"sliding_window": 1024}, "sliding window of 1024 tokens"),
-    "alternating windows": (
+    "windows in all of several kinds of layers": (
         "Gemma3ForCausalLM",
         "gemma3_text",
-        ALTERNATING | {"query_pre_attn_scalar": 16},
+        {"sliding_window": 512, "layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 16},
         "sliding window of 512 tokens",
     ),
     "chunked attention": (

@@ -41,4 +41,18 @@ BORDER = (
         "prompt_len,",
         f"{_TEST}test_translate.py::test_a_request_that_v1_resumes_prefills_what_it_has_generated",
     ),
+    Mutation(
+        "wrong group: the blocks of a window are taken for ours",
+        f"{_DIR}translate.py",
+        "tuple(block_ids[self.managed])",
+        "tuple(block_ids[0])",
+        f"{_TEST}test_translate.py::test_blocks_of_the_managed_group_are_meant",
+    ),
+    Mutation(
+        "wrong group: tokens of windows are written to our slots",
+        f"{_DIR}compat.py",
+        "by_group[managed])",
+        "by_group[0])",
+        "tests/integration/plugin/test_slot_translation.py::test_one_group_is_translated[RunnerV1-1]",
+    ),
 )

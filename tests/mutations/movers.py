@@ -63,7 +63,7 @@ MOVERS = (
     Mutation(
         "vLLM's slot mapping goes on naming logical blocks",
         f"{_RUNTIME}runtime.py",
-        "        flat.copy_(self._tables.slot_mapping(0, len(flat)))\n",
+        "        slot_mapping.copy_(self._tables.slot_mapping(0, num_tokens))\n",
         "",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-1]",
     ),
@@ -304,6 +304,13 @@ MOVERS = (
         "merge_attention(total, total_lse, part, part_lse, chunk.output, total_lse)",
         "merge_attention(*merge_attention(total, total_lse, part, part_lse), part, part_lse, chunk.output, total_lse)",
         f"{_TRANSFER_TEST}test_streaming.py::test_streamed_is_dense",
+    ),
+    Mutation(
+        "sinks of attention are left out of streamed rows",
+        f"{_TRANSFER}streaming.py",
+        "with_sink(first, kind.sinks[layer]) if layer in kind.sinks else first",
+        "first",
+        f"{_TRANSFER_TEST}test_streaming.py::test_a_sink_counts_once_however_many_parts_there_are",
     ),
     Mutation(
         "values taken for keys",

@@ -48,6 +48,7 @@ from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.page_format import InterleavedPages
+from flashmemory_vllm.transfer.streaming import PageKind
 
 BLOCK, LAYERS, HEADS, HEAD_DIM = 16, 1, 1, 2
 CHUNK = 512
@@ -172,8 +173,7 @@ class HostSteps:
             self.runtime = assembly.build_runtime(
                 shape=shape,
                 caches=[torch.zeros(num_slots, *page) for _ in range(LAYERS)],
-                page_format=InterleavedPages(HEADS, BLOCK, HEAD_DIM),
-                attend=lambda *_, **__: None,  # type: ignore[arg-type]
+                kind=PageKind(InterleavedPages(HEADS, BLOCK, HEAD_DIM), 1.0, lambda *_, **__: None),  # type: ignore[arg-type]
                 config=config,
                 budget=budget,
                 sizes=assembly.RuntimeSizes(rows * width + 1, 2, rows, rows + CHUNK),

@@ -89,7 +89,10 @@ def _tables(runtime: "ResidencyRuntime", common: "CommonAttentionMetadata") -> "
 
 
 class ResidentImpl:
-    """Mixin before an attention implementation: feeds the runtime and picks the layer group's metadata."""
+    """Mixin before an attention implementation: feeds the runtime and picks the layer group's metadata.
+
+    A layer that is never bound to a runtime is a native one, and does what the platform's does.
+    """
 
     runtime: "ResidencyRuntime | None" = None
     layer_index: int = -1
@@ -99,16 +102,15 @@ class ResidentImpl:
         """As the platform's implementation; refuses what compaction would silently get wrong.
 
         Raises:
-            UnsupportedError: ALiBi, a sliding window, soft-capped logits, attention sinks, cross-layer KV sharing, or
-                no decoder layer.
+            UnsupportedError: ALiBi, soft-capped logits, cross-layer KV sharing, or no decoder layer, in a layer
+                without a window.
         """
         super().__init__(*args, **kwargs)
-        window = getattr(self, "sliding_window", None)
+        if getattr(self, "sliding_window", None) not in {None, -1, (-1, -1)}:
+            return  # a native layer: its tables are never compacted
         refusals = {
             "ALiBi position biases": getattr(self, "alibi_slopes", None) is not None,
-            f"a sliding window ({window})": window not in {None, -1, (-1, -1)},
             "logit soft-capping": bool(getattr(self, "logits_soft_cap", 0)),
-            "attention sinks": getattr(self, "sinks", None) is not None,
             "KV shared between layers": getattr(self, "kv_sharing_target_layer_name", None) is not None,
             "attention other than causal decoder self-attention": getattr(self, "attn_type", "decoder") != "decoder",
         }

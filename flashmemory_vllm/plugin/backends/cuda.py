@@ -75,21 +75,11 @@ class FlashMemoryCudaBackend(FlashAttentionBackend):
         return False
 
     @classmethod
-    def supports_sliding_window(cls) -> bool:
-        """Windows are measured in logical positions, which compaction removes."""
-        return False
-
-    @classmethod
     def supports_rswa(cls) -> bool:
-        """As sliding windows."""
+        """Its windows are measured in logical positions, which compaction removes."""
         return False
 
     @classmethod
     def supports_mm_prefix(cls) -> bool:
         """Bidirectional prefixes are not causal."""
-        return False
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        """Attention sinks are not merged by log-sum-exp yet."""
         return False

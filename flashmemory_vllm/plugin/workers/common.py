@@ -1,14 +1,13 @@
 """What our workers add to vLLM's: a residency runtime under the model runner."""
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
@@ -18,11 +17,16 @@ from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.broken_pages import PageJudge
 from flashmemory_vllm.plugin.checks import read_config
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
+from flashmemory_vllm.plugin.hybrid_admission import HybridSpec
+from flashmemory_vllm.plugin.layers import LayerSplit, find_managed, split_layers
 from flashmemory_vllm.plugin.lifeline import hold_on_to_server
 from flashmemory_vllm.plugin.request_ids import client_request_id
 from flashmemory_vllm.plugin.translate import StepTranslator
+from flashmemory_vllm.plugin.workers import hybrid
 from flashmemory_vllm.plugin.workers.physical import physical_config
+from flashmemory_vllm.plugin.workers.reconfigured import reconfigured
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
+from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan
 from flashmemory_vllm.runtime.status import StripsAsked
 from flashmemory_vllm.runtime.trained import anchor_layers, num_kept, query_window
 
@@ -30,9 +34,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.worker_base import CompilationTimes
 
-    from flashmemory_vllm.runtime.capacity import CapacityPlan
     from flashmemory_vllm.runtime.parts import StepBuffers
     from flashmemory_vllm.runtime.runtime import ResidencyRuntime
+    from flashmemory_vllm.runtime.shape import AttentionShape
     from flashmemory_vllm.transfer.host_pool import HostPool
 
 # vLLM sets up handlers for the names below its own only.
@@ -57,36 +61,47 @@ class ResidencyWorker:
         self.flashmemory_config = read_config(self.vllm_config)
         self._counters_dir = engine_counters_directory(self.vllm_config)
         self._capacity: CapacityPlan | None = None
+        self._last_slot_token = 0
         self._translator = StepTranslator()
         self._judge = PageJudge(self.rank)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Our spec for each attention layer.
+        """Our spec for each attention layer that is ours, vLLM's own for all others.
 
         Raises:
-            UnsupportedError: a layer is not plain full attention.
+            UnsupportedError: a layer can be neither.
         """
-        with set_current_vllm_config(self.vllm_config):
-            specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
-            budget = sizing.budget_policy(self.vllm_config, self.flashmemory_config, specs)
-            window = query_window(self.flashmemory_config)
+        layers = self._read_layers()
+        budget = sizing.budget_policy(self.vllm_config, self.flashmemory_config, layers.block_size)
+        window = query_window(self.flashmemory_config)
+        if not layers.native:
             return {
                 name: FlashMemorySpec.from_spec(spec, budget, self._counters_dir, window)
-                for name, spec in specs.items()
+                for name, spec in layers.managed.items()
             }
+        managed = {
+            name: HybridSpec.among(layers.native_page_bytes, spec, budget, self._counters_dir, window)
+            for name, spec in layers.announced.items()
+        }
+        return managed | layers.native
 
     def determine_available_memory(self) -> int:
-        """Bytes that the scheduler turns into logical blocks: the host pool's, not the device's.
+        """Bytes that the scheduler turns into blocks: the host pool's, or the device's for native layers if any.
 
         Raises:
-            ConfigError: the longest request does not fit in the slots or in the host pool.
+            ConfigError: the longest request does not fit in the slots, in the host pool or in native layers' blocks.
         """
         device_bytes: int = super().determine_available_memory()  # type: ignore[misc]
-        with set_current_vllm_config(self.vllm_config):
-            specs: Mapping[str, FullAttentionSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
-        self._capacity = sizing.plan(self.vllm_config, self.flashmemory_config, specs, device_bytes, self.device)
+        layers = self._read_layers()
+        native_bytes = 0
+        if layers.native:
+            native_bytes = hybrid.native_bytes(self.vllm_config, self.get_kv_cache_spec(), device_bytes)
+            logger.info("flashmemory: %.3f GiB on the device for layers other than full attention", native_bytes / GIB)
+        self._capacity = sizing.plan(
+            self.vllm_config, self.flashmemory_config, layers, device_bytes - native_bytes, self.device
+        )
         logger.info("flashmemory: %s", self._capacity.describe())
-        return self._capacity.host_bytes
+        return native_bytes or self._capacity.host_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate S slots where vLLM would allocate N blocks, then attach the residency runtime.
@@ -94,8 +109,29 @@ class ResidencyWorker:
         Raises:
             ConfigError: the scheduler was given more logical blocks than the host pool holds.
         """
+        layers = self._read_layers()
+        sizes = self._sizes(kv_cache_config, layers)
+        if layers.native:
+            index = find_managed(kv_cache_config.kv_cache_groups, HybridSpec)
+            self._translator = StepTranslator(index, has_native_groups=True)
+            hybrid.detach_caches(self.vllm_config, layers)
+            super().initialize_from_config(hybrid.native_config(kv_cache_config, layers))  # type: ignore[misc]
+            hybrid.bind_caches(self.vllm_config, layers, sizes.num_slots, self.device)
+        else:
+            super().initialize_from_config(physical_config(self.vllm_config, kv_cache_config, sizes.num_slots))  # type: ignore[misc]
+        self._counters = self._open_counters(sizes)
+        modules = sizing.attention_layers(self.vllm_config, list(layers.managed))
+        shape = sizing.attention_shape(modules, layers.block_size, self.device)
+        self._attach_runtime(self._build_runtime(shape, sizes.num_logical_blocks, self.flashmemory_config))
+        compat.install_slot_translation(self.model_runner, self._set_batch, self._translator.managed)
+        compat.keep_steps_out_of_full_graphs(self.model_runner, self._needs_python)
+
+    def _sizes(self, kv_cache_config: KVCacheConfig, layers: LayerSplit) -> Capacity:
+        """What was planned, with the blocks that the scheduler has if all of them are ours."""
         capacity = self._capacity
         assert capacity is not None
+        if layers.native:
+            return Capacity(capacity.num_slots, capacity.num_logical_blocks)
         num_logical_blocks = kv_cache_config.num_blocks
         if num_logical_blocks > capacity.num_logical_blocks:
             raise ConfigError(
@@ -103,13 +139,12 @@ class ResidencyWorker:
                 f"{capacity.num_logical_blocks}; lower the override, or raise what limits the pool: "
                 "flashmemory.host_memory_gib or --max-num-seqs"
             )
-        num_slots = min(capacity.num_slots, num_logical_blocks)
-        super().initialize_from_config(physical_config(self.vllm_config, kv_cache_config, num_slots))  # type: ignore[misc]
-        self._counters = self._open_counters(Capacity(num_slots, num_logical_blocks))
-        layer_names = kv_cache_config.kv_cache_groups[0].layer_names
-        self._attach_runtime(self._build_runtime(layer_names, num_logical_blocks, self.flashmemory_config))
-        compat.install_slot_translation(self.model_runner, self._set_batch)
-        compat.keep_steps_out_of_full_graphs(self.model_runner, self._needs_python)
+        return Capacity(min(capacity.num_slots, num_logical_blocks), num_logical_blocks)
+
+    def _read_layers(self) -> LayerSplit:
+        """The model's layers, as vLLM reads them now."""
+        with set_current_vllm_config(self.vllm_config):
+            return split_layers(super().get_kv_cache_spec())  # type: ignore[misc]
 
     def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
         """Replace the runtime by one with other options, between requests; after an error the old one serves on.
@@ -126,29 +161,10 @@ class ResidencyWorker:
         Raises:
             ConfigError: an option is wrong, or would let a request use more slots than the scheduler reserves.
         """
-        started_with = read_config(self.vllm_config)
-        config = FlashMemoryConfig.from_additional_config(
-            {"flashmemory": started_with.model_dump(exclude_unset=True) | options}
-        )
-        fixed = (
-            "mode",
-            "min_sparse_tokens",
-            "sink_tokens",
-            "recent_tokens",
-            "growth_reserve_tokens",
-        )
-        changed = [name for name in fixed if getattr(config, name) != getattr(started_with, name)]
-        # A smaller share than the scheduler reserves is fine.
-        changed += ["resident_ratio"] * (config.resident_ratio > started_with.resident_ratio)
-        if changed:
-            raise ConfigError(
-                f"flashmemory.{changed[0]}: {getattr(config, changed[0])} given, but the scheduler's budgets are fixed "
-                f"at start, with {getattr(started_with, changed[0])}"
-            )
+        config = reconfigured(self.vllm_config, options)
         runtime = self._runtime()
-        layer_names, num_logical_blocks = list(runtime.layer_names), runtime.num_logical_blocks
         buffers = self._buffers_to_keep(runtime, config)
-        built = self._build_runtime(layer_names, num_logical_blocks, config, buffers, runtime.pool)
+        built = self._build_runtime(runtime.parts.shape, runtime.num_logical_blocks, config, buffers, runtime.pool)
         # Its last copies use the pool that the new one takes over.
         runtime.synchronize()
         self._attach_runtime(built)
@@ -171,7 +187,8 @@ class ResidencyWorker:
     def compile_or_warm_up_model(self) -> "CompilationTimes":
         """As vLLM's. Its warm-up requests name physical blocks, below S, so they pass by the runtime."""
         self._runtime().warm_up()
-        runtime, self.flashmemory_runtime = self.flashmemory_runtime, None
+        runtime, self.flashmemory_runtime = self._runtime(), None
+        self._last_slot_token = runtime.last_slot_token
         try:
             times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
         finally:
@@ -210,6 +227,8 @@ class ResidencyWorker:
     def _set_batch(self, req_ids: list[str], seq_lens: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         if self.flashmemory_runtime is not None:
             self.flashmemory_runtime.set_batch(req_ids, seq_lens, slot_mapping)
+        else:
+            slot_mapping.clamp_(max=self._last_slot_token)
 
     def _needs_python(self) -> bool:
         return self.flashmemory_runtime is not None and self.flashmemory_runtime.needs_python
@@ -220,8 +239,7 @@ class ResidencyWorker:
 
     def _buffers_to_keep(self, runtime: "ResidencyRuntime", config: FlashMemoryConfig) -> "StepBuffers | None":
         """The buffers that captured graphs refer to, if the new options can go on with them."""
-        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
-        shape = sizing.attention_shape(self.vllm_config, layers, self.device)
+        shape = runtime.parts.shape
         groups = shape.layer_groups(config.layer_groups)
         has_room = num_kept(config) <= runtime.buffers.tables.sizes.num_kept
         if groups == runtime.groups and anchor_layers(config, shape) == runtime.anchors and has_room:
@@ -235,7 +253,7 @@ class ResidencyWorker:
 
     def _build_runtime(
         self,
-        layer_names: list[str],
+        shape: "AttentionShape",
         num_logical_blocks: int,
         config: FlashMemoryConfig,
         buffers: "StepBuffers | None" = None,
@@ -244,14 +262,13 @@ class ResidencyWorker:
         """A runtime over the allocated KV cache; the worker and its layers are left as they are."""
         assert self._counters is not None
         assert self._capacity is not None
-        layers = sizing.attention_layers(self.vllm_config, layer_names)
+        layers = sizing.attention_layers(self.vllm_config, list(shape.layer_names))
         return build_runtime(
-            shape=sizing.attention_shape(self.vllm_config, layers, self.device),
+            shape=shape,
             caches=[layer.kv_cache for layer in layers.values()],
-            page_format=sizing.page_format(self.vllm_config, layers, self.device),
-            attend=sizing.partial_attention(self.device),
+            kind=sizing.page_kind(layers, shape),
             config=config,
-            budget=sizing.budget_policy(self.vllm_config, config, {}),
+            budget=sizing.budget_policy(self.vllm_config, config, shape.block_size),
             sizes=RuntimeSizes(
                 num_logical_blocks=num_logical_blocks,
                 staging_blocks=self._capacity.beside.staging.blocks,
@@ -265,7 +282,7 @@ class ResidencyWorker:
 
     def _attach_runtime(self, runtime: "ResidencyRuntime") -> None:
         """Bind every attention layer to a runtime, and step with it from now on."""
-        layers = sizing.attention_layers(self.vllm_config, list(runtime.layer_names))
+        layers = sizing.attention_layers(self.vllm_config, list(runtime.parts.shape.layer_names))
         for index, layer in enumerate(layers.values()):
             layer.impl.bind(runtime, index, runtime.group_of(index))
         self.flashmemory_runtime = runtime

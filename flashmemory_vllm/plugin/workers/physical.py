@@ -21,7 +21,7 @@ def physical_config(vllm_config: "VllmConfig", logical: KVCacheConfig, num_slots
         num_slots: S.
     """
     groups = logical.kv_cache_groups
-    with _without_block_override(vllm_config):
+    with without_block_override(vllm_config):
         device_bytes = num_slots * _pool_bytes_per_block(vllm_config, groups)
         physical = get_kv_cache_config_from_groups(vllm_config, groups, device_bytes)
     assert physical.num_blocks == num_slots
@@ -29,7 +29,7 @@ def physical_config(vllm_config: "VllmConfig", logical: KVCacheConfig, num_slots
 
 
 @contextmanager
-def _without_block_override(vllm_config: "VllmConfig") -> Iterator[None]:
+def without_block_override(vllm_config: "VllmConfig") -> Iterator[None]:
     """`--num-gpu-blocks-override` counts logical blocks; it must not size the device tensor."""
     cache_config = vllm_config.cache_config
     override, cache_config.num_gpu_blocks_override = cache_config.num_gpu_blocks_override, None

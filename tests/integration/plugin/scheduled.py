@@ -20,13 +20,14 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from flashmemory_vllm.observability.counters import Capacity, CounterWriter, worker_name
 from flashmemory_vllm.plugin.admission import FlashMemoryManager, FlashMemorySpec
+from flashmemory_vllm.plugin.hybrid_admission import HybridSpec
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.plan import StepPlan
@@ -55,6 +56,8 @@ class Sizes:
         is_async: a step is scheduled before the one before it has returned.
         is_v2: how preempted requests come back.
         caching: with prefix caching.
+        window: of layers with a sliding window beside ours; 0 for none.
+        num_native_blocks: blocks of theirs.
     """
 
     policy: BudgetPolicy
@@ -66,6 +69,13 @@ class Sizes:
     is_async: bool = False
     is_v2: bool = False
     caching: bool = True
+    window: int = 0
+    num_native_blocks: int = 60
+
+    @property
+    def managed(self) -> int:
+        """Index of our group."""
+        return int(self.window > 0)
 
 
 def make_config(model: Path) -> VllmConfig:
@@ -85,17 +95,31 @@ def make_scheduler(sizes: Sizes, config: VllmConfig, counters: Path) -> Schedule
     with CounterWriter.create(counters, worker_name(0)) as worker:
         worker.publish_capacity(Capacity(sizes.num_slots, sizes.num_blocks))
         stock = FullAttentionSpec(block_size=policy.block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        spec = FlashMemorySpec.from_spec(stock, policy, counters, sizes.query_window)
         scheduler_cls = AsyncScheduler if sizes.is_async else Scheduler
         scheduler = scheduler_cls(
             config,
-            KVCacheConfig(sizes.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            _kv_cache_config(sizes, stock, counters),
             StructuredOutputManager(config),
             block_size=policy.block_size,
+            hash_block_size=policy.block_size,
             log_stats=True,
         )
     scheduler.use_v2_model_runner = sizes.is_v2
     return scheduler
+
+
+def _kv_cache_config(sizes: Sizes, stock: FullAttentionSpec, counters: Path) -> KVCacheConfig:
+    of_ours = sizes.policy, counters, sizes.query_window
+    if not sizes.window:
+        return KVCacheConfig(
+            sizes.num_blocks, [], [KVCacheGroupSpec(["layer"], FlashMemorySpec.from_spec(stock, *of_ours))]
+        )
+    native = SlidingWindowSpec(
+        block_size=stock.block_size, num_kv_heads=1, head_size=8, dtype=stock.dtype, sliding_window=sizes.window
+    )
+    managed = HybridSpec.among(native.page_size_bytes, stock, *of_ours)
+    groups = [KVCacheGroupSpec(["window"], native), KVCacheGroupSpec(["layer"], managed)]
+    return KVCacheConfig(sizes.num_native_blocks, [], groups)
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -131,7 +155,7 @@ class TaggedWorker:
     def __init__(self, sizes: Sizes, manager: FlashMemoryManager, random: Random) -> None:
         geometry = Geometry(sizes.num_blocks, sizes.num_slots, 1, sizes.policy.block_size)
         self.sizes, self.geometry = sizes, geometry
-        self.translator = StepTranslator()
+        self.translator = StepTranslator(sizes.managed, has_native_groups=sizes.window > 0)
         self.planner = StepPlanner(geometry, sizes.policy, tau=4, opening_steps=1)
         shape = AttentionShape(("layer",), 1, 1, 1, 1.0, 16, torch.float32, torch.device("cpu"))
         self.questions = QuestionQueries(sizes.query_window, 1, shape)
@@ -208,7 +232,7 @@ class Engine:
     def __init__(self, sizes: Sizes, config: VllmConfig, counters: Path, seed: int = 0) -> None:
         init_none_hash(sha256)
         self.scheduler = make_scheduler(sizes, config, counters)
-        manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[sizes.managed]
         assert isinstance(manager, FlashMemoryManager)
         self.manager, self.random = manager, Random(seed)
         self.worker = TaggedWorker(sizes, manager, self.random)

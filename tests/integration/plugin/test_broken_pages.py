@@ -141,7 +141,9 @@ def test_only_an_engine_of_ours_hears_every_rank(monkeypatch: pytest.MonkeyPatch
 
 
 class Pool:
-    """The part of a KV cache manager that is asked."""
+    """The part of a block pool that is asked."""
+
+    num_gpu_blocks = 3
 
     def __init__(self) -> None:
         self.evicted: set[int] = set()
@@ -149,8 +151,8 @@ class Pool:
     def evict_blocks(self, blocks: set[int]) -> None:
         self.evicted |= blocks
 
-    def get_block_ids(self, request_id: str) -> tuple[list[int]]:
-        return ({"a": [3, 11], "b": [4], "c": [11]}[request_id],)
+
+HELD = {"a": [3, 11, 7], "b": [4], "c": [11]}
 
 
 @pytest.fixture
@@ -164,10 +166,13 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
         return {0: EngineCoreOutputs(outputs=[*failed, EngineCoreOutput("c", [5])])}
 
     monkeypatch.setattr(Scheduler, "update_from_output", update_from_output)
-    compat_outputs.fail_requests_with_broken_blocks()
+    monkeypatch.setattr(Scheduler, "_handle_invalid_blocks", Scheduler._handle_invalid_blocks)
+    compat_outputs.fail_requests_with_broken_blocks(lambda scheduler: scheduler.manager)
     twin: Any = object.__new__(Scheduler)
+    blocks = {name: [SimpleNamespace(block_id=block) for block in ids] for name, ids in HELD.items()}
+    twin.manager = SimpleNamespace(block_pool=Pool(), req_to_blocks=blocks)
     twin.recompute_kv_load_failures = False
-    twin.kv_cache_manager = Pool()
+    twin.kv_cache_manager = SimpleNamespace(block_pool=Pool())
     twin.running = [SimpleNamespace(request_id=name) for name in "abc"]
     stale = {"d": 1, "a": 0}
     twin.requests = {
@@ -182,15 +187,24 @@ def test_the_scheduler_forgets_the_block_and_says_why_a_request_failed(scheduler
     scheduled = SimpleNamespace(num_scheduled_tokens={"a": 1, "d": 1, "gone": 1})
     outputs = scheduler.update_from_output(scheduled, output)[0].outputs
     assert [(one.request_id, one.stop_reason) for one in outputs] == [("a", BROKEN_KV), ("b", None), ("c", None)]
-    assert scheduler.kv_cache_manager.evicted == {11}
+    assert scheduler.manager.block_pool.evicted == {11}
     assert scheduler.requests["d"].drop_stale_output, "a preempted request would deliver a token made from it"
     assert not scheduler.requests["a"].drop_stale_output
 
 
 def test_other_outputs_go_by(scheduler: Any) -> None:
     scheduler.update_from_output(SimpleNamespace(num_scheduled_tokens={}), ModelRunnerOutput([], {}))
-    assert scheduler.kv_cache_manager.evicted == set()
+    assert scheduler.manager.block_pool.evicted == set()
     assert not scheduler.requests["d"].drop_stale_output
+
+
+def test_beside_other_layers_all_that_was_computed_from_the_block_is_forgotten(scheduler: Any) -> None:
+    """VLLM itself raises where there are several groups of blocks."""
+    scheduler.kv_cache_config = SimpleNamespace(kv_cache_groups=["ours", "windows"])
+    assert scheduler._handle_invalid_blocks({11}, {}) == {"a", "c"}
+    assert scheduler.manager.block_pool.evicted == {11, 7}
+    assert scheduler.kv_cache_manager.block_pool.evicted == {0, 1, 2}
+    assert scheduler._handle_invalid_blocks({9}, {}) == set()
 
 
 def _generated(monkeypatch: pytest.MonkeyPatch, *stop_reasons: str | None) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.residency.types import NewRequest, RunningRequest
 
@@ -57,6 +60,22 @@ def test_a_request_that_v1_resumes_prefills_what_it_has_generated() -> None:
 def test_a_request_that_v2_sends_again_prefills_all_its_tokens() -> None:
     step = StepTranslator().translate(output([new("a", [3, 4, 5], 0, 7, prefill=[0] * 9)], a=9))
     assert step.new == (NewRequest("a", (3, 4, 5), 0, 9, 7),)
+
+
+def test_blocks_of_the_managed_group_are_meant() -> None:
+    request, more = new("a", [3, 4], 0, 7), cached("a", [8], 7, 0, resumed=False)
+    request.block_ids, more.new_block_ids = ([3, 4], [5, 6]), [([], [8])]
+    translator = StepTranslator(1, has_native_groups=True)
+    assert translator.translate(output([request], a=7)).new == (NewRequest("a", (5, 6), 0, 7, 7),)
+    assert translator.translate(output([], more, a=1)).running == (RunningRequest("a", (8,), 7),)
+
+
+def test_only_blocks_of_other_groups_may_be_copied_or_zeroed() -> None:
+    step = output([])
+    step.new_block_ids_to_zero = [7]
+    assert StepTranslator(1, has_native_groups=True).translate(step).new == ()
+    with pytest.raises(IntegrityError, match="vllm asked to copy or zero KV blocks"):
+        StepTranslator().translate(step)
 
 
 def test_a_running_request_may_get_no_blocks() -> None:

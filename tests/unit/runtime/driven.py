@@ -22,6 +22,7 @@ from flashmemory_vllm.runtime.status import StripsAsked
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.page_format import InterleavedPages
+from flashmemory_vllm.transfer.streaming import PageKind
 
 BLOCK, LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4, 2, 8
 NUM_BLOCKS, NUM_SLOTS, MOST_TOKENS = 200, 40, 128
@@ -88,8 +89,7 @@ class DrivenRuntime:
             return assembly.build_runtime(
                 shape=SHAPE,
                 caches=self.caches,
-                page_format=InterleavedPages(KV_HEADS, BLOCK, HEAD_DIM),
-                attend=partial_attention,
+                kind=PageKind(InterleavedPages(KV_HEADS, BLOCK, HEAD_DIM), SHAPE.softmax_scale, partial_attention),
                 config=config,
                 budget=budget_policy(config, block_size=BLOCK, max_num_batched_tokens=64, max_model_len=400),
                 sizes=assembly.RuntimeSizes(NUM_BLOCKS, 2, 8, MOST_TOKENS),

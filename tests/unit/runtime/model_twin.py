@@ -27,6 +27,7 @@ from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import CompactedTable
 from flashmemory_vllm.transfer.engine import TransferEngine
 from flashmemory_vllm.transfer.page_format import InterleavedPages
+from flashmemory_vllm.transfer.streaming import PageKind
 from tests.unit.residency.memory_twin import TagArray
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 
@@ -114,8 +115,7 @@ class ModelTwin:
             self.runtime = assembly.build_runtime(
                 shape=shape,
                 caches=self.caches,
-                page_format=InterleavedPages(KV_HEADS, BLOCK_SIZE, HEAD_DIM),
-                attend=partial_attention,
+                kind=PageKind(InterleavedPages(KV_HEADS, BLOCK_SIZE, HEAD_DIM), SCALE, partial_attention),
                 config=config,
                 budget=self.policy,
                 sizes=assembly.RuntimeSizes(num_blocks, 2, 16, self.policy.max_num_batched_tokens + PADDING),

@@ -15,6 +15,7 @@ from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.transfer.page_format import InterleavedPages
+from flashmemory_vllm.transfer.streaming import PageKind
 
 BLOCK, QUERY_HEADS, KV_HEADS, HEAD_DIM, MAX_SEQS = 4, 2, 1, 4, 16
 LAYERS = ("0", "1")
@@ -62,8 +63,7 @@ class TinyModel:
                 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, 1.0, BLOCK, torch.float32, torch.device("cpu")
             ),
             caches=caches,
-            page_format=InterleavedPages(KV_HEADS, BLOCK, HEAD_DIM),
-            attend=partial_attention,
+            kind=PageKind(InterleavedPages(KV_HEADS, BLOCK, HEAD_DIM), 1.0, partial_attention),
             config=FlashMemoryConfig(**options),
             budget=budget,
             sizes=RuntimeSizes(num_blocks, 2, MAX_SEQS, budget.max_num_batched_tokens),

@@ -23,6 +23,7 @@ from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.transfer.page_format import InterleavedPages
+from flashmemory_vllm.transfer.streaming import PageKind
 from tests.helpers.indexers import save_untrained
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 
@@ -64,8 +65,7 @@ class Traffic:
         self.runtime = build_runtime(
             shape=shape,
             caches=list(torch.zeros(LAYERS, num_slots, HEADS, BLOCK, 2 * HEAD_DIM)),
-            page_format=InterleavedPages(HEADS, BLOCK, HEAD_DIM),
-            attend=partial_attention,
+            kind=PageKind(InterleavedPages(HEADS, BLOCK, HEAD_DIM), 0.5, partial_attention),
             config=config,
             budget=policy,
             sizes=RuntimeSizes(NUM_BLOCKS, 4, MAX_ROWS, MAX_TOKENS),

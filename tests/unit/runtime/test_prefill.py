@@ -12,6 +12,7 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.page_format import InterleavedPages
+from flashmemory_vllm.transfer.streaming import PageKind
 from tests.unit.transfer.pools import BLOCK_SIZE, HEAD_DIM, NUM_HEADS, NUM_SLOTS, PAGE_BYTES, layer_outermost
 from tests.unit.transfer.test_streaming import MAX_RELATIVE_ERROR
 
@@ -19,6 +20,7 @@ QUERY_HEADS, CHUNK, SCALE = 4, 3, 0.4
 # History of three blocks on the host; staging takes two at once
 STREAMED = np.array([5, 2, 7], np.int32)
 STAGING_BLOCKS = 2
+KIND = PageKind(InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM), SCALE, partial_attention)
 
 
 class ForgetfulEngine(CpuTransferEngine):
@@ -38,8 +40,7 @@ def _complete(engine_cls: type[CpuTransferEngine], *, poison: bool) -> tuple[tor
     numbers = pool.pages.view(torch.float32)
     numbers.copy_(torch.randn(numbers.shape, generator=generator))
     staging = torch.zeros(3, STAGING_BLOCKS, PAGE_BYTES, dtype=torch.uint8)
-    page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-    prefill = StreamedPrefill(engine_cls(layout, pool), page_format, staging, SCALE, partial_attention, poison=poison)
+    prefill = StreamedPrefill(engine_cls(layout, pool), KIND, staging, poison=poison)
     num_history_tokens = len(STREAMED) * BLOCK_SIZE
     written = np.array([1], np.int32)
     decode = Row("decode", Phase.DECODE, 4, 1, (written,), (written,), (0,), (NOTHING,))
@@ -114,15 +115,12 @@ def test_rows_layers_and_groups_are_dense_attention(num_buffers: int, poison: bo
     layout = PageLayout(caches, LAYERS)
     pool = HostPool(12, layout)
     pool.poison()
-    page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
     content = torch.randn(len(HISTORIES), 3, 6, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM, generator=generator)
     rows = _batch(content, pool, caches)
     prefill = StreamedPrefill(
         CpuTransferEngine(layout, pool),
-        page_format,
+        KIND,
         torch.zeros(num_buffers, STAGING_BLOCKS, PAGE_BYTES, dtype=torch.uint8),
-        SCALE,
-        partial_attention,
         poison=poison,
     )
     for _ in range(2):  # the second step begins where the first left the ring

@@ -13,7 +13,7 @@ from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import POISON, PageLayout
 from flashmemory_vllm.transfer.page_format import CpuVectorPages, InterleavedPages, PageFormat
 from flashmemory_vllm.transfer.staging import StagingRing, split_history
-from flashmemory_vllm.transfer.streaming import Chunk, PartialAttention, StreamedAttention, StreamedHistory
+from flashmemory_vllm.transfer.streaming import Chunk, PageKind, PartialAttention, StreamedAttention, StreamedHistory
 from tests.unit.transfer.pools import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -29,13 +29,18 @@ QUERY_HEADS, LAYER, SCALE = 6, 1, 0.4
 MAX_RELATIVE_ERROR = 1e-5
 
 
-def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The chunk's T queries over all keys (history, then the chunk itself) in float64."""
+def dense(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The chunk's T queries over all keys (history, then the chunk itself) and a sink [H], if any, in float64."""
     repeat = QUERY_HEADS // NUM_HEADS
     wide_keys, wide_values = (x.double().repeat_interleave(repeat, dim=1) for x in (keys, values))
     logits = torch.einsum("thd,shd->hts", query.double(), wide_keys) * SCALE
     hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(len(keys) - len(query) + 1)
-    return torch.einsum("hts,shd->thd", logits.masked_fill(hidden, -torch.inf).softmax(-1), wide_values)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if sink is not None:
+        logits = torch.cat([logits, sink.double()[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    return torch.einsum("hts,shd->thd", logits.softmax(-1)[..., : len(keys)], wide_values)
 
 
 def write_page(page_format: PageFormat, page: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -78,10 +83,12 @@ def stream(
     history: StreamedHistory,
     staging_blocks: int,
     attend: PartialAttention = partial_attention,
+    sinks: dict[int, torch.Tensor] | None = None,
 ) -> None:
     ring = StagingRing(engine, torch.full((2, staging_blocks, PAGE_BYTES), POISON, dtype=torch.uint8))
     ring.begin((LAYER, part) for part in history.parts)
-    StreamedAttention(engine.layout, page_format, ring, SCALE, attend).complete(LAYER, chunk, history)
+    kind = PageKind(page_format, SCALE, attend, sinks or {})
+    StreamedAttention(engine.layout, kind, ring).complete(LAYER, chunk, history)
 
 
 @pytest.mark.parametrize("format_type", [InterleavedPages, CpuVectorPages])
@@ -104,6 +111,23 @@ def test_streamed_is_dense(
     expected = dense(query, keys, values)
     error = (chunk.output - expected).abs().max() / expected.abs().max()
     assert error < MAX_RELATIVE_ERROR
+
+
+@pytest.mark.parametrize("num_history", [0, 9, 41])
+def test_a_sink_counts_once_however_many_parts_there_are(num_history: int) -> None:
+    generator = torch.Generator().manual_seed(num_history)
+    query = torch.randn(5, QUERY_HEADS, HEAD_DIM, generator=generator)
+    keys, values = torch.randn(2, num_history + 5, NUM_HEADS, HEAD_DIM, generator=generator)
+    sink = torch.linspace(-3, 5, QUERY_HEADS)
+    page_format = InterleavedPages(NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
+    engine, history = make_history(page_format, keys[:num_history], values[:num_history], staging_blocks=1)
+    chunk = Chunk(query, keys[num_history:], values[num_history:], torch.full_like(query, torch.nan))
+
+    # That of another layer is another's
+    stream(page_format, chunk, engine, history, 1, sinks={LAYER: sink, LAYER + 1: sink + 1})
+
+    expected = dense(query, keys, values, sink)
+    assert (chunk.output - expected).abs().max() / expected.abs().max() < MAX_RELATIVE_ERROR
 
 
 def test_low_precision_is_rounded_once_at_the_end() -> None:

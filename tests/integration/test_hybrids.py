@@ -1,0 +1,103 @@
+"""Models with windows beside full attention: one group of blocks is ours, the others are vLLM's own.
+
+With a resident ratio of 1 every text is vLLM's, while blocks of the managed layers come and go; below it, what they
+attend to is what the oracle says. FLASHMEMORY_HYBRIDS=thorough compares more models with vLLM.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.engine import V1_RUNNER, EngineRun, run_engine
+from tests.helpers.tiny_model import random_prompts, save_tiny_gemma3, save_tiny_gpt_oss
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CUDA build has no CPU backend"),
+]
+
+BLOCK_SIZE = 32
+TOLERANCE = 1e-5
+Save = Callable[[Path], Path]
+IS_THOROUGH = os.environ.get("FLASHMEMORY_HYBRIDS") == "thorough"
+OTHERS: list[Save] = [save_tiny_gpt_oss] if IS_THOROUGH else []
+
+
+@pytest.mark.parametrize("save", [save_tiny_gemma3, *OTHERS])
+def test_texts_are_vllms(save: Save, tmp_path: Path) -> None:
+    """And prefix hits are as long; requests are evicted from, recalled for, and preempted."""
+    first = random_prompts(4, 70, 130)
+    engine = {
+        "dtype": "float32",
+        "block_size": BLOCK_SIZE,
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 256,
+        "kv_cache_memory_bytes": 1 << 28,
+    }
+    rounds = [first, [*random_prompts(2, 70, 130, seed=1), *first[:2]]]
+    stock = EngineRun(save(tmp_path), rounds, 40, engine=engine)
+    options = {
+        "resident_ratio": 1.0,
+        "device_slots": 19,
+        "growth_reserve_tokens": 0,
+        "host_memory_gib": 0.25,
+        "check_integrity": True,
+        "poison_free_slots": True,
+    }
+    theirs, ours = run_engine(stock), run_engine(replace(stock, flashmemory=options))
+    assert ours.tokens == theirs.tokens
+    assert min(len(set(text)) for texts in ours.tokens for text in texts) > 5, "texts that say little show little"
+    counted = ours.counters
+    assert counted["slots_total"] < counted["host_blocks_total"]
+    assert counted["evictions_total"] > 0
+    assert counted["recalled_blocks_total"] > 0
+    assert counted["decode_resident_blocks_total"] == counted["decode_context_blocks_total"]
+    assert ours.metrics["prefix_cache_hits"] >= theirs.metrics["prefix_cache_hits"] > 0
+    assert ours.metrics["preemptions"] > theirs.metrics["preemptions"] == 0
+    assert ours.model_runner == theirs.model_runner == V1_RUNNER
+
+
+def test_sparse_attention_with_sinks_is_the_oracles(tmp_path: Path) -> None:
+    """Over chosen blocks and over streamed history, with NaN wherever nothing lies."""
+    options = {
+        "resident_ratio": 0.3,
+        "min_sparse_tokens": 0,
+        "sink_tokens": BLOCK_SIZE,
+        "recent_tokens": 2 * BLOCK_SIZE,
+        "selector": "exact",
+        "tau_steps": 8,
+        "growth_reserve_tokens": 0,
+        "staging_blocks": 3,
+        "host_memory_gib": 0.25,
+        "device_slots": 27,
+        "check_integrity": True,
+        "poison_free_slots": True,
+    }
+    engine = {
+        "dtype": "float32",
+        "block_size": BLOCK_SIZE,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "kv_cache_memory_bytes": 1 << 28,
+    }
+    first = random_prompts(5, 250, 400)
+    rounds = [first, first[:2]]
+    result = run_engine(
+        EngineRun(save_tiny_gpt_oss(tmp_path), rounds, 60, flashmemory=options, engine=engine, oracle=True)
+    )
+    for kind, checked in result.checked.items():
+        assert checked.max_error < TOLERANCE, kind
+    assert result.checked["sparse_decode"].rows >= 300
+    assert result.checked["streamed_prefill"].rows > 0
+    counted = result.counters
+    assert counted["decode_resident_blocks_total"] < 0.5 * counted["decode_context_blocks_total"]
+    assert counted["evictions_total"] > 0
+    assert counted["missing_selections_total"] == 0
+    assert result.metrics["prefix_cache_hits"] > 0
