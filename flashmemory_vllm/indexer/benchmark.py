@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,20 @@ ANCHOR_LAYERS = (8, 16, 24)
 # Keys and values of all layers, 8 heads of 128 in bf16
 KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * 8 * 128 * torch.bfloat16.itemsize
 RESIDENT_RATIO = 0.135
-# As `flashmemory capture` records by default
 CHUNK_SIZE = 4
 # First selections, and the tokens of a question that they are made with
 FIRST = "neural-first"
 QUERY_WINDOW = 16
 TAU = 4
-# Rank of the neural indexer by name of a measurement: a small one, and what `flashmemory train` chooses for an 8B model
-NEURAL_RANKS = {"neural-64": 64, "neural": 512, FIRST: 512}
+FORECAST = "neural-forecast"
+# As `flashmemory train` makes an indexer of an 8B model
+RANK, MEMORY_DECAYS = 512, (0.0, 0.7, 0.9, 0.98, 0.99, 1.0)
+NEURAL = ("neural", FIRST, FORECAST)
 # What is remembered of all tokens, with the queries of each; the last one is what is served by default
 _SERVED = {"memory_decay": 0.9, "question_share": 0.3, "index_dtype": "fp8"}
 MEMORY: dict[str, dict[str, Any]] = {"exact-memory": {"memory_decay": 0.9}, "exact-fp8": _SERVED}
-SELECTORS = ("mean", "bounds", "exact", *MEMORY, "h2o", *NEURAL_RANKS)
+SELECTORS = ("mean", "bounds", "exact", *MEMORY, "h2o", *NEURAL)
+_SHAPE = ("num_query_heads", "num_kv_heads", "head_dim", "block_size", "anchor_layers")
 # Blocks whose index keys are made at once, and calls that the host's time is the median of.
 ADDED_BLOCKS = 1024
 HOST_RUNS = 50
@@ -115,30 +117,27 @@ def make_geometry(num_tokens: int, device: torch.device) -> IndexGeometry:
 
 def make_selector(name: str, geometry: IndexGeometry) -> Selector:
     """A selector of `SELECTORS` with an empty index; a neural one has drawn weights."""
-    if name not in NEURAL_RANKS:
+    if name not in NEURAL:
         return create_selector(name.partition("-")[0], geometry, **MEMORY.get(name, {}))
-    model = NeuralIndexer(_indexer_spec(geometry, NEURAL_RANKS[name]))
+    decays = MEMORY_DECAYS if name == FORECAST else ()
+    model = NeuralIndexer(replace(_indexer_spec(geometry), memory_decays=decays))
     model.init_weights(torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "indexer.safetensors"
         save_indexer(model, path)
-        return create_selector("neural", geometry, indexer=str(path))
+        return create_selector("neural", geometry, indexer=str(path), index_dtype="fp8")
 
 
-def _indexer_spec(geometry: IndexGeometry, rank: int) -> IndexerSpec:
+def _indexer_spec(geometry: IndexGeometry) -> IndexerSpec:
     return IndexerSpec(
         model="8B",
         num_layers=NUM_LAYERS,
-        num_query_heads=geometry.num_query_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        block_size=geometry.block_size,
+        **{name: getattr(geometry, name) for name in _SHAPE},
         chunk_size=CHUNK_SIZE,
         reach=2,
         query_window=QUERY_WINDOW,
         opening_steps=0,
-        anchor_layers=geometry.anchor_layers,
-        rank=rank,
+        rank=RANK,
         num_heads=geometry.num_query_heads,
         dim=128,
         aggregate="max",

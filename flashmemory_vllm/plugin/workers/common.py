@@ -247,7 +247,7 @@ class ResidencyWorker:
         if self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             raise ConfigError(
                 "flashmemory.anchor_layers, flashmemory.layer_groups: cannot be changed once CUDA graphs are captured, "
-                "nor flashmemory.tau_steps raised with flashmemory.memory_decay; allowed with --enforce-eager"
+                "nor flashmemory.tau_steps raised where all tokens are remembered; allowed with --enforce-eager"
             )
         return None
 

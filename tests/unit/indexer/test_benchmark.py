@@ -23,6 +23,7 @@ INDEX_BYTES = {
     "h2o": 3 * 8 * 4096,
     "neural": 3 * 4 * 132,
     "neural-first": 3 * 4 * 132,
+    "neural-forecast": 3 * 4 * 132 + 3 * 8 * (16 * 128 + 4),
 }
 
 
