@@ -40,7 +40,8 @@ def _show_step(oracle: AttentionOracle, row: Row, output: torch.Tensor) -> None:
     builder = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_SIZE))
     oracle.see_slots(SimpleNamespace(slot_mapping=torch.tensor(slots[tokens])))
     oracle.see_batch(SimpleNamespace(self=builder, common_attn_metadata=metadata))
-    oracle.see_rows(SimpleNamespace(self=SimpleNamespace(_rows=[row])))
+    plan = SimpleNamespace(rows={row.req_id: row})
+    oracle.see_rows(SimpleNamespace(self=SimpleNamespace(_plan=plan), req_ids=[row.req_id]))
     oracle.see_keys(SimpleNamespace(self=IMPL, key=KEY[tokens], value=VALUE[tokens]))
     oracle.check(SimpleNamespace(self=IMPL, query=QUERY[tokens], output=output.reshape(row.num_tokens, -1)))
 
