@@ -17,7 +17,11 @@ SCALE = HEAD_DIM**-0.5
 BLOCK_TABLE = [4, 2, 6]
 KEY, VALUE = torch.randn(2, 6, NUM_KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
 QUERY = torch.randn(6, NUM_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
-IMPL = SimpleNamespace(layer_index=0, group=0, scale=SCALE, runtime=SimpleNamespace(in_step=True, num_logical_blocks=8))
+IMPL = SimpleNamespace(
+    layer_index=0, group=0, scale=SCALE, sinks=None, runtime=SimpleNamespace(in_step=True, num_logical_blocks=8)
+)
+# As vLLM knows layers by name
+LAYERS = SimpleNamespace(static_forward_context={"0": SimpleNamespace(impl=IMPL)})
 
 
 def _attention(queries: slice, positions: list[int], *, is_causal: bool = False) -> torch.Tensor:
@@ -37,7 +41,11 @@ def _show_step(oracle: AttentionOracle, row: Row, output: torch.Tensor) -> None:
         query_start_loc=torch.tensor([0, row.num_tokens]),
         seq_lens=torch.tensor([tokens.stop]),
     )
-    builder = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_SIZE))
+    builder = SimpleNamespace(
+        kv_cache_spec=SimpleNamespace(block_size=BLOCK_SIZE),
+        vllm_config=SimpleNamespace(compilation_config=LAYERS),
+        layer_names=["0"],
+    )
     oracle.see_slots(SimpleNamespace(slot_mapping=torch.tensor(slots[tokens])))
     oracle.see_batch(SimpleNamespace(self=builder, common_attn_metadata=metadata))
     plan = SimpleNamespace(rows={row.req_id: row})
