@@ -68,8 +68,9 @@ def test_a_plan_is_measured_once(arguments: list[str]) -> None:
         if row.selector != "full":
             assert row.resident_share is not None
             assert row.resident_share <= RATIO
-    # Three anchor layers, and for each chunk of 4 of 32 tokens a code and its scale
-    assert {row.device_bytes_index_per_block for row in rows_of(rows, "neural")} == {3 * 8 * (DIM + 4)}
+    # Three anchor layers: for each chunk of 4 of 32 tokens a code and its scale, and a forecast's keys in fp8
+    of_layer = 8 * (DIM + 4) + 2 * (32 * 64 + 4)
+    assert {row.device_bytes_index_per_block for row in rows_of(rows, "neural")} == {3 * of_layer}
     assert {row.indexer for row in rows_of(rows, "neural")} == {arguments[arguments.index("--indexer") + 1]}
     # What the future is known for, few blocks answer
     for row in (*rows_of(rows, "oracle"), *rows_of(rows, "oracle", groups=3)):
