@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil, gcd
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
     iter_layer_specs,
 )
@@ -16,8 +18,8 @@ from vllm.v1.kv_cache_interface import (
 from flashmemory_vllm.errors import UnsupportedError
 
 # What may be beside managed layers
-NATIVE_SPECS = (SlidingWindowSpec,)
-ALLOWED = "causal full attention in some layers, sliding windows in the others"
+NATIVE_SPECS = (SlidingWindowSpec, MambaSpec)
+ALLOWED = "causal full attention in some layers, sliding windows or states in the others"
 
 
 class LayerSplit(NamedTuple):
@@ -55,11 +57,12 @@ class LayerSplit(NamedTuple):
         return dict(list(self.managed.items())[:width])
 
 
-def split_layers(specs: Mapping[str, KVCacheSpec]) -> LayerSplit:
+def split_layers(specs: Mapping[str, KVCacheSpec], asked_block_size: int) -> LayerSplit:
     """Tell managed layers from native ones.
 
     Args:
         specs: vLLM's cache spec of each layer, in depth order.
+        asked_block_size: `--block-size`, before vLLM made blocks of attention as large as a state.
 
     Raises:
         UnsupportedError: no layer is ours, a layer can be neither, or a managed block does not divide the native ones.
@@ -69,8 +72,16 @@ def split_layers(specs: Mapping[str, KVCacheSpec]) -> LayerSplit:
     for name, spec in native.items():
         if not managed or type(spec) not in NATIVE_SPECS:
             raise UnsupportedError(f"model: layer {name} has KV cache spec {spec}; allowed: {ALLOWED}")
+        if isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "all":
+            raise UnsupportedError(
+                "--mamba-cache-mode: all is not supported with --attention-backend flashmemory; allowed: align"
+            )
+    if any(isinstance(spec, MambaSpec) for spec in native.values()):
+        managed = {name: replace(spec, block_size=asked_block_size) for name, spec in managed.items()}
     split = LayerSplit(managed, native)
-    if native and (common := gcd(*(spec.block_size for spec in native.values()))) % split.block_size:
+    # A state that is not kept for prefix hits is as long as a request
+    sizes = [spec.block_size for spec in native.values() if getattr(spec, "mamba_cache_mode", "align") == "align"]
+    if sizes and (common := gcd(*sizes)) % split.block_size:
         raise UnsupportedError(
             f"--block-size: layers of full attention have blocks of {split.block_size} tokens, which do not divide "
             f"those of the other layers, {common}; allowed are divisors of {common}"

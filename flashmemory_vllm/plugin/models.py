@@ -1,6 +1,6 @@
 """What a model's configuration tells about its attention, before a model is loaded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +20,7 @@ class LayerSizes(NamedTuple):
 
 
 # What models name the kinds of their layers with
-_FULL, _WINDOW = "full_attention", "sliding_attention"
+_FULL, _WINDOW = frozenset({"full_attention", "attention"}), "sliding_attention"
 
 
 def managed_layers(model: "ModelConfig") -> list[int]:
@@ -29,18 +29,28 @@ def managed_layers(model: "ModelConfig") -> list[int]:
     Args:
         model: vLLM's configuration of the model. Windows that it has dropped are none.
     """
-    kinds = getattr(model.hf_text_config, "layer_types", None)
+    kinds = _kinds(model)
     every = range(model.get_total_num_hidden_layers())
     if not kinds:
         return list(every)
-    plain = {_FULL} if model.get_sliding_window() is not None else {_FULL, _WINDOW}
+    plain = _FULL if model.get_sliding_window() is not None else _FULL | {_WINDOW}
     return [index for index, kind in zip(every, kinds, strict=False) if kind in plain]
+
+
+def _kinds(model: "ModelConfig") -> Sequence[str]:
+    config = model.hf_text_config
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+
+
+def is_state_beside_full_attention(model: "ModelConfig") -> bool:
+    """Whether some layers have a state and others attend to all tokens, by name."""
+    return bool(model.is_hybrid) and bool(_FULL & set(_kinds(model)))
 
 
 def is_window_beside_full_attention(model: "ModelConfig") -> bool:
     """Whether some layers have a sliding window and others attend to all tokens."""
-    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-    return model.get_sliding_window() is not None and {_FULL, _WINDOW} <= set(kinds)
+    kinds = set(_kinds(model))
+    return model.get_sliding_window() is not None and _WINDOW in kinds and bool(_FULL & kinds)
 
 
 def layer_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> dict[int, LayerSizes]:

@@ -7,7 +7,12 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dt
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import UnsupportedError
-from flashmemory_vllm.plugin.models import describe_differences, is_window_beside_full_attention, layer_sizes
+from flashmemory_vllm.plugin.models import (
+    describe_differences,
+    is_state_beside_full_attention,
+    is_window_beside_full_attention,
+    layer_sizes,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -57,8 +62,9 @@ def _refusals(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> Iterator[
     if model is not None:
         yield from _model_refusals(model)
         disabled = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-        one_for_all = bool(disabled) and is_window_beside_full_attention(model)
-        allowed = "unset, for windows beside full attention"
+        beside = is_window_beside_full_attention(model) or is_state_beside_full_attention(model)
+        one_for_all = bool(disabled) and beside
+        allowed = "unset, for windows or states beside full attention"
         yield Refusal(one_for_all, "--disable-hybrid-kv-cache-manager", disabled, allowed)
         yield from _cache_dtype_refusals(vllm_config, model)
         # Only now: of a model without attention there is nothing to ask
@@ -139,9 +145,10 @@ def _more_than_one(option: str, size: int) -> Refusal:
 def _model_refusals(model: "ModelConfig") -> Iterator[Refusal]:
     window, chunk = model.get_sliding_window(), model.attention_chunk_size
     yield Refusal(model.runner_type != "generate", "--runner", model.runner_type, "generate")
+    unnamed = model.is_hybrid and not is_state_beside_full_attention(model)
     kinds = {
         "multi-head latent attention": model.use_mla,
-        "hybrid attention and state-space layers": model.is_hybrid,
+        "states beside attention, in layers whose kinds it does not tell": unnamed,
         "no attention": model.is_attention_free,
         "encoder-decoder": model.is_encoder_decoder,
         "ALiBi position biases": model.uses_alibi,

@@ -12,6 +12,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
 )
 
 VOCABULARY = 512
@@ -100,6 +102,24 @@ def save_tiny_gpt_oss(folder: Path) -> Path:
     for layer in model.model.layers:
         layer.self_attn.sinks.data.normal_(0, 1)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_nemotron_h(folder: Path) -> Path:
+    """Write a seeded random Nemotron-H: two layers with a state, two of full attention, two of neither.
+
+    Args:
+        folder: where to; created.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    kinds = ["linear_attention", "full_attention", "mlp"] * 2
+    states = {"mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2}
+    of_all = {name: value for name, value in _HYBRID.items() if name != "sliding_window"}
+    config = NemotronHConfig(layers_block_type=kinds, intermediate_size=256, **states, **of_all)
+    NemotronHForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -195,7 +195,10 @@ def test_a_window_that_a_request_may_be_longer_than(save_model: SaveModel) -> No
     assert managed_layers(served.model_config) == [1]
     assert sizing._announced_shape(served).num_layers == 1
     message = str(refusal(model, max_model_len=1025, disable_hybrid_kv_cache_manager=True))
-    assert message == f"--disable-hybrid-kv-cache-manager: True {BACKEND}unset, for windows beside full attention"
+    assert (
+        message
+        == f"--disable-hybrid-kv-cache-manager: True {BACKEND}unset, for windows or states beside full attention"
+    )
 
 
 def test_a_speculator_as_the_model(save_model: SaveModel, tmp_path: Path) -> None:

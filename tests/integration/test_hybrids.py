@@ -1,4 +1,4 @@
-"""Models with windows beside full attention: one group of blocks is ours, the others are vLLM's own.
+"""Models with windows or states beside full attention: one group of blocks is ours, the others are vLLM's own.
 
 With a resident ratio of 1 every text is vLLM's, while blocks of the managed layers come and go; below it, what they
 attend to is what the oracle says. FLASHMEMORY_HYBRIDS=thorough compares more models with vLLM.
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.engine import V1_RUNNER, EngineRun, run_engine
-from tests.helpers.tiny_model import random_prompts, save_tiny_gemma3, save_tiny_gpt_oss
+from tests.helpers.tiny_model import random_prompts, save_tiny_gemma3, save_tiny_gpt_oss, save_tiny_nemotron_h
 
 pytestmark = [
     pytest.mark.e2e,
@@ -25,7 +25,7 @@ BLOCK_SIZE = 32
 TOLERANCE = 1e-5
 Save = Callable[[Path], Path]
 IS_THOROUGH = os.environ.get("FLASHMEMORY_HYBRIDS") == "thorough"
-OTHERS: list[Save] = [save_tiny_gpt_oss] if IS_THOROUGH else []
+OTHERS: list[Save] = [save_tiny_gpt_oss, save_tiny_nemotron_h] if IS_THOROUGH else []
 
 
 @pytest.mark.parametrize("save", [save_tiny_gemma3, *OTHERS])

@@ -48,11 +48,11 @@ OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "multi-head latent attention",
     ),
     "state space": ("MambaForCausalLM", "mamba", {"state_size": 16}, "no attention"),
-    "hybrid": (
-        "JambaForCausalLM",
-        "jamba",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
-        "hybrid attention and state-space layers",
+    "states of which nothing is told": (
+        "FalconH1ForCausalLM",
+        "falcon_h1",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+        "states beside attention, in layers whose kinds it does not tell",
     ),
     "encoder-decoder": (
         "WhisperForConditionalGeneration",

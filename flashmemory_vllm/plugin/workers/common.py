@@ -62,6 +62,7 @@ class ResidencyWorker:
         self._counters_dir = engine_counters_directory(self.vllm_config)
         self._capacity: CapacityPlan | None = None
         self._last_slot_token = 0
+        self._asked_block_size = self.vllm_config.cache_config.block_size
         self._translator = StepTranslator()
         self._judge = PageJudge(self.rank)
 
@@ -144,7 +145,7 @@ class ResidencyWorker:
     def _read_layers(self) -> LayerSplit:
         """The model's layers, as vLLM reads them now."""
         with set_current_vllm_config(self.vllm_config):
-            return split_layers(super().get_kv_cache_spec())  # type: ignore[misc]
+            return split_layers(super().get_kv_cache_spec(), self._asked_block_size)  # type: ignore[misc]
 
     def flashmemory_reconfigure(self, options: dict[str, object]) -> int:
         """Replace the runtime by one with other options, between requests; after an error the old one serves on.

@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -57,6 +57,7 @@ class Sizes:
         is_v2: how preempted requests come back.
         caching: with prefix caching.
         window: of layers with a sliding window beside ours; 0 for none.
+        state_block: tokens in a block of layers with a state beside ours; 0 for none.
         num_native_blocks: blocks of theirs.
     """
 
@@ -70,12 +71,18 @@ class Sizes:
     is_v2: bool = False
     caching: bool = True
     window: int = 0
+    state_block: int = 0
     num_native_blocks: int = 60
 
     @property
     def managed(self) -> int:
         """Index of our group."""
-        return int(self.window > 0)
+        return int(self.has_native)
+
+    @property
+    def has_native(self) -> bool:
+        """Whether there are other layers than ours."""
+        return self.window + self.state_block > 0
 
 
 def make_config(model: Path) -> VllmConfig:
@@ -90,6 +97,10 @@ def make_scheduler(sizes: Sizes, config: VllmConfig, counters: Path) -> Schedule
     cache, scheduling = config.cache_config, config.scheduler_config
     cache.block_size, cache.num_gpu_blocks = policy.block_size, sizes.num_blocks
     cache.enable_prefix_caching = sizes.caching
+    cache.mamba_cache_mode, cache.mamba_block_size = (
+        ("align" if sizes.state_block else "none"),
+        sizes.state_block or None,
+    )
     scheduling.max_num_batched_tokens, scheduling.max_num_seqs = policy.max_num_batched_tokens, sizes.max_num_seqs
     scheduling.policy, scheduling.async_scheduling = sizes.scheduling, sizes.is_async
     with CounterWriter.create(counters, worker_name(0)) as worker:
@@ -100,7 +111,7 @@ def make_scheduler(sizes: Sizes, config: VllmConfig, counters: Path) -> Schedule
             config,
             _kv_cache_config(sizes, stock, counters),
             StructuredOutputManager(config),
-            block_size=policy.block_size,
+            block_size=max(policy.block_size, sizes.state_block),
             hash_block_size=policy.block_size,
             log_stats=True,
         )
@@ -110,15 +121,17 @@ def make_scheduler(sizes: Sizes, config: VllmConfig, counters: Path) -> Schedule
 
 def _kv_cache_config(sizes: Sizes, stock: FullAttentionSpec, counters: Path) -> KVCacheConfig:
     of_ours = sizes.policy, counters, sizes.query_window
-    if not sizes.window:
+    if not sizes.has_native:
         return KVCacheConfig(
             sizes.num_blocks, [], [KVCacheGroupSpec(["layer"], FlashMemorySpec.from_spec(stock, *of_ours))]
         )
-    native = SlidingWindowSpec(
+    window = SlidingWindowSpec(
         block_size=stock.block_size, num_kv_heads=1, head_size=8, dtype=stock.dtype, sliding_window=sizes.window
     )
+    state = MambaSpec(block_size=sizes.state_block, shapes=((64,),), dtypes=(stock.dtype,), mamba_cache_mode="align")
+    native = state if sizes.state_block else window
     managed = HybridSpec.among(native.page_size_bytes, stock, *of_ours)
-    groups = [KVCacheGroupSpec(["window"], native), KVCacheGroupSpec(["layer"], managed)]
+    groups = [KVCacheGroupSpec(["native"], native), KVCacheGroupSpec(["layer"], managed)]
     return KVCacheConfig(sizes.num_native_blocks, [], groups)
 
 
@@ -155,7 +168,7 @@ class TaggedWorker:
     def __init__(self, sizes: Sizes, manager: FlashMemoryManager, random: Random) -> None:
         geometry = Geometry(sizes.num_blocks, sizes.num_slots, 1, sizes.policy.block_size)
         self.sizes, self.geometry = sizes, geometry
-        self.translator = StepTranslator(sizes.managed, has_native_groups=sizes.window > 0)
+        self.translator = StepTranslator(sizes.managed, has_native_groups=sizes.has_native)
         self.planner = StepPlanner(geometry, sizes.policy, tau=4, opening_steps=1)
         shape = AttentionShape(("layer",), 1, 1, 1, 1.0, 16, torch.float32, torch.device("cpu"))
         self.questions = QuestionQueries(sizes.query_window, 1, shape)

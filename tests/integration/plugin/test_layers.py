@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
@@ -35,7 +37,8 @@ from flashmemory_vllm.plugin.workers import hybrid
 from flashmemory_vllm.residency.budget import BudgetPolicy
 
 BF16 = torch.bfloat16
-POLICY = BudgetPolicy(16, 0.135, 2048, 16, 64, 4096, 131072, 0)
+BLOCK = 16
+POLICY = BudgetPolicy(BLOCK, 0.135, 2048, 16, 64, 4096, 131072, 0)
 LAYOUTS = [KVCacheLayout.LBHNC, KVCacheLayout.BLNHC]
 LATENT = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=BF16)
 CHUNKED = ChunkedLocalAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=BF16, attention_chunk_size=64)
@@ -54,6 +57,21 @@ def every(number: int, count: int, ours: FullAttentionSpec, native: KVCacheSpec)
     return [native if (layer + 1) % number else ours for layer in range(count)]
 
 
+def states(number: int, count: int, heads: int, dim: int, shapes: tuple[tuple[int, ...], ...]) -> list[KVCacheSpec]:
+    """As `every`, with states beside. vLLM makes a block of attention as large as a state, and pads that to it."""
+    state = MambaSpec(block_size=1, shapes=shapes, dtypes=(BF16, torch.float32), mamba_cache_mode="align")
+    token = full(heads, dim, 1).page_size_bytes
+    block = BLOCK * ceil(state.page_size_bytes / (BLOCK * token))
+    return every(
+        number, count, full(heads, dim, block), replace(state, block_size=block, page_size_padded=block * token)
+    )
+
+
+def delta(value_heads: int, key_heads: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a gated delta net's state, with heads of 128."""
+    return (3, 128 * (2 * key_heads + value_heads)), (value_heads, 128, 128)
+
+
 # Layers of models as they are published
 MODELS = {
     "gpt-oss-120b": every(2, 36, full(8, 64), window(8, 64, 128)),
@@ -62,6 +80,10 @@ MODELS = {
     # More bytes of a token in windows than in full attention
     "Gemma4-31B": every(6, 60, full(4, 512), window(16, 256, 1024)),
     "Step-3.5-Flash": [window(8, 128, 512) if layer % 4 else full(8, 128) for layer in range(45)],
+    "Qwen3.5-27B": states(4, 64, 4, 256, delta(48, 16)),
+    "Qwen3.5-397B": states(4, 60, 2, 256, delta(64, 16)),
+    "Qwen3-Next-80B": states(4, 48, 2, 256, delta(32, 16)),
+    "Nemotron-3-Nano": states(5, 29, 2, 128, ((3, 64 * 64 + 2 * 8 * 128), (64, 64, 128))),
     # As nobody publishes them: more layers of ours than of others
     "few windows": every(4, 24, full(8, 64), window(8, 64, 128))[::-1] + [full(8, 64)] * 20,
     "one of ours": every(6, 6, full(2, 32), window(2, 32, 64)),
@@ -98,7 +120,7 @@ def config(layout: KVCacheLayout = LAYOUTS[0], in_flight: int = 4096, **cache: A
 
 def announced(specs: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """What our worker tells vLLM of the layers."""
-    split = split_layers(specs)
+    split = split_layers(specs, BLOCK)
     ours = {
         name: HybridSpec.among(split.native_page_bytes, spec, POLICY, Path("counters"), 1)
         for name, spec in split.announced.items()
@@ -115,7 +137,7 @@ def groups_of(specs: Mapping[str, KVCacheSpec], layout: KVCacheLayout) -> list[K
 @pytest.mark.parametrize("model", MODELS)
 def test_native_layers_are_in_no_more_groups_than_without_us_and_ours_in_one(model: str, layout: KVCacheLayout) -> None:
     specs = named(MODELS[model])
-    split = split_layers(specs)
+    split = split_layers(specs, BLOCK)
     made = groups_of(announced(specs), layout)
     ours = made.pop(find_managed(made, HybridSpec))
     assert set(ours.layer_names) <= set(split.managed)
@@ -153,7 +175,7 @@ def test_a_hit_ends_where_a_managed_block_does(model: str) -> None:
 )
 def test_layers_that_are_neither(layers: list[KVCacheSpec], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        split_layers(named(layers))
+        split_layers(named(layers), BLOCK)
 
 
 def test_a_grouping_that_splits_ours_or_mixes_it_is_refused() -> None:
@@ -202,7 +224,7 @@ def test_one_block_manager_for_all_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_caches_of_ours_are_an_allocation_of_their_own(layout: KVCacheLayout) -> None:
-    split = split_layers(named(MODELS["one of ours"]))
+    split = split_layers(named(MODELS["one of ours"]), BLOCK)
     bound: dict[str, torch.Tensor] = {}
     modules = {
         name: SimpleNamespace(kv_cache="vllm's", bind_kv_cache=lambda cache, name=name: bound.update({name: cache}))
@@ -218,7 +240,7 @@ def test_caches_of_ours_are_an_allocation_of_their_own(layout: KVCacheLayout) ->
 
 def test_vllm_is_given_all_groups_and_memory_for_native_layers_alone() -> None:
     specs = named(MODELS["few windows"])
-    split, groups = split_layers(specs), groups_of(announced(specs), LAYOUTS[0])
+    split, groups = split_layers(specs, BLOCK), groups_of(announced(specs), LAYOUTS[0])
     index = find_managed(groups, HybridSpec)
     tensors: list[Any] = [SimpleNamespace(layers=group.layer_names) for group in groups]
     made = hybrid.native_config(KVCacheConfig(9, tensors, groups), split)

@@ -151,13 +151,17 @@ class Client:
 @pytest.mark.parametrize("scheduling", ["fcfs", "priority"])
 @pytest.mark.parametrize("is_v2", [False, True])
 @pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize(("mode", "window"), [("always", 0), ("pressure", 0), ("always", 14)])
+@pytest.mark.parametrize(
+    ("mode", "window", "state_block"), [("always", 0, 0), ("pressure", 0, 0), ("always", 14, 0), ("always", 0, 12)]
+)
 def test_no_event_of_the_scheduler_ends_the_engine(
-    make_engine: MakeEngine, scheduling: str, mode: Mode, window: int, is_async: bool, is_v2: bool
+    make_engine: MakeEngine, scheduling: str, mode: Mode, window: int, state_block: int, is_async: bool, is_v2: bool
 ) -> None:
     policy = replace(POLICY, mode=mode)
     # Few blocks: requests are preempted all the time
-    tight = Sizes(policy, policy.worst_case() + 6, 50, 6, 5, scheduling, is_async, is_v2, window=window)
+    tight = Sizes(
+        policy, policy.worst_case() + 6, 50, 6, 5, scheduling, is_async, is_v2, window=window, state_block=state_block
+    )
     for seed in range(NUM_HISTORIES):
         engine = make_engine(replace(tight, caching=seed % 4 != 3), seed)
         client = Client(engine, random.Random(seed), 12)
