@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.plugin.translate import StepTranslator
 from flashmemory_vllm.residency.types import NewRequest, RunningRequest
+from tests.docs.pages import ROOT
 
 
 def new(req_id: str, blocks: list[int], computed: int, prompt_len: int, prefill: list[int] | None = None) -> Any:
@@ -83,3 +85,10 @@ def test_a_running_request_may_get_no_blocks() -> None:
     translator.translate(output([new("a", [3, 4], 0, 7)], a=7))
     step = translator.translate(output([], cached("a", None, 7, 0, resumed=False), a=1))
     assert (step.step, step.running) == (2, (RunningRequest("a", (), 7),))
+
+
+def test_nowhere_is_the_first_group_taken_for_ours() -> None:
+    first = re.compile(r"(block_ids|kv_cache_groups|by_group|slot_mappings|single_type_managers)\[0\]")
+    modules = sorted((ROOT / "flashmemory_vllm").rglob("*.py"))
+    assert modules
+    assert [str(path) for path in modules if first.search(path.read_text(encoding="utf-8"))] == []
