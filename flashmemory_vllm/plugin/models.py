@@ -29,12 +29,10 @@ def managed_layers(model: "ModelConfig") -> list[int]:
     Args:
         model: vLLM's configuration of the model. Windows that it has dropped are none.
     """
-    kinds = _kinds(model)
     every = range(model.get_total_num_hidden_layers())
-    if not kinds:
-        return list(every)
     plain = _FULL if model.get_sliding_window() is not None else _FULL | {_WINDOW}
-    return [index for index, kind in zip(every, kinds, strict=False) if kind in plain]
+    found = [index for index, kind in zip(every, _kinds(model), strict=False) if kind in plain]
+    return found or list(every)
 
 
 def _kinds(model: "ModelConfig") -> Sequence[str]:

@@ -201,6 +201,22 @@ def test_a_window_that_a_request_may_be_longer_than(save_model: SaveModel) -> No
     )
 
 
+def test_states_are_vllms_own_beside_full_attention(save_model: SaveModel) -> None:
+    kinds = ["linear_attention", "full_attention", "mlp"]
+    sizes = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2}
+    config = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "layers_block_type": kinds}
+    served = configure(save_model({**config, **sizes, "num_hidden_layers": 3}))
+    assert managed_layers(served.model_config) == [1]
+
+
+def test_names_of_layers_that_nobody_knows_tell_nothing() -> None:
+    config = SimpleNamespace(layer_types=["one", "another"])
+    model: Any = SimpleNamespace(
+        hf_text_config=config, get_sliding_window=lambda: None, get_total_num_hidden_layers=lambda: 2
+    )
+    assert managed_layers(model) == [0, 1]
+
+
 def test_a_speculator_as_the_model(save_model: SaveModel, tmp_path: Path) -> None:
     """VLLM takes the model that it was made for, and makes the option of it."""
     target = save_model(LLAMA)

@@ -58,7 +58,9 @@ def test_texts_are_vllms(save: Save, tmp_path: Path) -> None:
     assert counted["evictions_total"] > 0
     assert counted["recalled_blocks_total"] > 0
     assert counted["decode_resident_blocks_total"] == counted["decode_context_blocks_total"]
-    assert ours.metrics["prefix_cache_hits"] >= theirs.metrics["prefix_cache_hits"] > 0
+    assert ours.metrics["prefix_cache_hits"] >= theirs.metrics["prefix_cache_hits"]
+    # No prompt here is as long as a block of states
+    assert theirs.metrics["prefix_cache_hits"] > 0 or save is save_tiny_nemotron_h
     assert ours.metrics["preemptions"] > theirs.metrics["preemptions"] == 0
     assert ours.model_runner == theirs.model_runner == V1_RUNNER
 
