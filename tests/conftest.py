@@ -30,7 +30,6 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark all of tests/gpu `gpu` and skip it where it cannot run; slow files first: the others fill the gaps."""
     for item in items:
