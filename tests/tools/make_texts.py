@@ -1,6 +1,7 @@
 """Texts from documentation that packages install, for `flashmemory eval --suites loss` and `flashmemory capture`.
 
     python -m tests.tools.make_texts OUT.jsonl FOLDER ... [--characters 40000]
+    python -m tests.tools.make_texts LONG.jsonl OUT.jsonl --characters 120000
 
 A line of `OUT.jsonl` is one document, `{"text": ..., "source": ...}`. Folders are searched for reStructuredText,
 Markdown, HTML and the long descriptions of Python packages (`METADATA`): an environment's `site-packages`, or an
@@ -9,7 +10,8 @@ unpacked package of Debian's, as of
     apt-get download python3.11-doc debian-handbook
     for package in *.deb; do dpkg -x "$package" unpacked; done
 
-Files that are too short are joined with those beside them, in the order of their names, as the chapters of a book are.
+Files that are too short are joined with those beside them, in the order of their names, as the chapters of a book are;
+so are documents of a file that was made before.
 The same folders make the same file. Whose texts they are their packages tell; they are not to be committed.
 """
 
@@ -18,7 +20,7 @@ import html
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -58,26 +60,40 @@ def documents(folders: Sequence[Path], characters: int) -> Iterator[tuple[str, s
     A text that was met before, as of a package that another one brings along, is left out.
 
     Args:
-        folders: searched in their order.
+        folders: searched in their order; or files that this wrote.
         characters: of a document, at least; what is left of a folder that has fewer is dropped.
     """
     known: set[str] = set()
     for root in folders:
+        if root.is_file():
+            lines = map(json.loads, root.read_text(encoding="utf-8").splitlines())
+            yield from _joined(((line["source"], line["text"]) for line in lines), characters)
+            continue
         # In the order of whole paths the files of one folder need not lie together
         files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
         for _, group in groupby(sorted(files, key=lambda path: path.parent), key=lambda path: path.parent):
-            kept: list[str] = []
-            source = ""
-            for path in group:
-                text = _read(path)
-                if not text or text in known:
-                    continue
-                known.add(text)
-                source = source if kept else path.relative_to(root).as_posix()
-                kept.append(text)
-                if sum(map(len, kept)) >= characters:
-                    yield source, "\n\n".join(kept)
-                    kept = []
+            yield from _joined(_new_texts(group, root, known), characters)
+
+
+def _new_texts(files: Iterable[Path], root: Path, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Names relative to `root` and texts of what can be read and is not yet known; it is then."""
+    for path in files:
+        text = _read(path)
+        if text and text not in known:
+            known.add(text)
+            yield path.relative_to(root).as_posix(), text
+
+
+def _joined(texts: Iterable[tuple[str, str]], characters: int) -> Iterator[tuple[str, str]]:
+    """Texts one behind the other until they have so many characters, with the name of the first."""
+    kept: list[str] = []
+    first = ""
+    for source, text in texts:
+        first = first if kept else source
+        kept.append(text)
+        if sum(map(len, kept)) >= characters:
+            yield first, "\n\n".join(kept)
+            kept = []
 
 
 def _read(path: Path) -> str | None:

@@ -2,8 +2,9 @@
 
     python -m tests.tools.real_losses PLAN --model FOLDER --texts FILE --out FOLDER --rows FILE [--only NAMES]
 
-A plan (`configs/loss/`) names options for each cell. Cells of one context share the dense server's losses. A cell
-that has been measured is not measured again, and a row takes the place of an older one of the same cell.
+A plan (`configs/loss/`) names options for each cell. Cells of one context share the dense server's losses, which come
+with the first of them in the plan: it is measured if it has not been, whatever `--only` names. A cell that has been
+measured is not measured again, and a row takes the place of an older one of the same cell.
 """
 
 import argparse
@@ -200,9 +201,10 @@ class Sweep:
         subprocess.run([sys.executable, "-m", "flashmemory_vllm.cli.app", "eval", *given], check=True)
 
     def run(self, cells: Sequence[Cell], jobs: int) -> None:
-        """Measure all cells, the first one of a context with the dense server, the others beside each other."""
+        """Measure cells, the first one of a context in the plan with the dense server, the others beside each other."""
         for context in dict.fromkeys(cell.context for cell in cells):
-            first, *others = [cell for cell in cells if cell.context == context]
+            first = next(cell for cell in read_cells(self.plan) if cell.context == context)
+            others = [cell for cell in cells if cell.context == context and cell.name != first.name]
             self.measure(first, None)
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda cell, base=self.out / first.name: self.measure(cell, base), others))

@@ -45,6 +45,9 @@ def test_short_files_of_a_folder_are_joined_and_what_is_left_is_dropped(tmp_path
     again = tmp_path / "again.jsonl"
     assert main([str(again), str(root), "--characters", "100"]) == 0
     assert again.read_bytes() == out.read_bytes()
+    longer = tmp_path / "longer.jsonl"
+    assert main([str(longer), str(out), "--characters", "200"]) == 0
+    assert read_texts([longer]) == ["a" * 40 + "\n\n" + "b" * 70 + "\n\n" + "c" * 120]
 
 
 def test_nothing_to_read_is_an_error_and_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

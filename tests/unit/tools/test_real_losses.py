@@ -86,3 +86,5 @@ def test_every_cell_is_measured_and_told(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert real_losses.main([*words, "--only", "exact-4"]) == 0
     assert len(json.loads(rows.read_text())) == 5, "a row takes the place of the older one"
+    assert [Path(run["out"]).name for run in runs[4:]] == ["default", "exact-4"], "the dense losses are always there"
+    assert runs[-1]["dense-from"] == str(out / "default")
