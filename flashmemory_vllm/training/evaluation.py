@@ -259,7 +259,7 @@ def evaluate(
             before = held.get(ratio)
             preferred = scores
             if before is not None and hysteresis:
-                known = torch.from_numpy(before[: len(scores)]).float()
+                known = torch.from_numpy(before[: len(scores)]).to(scores)
                 preferred = scores * (1 + hysteresis * torch.nn.functional.pad(known, (0, len(scores) - len(known))))
             held[ratio] = choose(document, question, preferred, ratio)
             yield ratio, judge(question, held[ratio], before)
