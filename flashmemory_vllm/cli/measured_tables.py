@@ -74,7 +74,7 @@ def speed_tables(folder: Path) -> str:
     from flashmemory_vllm.benchmark.rows import load_rows
 
     paths = sorted(path for path in (folder / BENCHMARKS).glob("*.json") if path.stem not in OTHER_FILES)
-    parts = (part for path in paths for part in (*_scenarios(load_rows(path)), _origins(path, _read(path))))
+    parts = (part for path in paths for part in (*_scenarios(load_rows(path)), _origins(path, read_rows(path))))
     return "\n".join(parts)
 
 
@@ -175,7 +175,7 @@ def soak_tables(folder: Path) -> str:
     from flashmemory_vllm.soak.rows import load_rows
 
     parts = [
-        f"### {path.stem}\n\n{format_report(load_rows(path))}\n{_origins(path, _read(path))}"
+        f"### {path.stem}\n\n{format_report(load_rows(path))}\n{_origins(path, read_rows(path))}"
         for path in sorted((folder / "results").glob("soak-*.json"))
     ]
     return "\n".join(parts) or "No run is recorded yet.\n"
@@ -265,10 +265,15 @@ def _selections(folder: Path) -> str:
 
 def _load(folder: Path, name: str) -> tuple[Path, list[Row]]:
     path = folder / BENCHMARKS / f"{name}.json"
-    return path, _read(path)
+    return path, read_rows(path)
 
 
-def _read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        ConfigError: it is missing or no JSON.
+    """
     try:
         rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -278,11 +283,13 @@ def _read(path: Path) -> list[Row]:
 
 def _origins(path: Path, rows: Sequence[Row]) -> str:
     """Where the rows lie and what measured them."""
-    lines = dict.fromkeys(
-        f"- {row['gpu'] or 'CPU'}, {_versions(row['versions'])}, commit {row['commit']}: `{row['command']}`"
-        for row in rows
-    )
+    lines = dict.fromkeys(f"{measured_where(row)}: `{row['command']}`" for row in rows)
     return "\n".join((f"Rows: [{path.name}](../{path.parent.name}/{path.name}), from", "", *lines, ""))
+
+
+def measured_where(row: Row) -> str:
+    """Device, versions and commit of a row, as an entry of a list."""
+    return f"- {row['gpu'] or 'CPU'}, {_versions(row['versions'])}, commit {row['commit']}"
 
 
 def _versions(versions: Mapping[str, str]) -> str:
