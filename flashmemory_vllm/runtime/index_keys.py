@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from flashmemory_vllm.residency.types import IntArray, WriteBacks
+from flashmemory_vllm.residency.types import WriteBacks
 from flashmemory_vllm.runtime.parts import RuntimeParts
 from flashmemory_vllm.runtime.uploads import upload
 
@@ -18,23 +18,23 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
     if not parts.selector.needs_keys or not len(full.blocks):
         return
     group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
-    slots_of = [_upload(parts, slots) for slots in full.slots]
+    count = len(full.blocks)
+    # One upload. The ids of a group begin at a multiple of 16 bytes, for which kernels are compiled
+    ids = np.zeros((1 + len(parts.groups), count + count % 2), np.int64)
+    ids[0, :count], ids[1:, :count] = full.blocks, full.slots
+    block_ids, *slots_of = upload(ids, parts.shape.device)[:, :count]
     slots = [slots_of[group_of[layer]] for layer in parts.anchors]
     if parts.page_format.keys_are_views:
         keys = [_keys(parts, layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
-        parts.choices.guard.add_blocks(full.blocks, _upload(parts, full.blocks), keys, slots)
+        parts.choices.guard.add_blocks(full.blocks, block_ids, keys, slots)
     else:
         keys = [
             _keys(parts, layer, parts.engine.layout.page_view(layer).index_select(0, at))
             for layer, at in zip(parts.anchors, slots, strict=True)
         ]
-        parts.choices.guard.add_blocks(full.blocks, _upload(parts, full.blocks), keys)
+        parts.choices.guard.add_blocks(full.blocks, block_ids, keys)
 
 
 def _keys(parts: RuntimeParts, layer: int, pages: torch.Tensor) -> torch.Tensor:
     """Keys [n, Hkv, block_size, D] of a layer's pages uint8 [n, page_bytes]."""
     return parts.page_format.keys(parts.engine.layout.unflatten(layer, pages))
-
-
-def _upload(parts: RuntimeParts, ids: IntArray) -> torch.Tensor:
-    return upload(ids.astype(np.int64), parts.shape.device)
