@@ -32,7 +32,8 @@ else
 WORKERS ?= 0
 endif
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--durations 40 --durations-min 10
 
 # On a CPU both model runners, one after the other, the second one through Triton's interpreter, which is slow: 45 minutes
 # with the texts of vLLM's own backend. On a GPU 8 minutes with full graphs.
