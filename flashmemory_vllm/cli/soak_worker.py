@@ -8,8 +8,9 @@ from typing import Any
 from flashmemory_vllm.cli.bench_worker import leave
 from flashmemory_vllm.soak.adapter import write_adapter
 from flashmemory_vllm.soak.drive import Driver
-from flashmemory_vllm.soak.judge import TOLERANCES, compare
+from flashmemory_vllm.soak.judge import TOLERANCES, compare, weigh
 from flashmemory_vllm.soak.process import Job, SoakFolder
+from flashmemory_vllm.soak.reader import TextReader
 from flashmemory_vllm.soak.trace import Trace
 
 GIB = 1 << 30
@@ -60,8 +61,11 @@ def _judge(folder: SoakFolder, job: Job, trace: Trace, adapters: list[Path]) -> 
         **_memory(job),
     }
     reference = DenseReference(arguments, adapters)
-    folder.write("verdict", asdict(compare(trace, folder.texts(), reference, TOLERANCES[settings.dtype])))
+    found = compare(trace, folder.texts(), reference)
+    # Two models at once may be more than a device holds
     reference.close()
+    reader = TextReader(Path(job.model), adapters, settings.dtype, job.device)
+    folder.write("verdict", asdict(weigh(found, reader, TOLERANCES[settings.dtype])))
 
 
 def _memory(job: Job) -> dict[str, Any]:

@@ -28,8 +28,6 @@ from flashmemory_vllm.soak.leftovers import find_mentions
 from flashmemory_vllm.soak.trace import SoakRequest
 
 MIB = 1 << 20
-# Tokens whose log-probabilities are looked at, and what is said of the others
-LIKELIEST, UNLIKELY = 5, 100.0
 _METRICS = {"vllm:num_preemptions": "preemptions", "vllm:prefix_cache_hits": "prefix_hit_tokens"}
 
 
@@ -195,44 +193,18 @@ class DenseReference:
             SamplingParams(temperature=0.0, max_tokens=query.max_tokens, ignore_eos=True, detokenize=False)
             for query in queries
         ]
-        return [list(output.outputs[0].token_ids) for output in self._ask(queries, sampling)]
-
-    def deficits(self, queries: Sequence[Query]) -> list[list[float]]:
-        """For each of a prompt's last `max_tokens` tokens, by how much its log-probability is below the highest.
-
-        Each is asked for by a request of its own that ends before it: vLLM's log-probabilities of prompts do not go
-        with LoRA.
-        """
-        asked = [
-            Query(query.prompt[:place], query.adapter, 1)
-            for query in queries
-            for place in range(len(query.prompt) - query.max_tokens, len(query.prompt))
-        ]
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=LIKELIEST, ignore_eos=True, detokenize=False)
-        told = iter(self._ask(asked, [sampling] * len(asked)))
-        return [
-            [_deficit(next(told).outputs[0].logprobs[0], token) for token in query.prompt[-query.max_tokens :]]
-            for query in queries
-        ]
-
-    def close(self) -> None:
-        """Stop the engine; it must not be used afterwards."""
-        self._llm.llm_engine.engine_core.shutdown()
-
-    def _ask(self, queries: Sequence[Query], sampling: Sequence[SamplingParams]) -> list[Any]:
-        if not queries:
-            return []
         prompts = [tokens_input(list(query.prompt)) for query in queries]
         loras = [self._adapters[query.adapter - 1] if query.adapter else None for query in queries]
-        return list(self._llm.generate(prompts, list(sampling), use_tqdm=False, lora_request=loras))
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
-
-def _deficit(likeliest: Mapping[int, Any], token: int) -> float:
-    """By how much a token is less likely than the likeliest."""
-    known = likeliest.get(token)
-    if known is None:
-        return UNLIKELY
-    return float(max(one.logprob for one in likeliest.values()) - known.logprob)
+    def close(self) -> None:
+        """Stop the engine and let go of its memory; it must not be used afterwards."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _requests(adapters: Sequence[Path]) -> list[LoRARequest]:

@@ -31,7 +31,7 @@ class SoakRow:
         tokens: their tokens, of the dense phase.
         token_differences: tokens that dense attention would not have chosen, None in the sparse phase.
         identical: texts that are token for token what dense attention wrote at its own batching.
-        largest_deficit: of the tokens of other texts, the most that one's log-probability is below the highest.
+        largest_deficit: of the tokens of other texts, the most that one is below the likeliest, read in float32.
         control_deficit: the same of what vLLM's own backend wrote for the same prompts.
         tolerance: what `largest_deficit` may be, where rounding depends on the batch, see `soak.judge`.
         answers_right: share of texts that are the right answer, of the sparse phase.

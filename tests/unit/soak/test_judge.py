@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from flashmemory_vllm.soak.drive import Driver, Text
-from flashmemory_vllm.soak.judge import Query, compare, count_right
+from flashmemory_vllm.soak.judge import Comparison, Query, compare, count_right, weigh
 from flashmemory_vllm.soak.trace import Trace
 from tests.unit.soak.fake_engine import FakeEngine, right_token
 from tests.unit.soak.traces import trace
@@ -44,10 +44,14 @@ def _changed(text: Text, place: int, token: int) -> Text:
     return Text(text.name, text.place, tuple(tokens))
 
 
+def _judged(trace: Trace, texts: Sequence[Text], reference: FakeReference, tolerance: float) -> Comparison:
+    return weigh(compare(trace, texts, reference), reference, tolerance)
+
+
 def test_right_texts_are_identical_and_each_prompt_is_asked_once(played: tuple[Trace, list[Text]]) -> None:
     drawn, texts = played
     reference = FakeReference()
-    found = compare(drawn, texts, reference, 0.01)
+    found = _judged(drawn, texts, reference, 0.01)
     assert (found.token_differences, found.identical, found.texts) == (0, len(texts), len(texts))
     assert found.tokens == sum(len(text.token_ids) for text in texts)
     asked = [(query.prompt, query.adapter) for query in reference.generated]
@@ -58,7 +62,7 @@ def test_one_wrong_token_of_all_counts_and_is_told(played: tuple[Trace, list[Tex
     drawn, texts = played
     last = len(texts[7].token_ids) - 1
     wrong = [*texts[:7], _changed(texts[7], last, 5000), *texts[8:]]
-    found = compare(drawn, wrong, FakeReference(), 0.01)
+    found = _judged(drawn, wrong, FakeReference(), 0.01)
     assert (found.token_differences, found.identical, found.largest_deficit) == (1, len(texts) - 1, 3.0)
     assert found.wrong == [f"{texts[7].name}[{texts[7].place}]: token {last} is 3 below the likeliest"]
 
@@ -71,7 +75,7 @@ def test_a_text_of_another_length_is_told_and_not_identical(played: tuple[Trace,
     num_asked = len(text.token_ids)
     tokens = (*text.token_ids, 7)[: num_asked + change]
     wrong = [Text(one.name, one.place, tokens) if one is text else one for one in texts]
-    found = compare(drawn, wrong, FakeReference(), 0.01)
+    found = _judged(drawn, wrong, FakeReference(), 0.01)
     assert (found.token_differences, found.identical) == (1, len(texts) - 1)
     assert found.wrong == [f"{text.name}[{text.place}]: {num_asked + change} tokens for {num_asked}"]
 
@@ -83,9 +87,9 @@ def test_a_token_that_rounding_may_choose_is_no_difference_but_the_text_is_not_i
     last = len(texts[7].token_ids) - 1
     odd = texts[7].token_ids[last] // 2 * 2 + 1
     wrong = [*texts[:7], _changed(texts[7], last, odd + 2), *texts[8:]]
-    assert compare(drawn, wrong, FakeReference(), 0.25).token_differences == 0
-    assert compare(drawn, wrong, FakeReference(), 0.25).tolerance == 0.25
-    found = compare(drawn, wrong, FakeReference(), 0.01)
+    assert _judged(drawn, wrong, FakeReference(), 0.25).token_differences == 0
+    assert _judged(drawn, wrong, FakeReference(), 0.25).tolerance == 0.25
+    found = _judged(drawn, wrong, FakeReference(), 0.01)
     assert (found.token_differences, found.identical, found.largest_deficit) == (1, len(texts) - 1, 0.1)
 
 
@@ -102,11 +106,11 @@ def test_what_the_reference_holds_against_itself_is_no_difference(played: tuple[
     last = len(texts[7].token_ids) - 1
     odd = texts[7].token_ids[last] // 2 * 2 + 1
     wrong = [*texts[:7], _changed(texts[7], last, odd + 2), *texts[8:]]
-    found = compare(drawn, wrong, Unsure(), 0.01)
+    found = _judged(drawn, wrong, Unsure(), 0.01)
     assert (found.control_deficit, found.tolerance, found.largest_deficit) == (0.06, 0.12, 0.1)
     assert (found.token_differences, found.wrong) == (0, [])
     stranger = [*texts[:7], _changed(texts[7], last, 5000), *texts[8:]]
-    assert compare(drawn, stranger, Unsure(), 0.01).token_differences == 1
+    assert _judged(drawn, stranger, Unsure(), 0.01).token_differences == 1
 
 
 def test_a_deficit_that_is_not_a_number_is_a_difference(played: tuple[Trace, list[Text]]) -> None:
@@ -116,13 +120,13 @@ def test_a_deficit_that_is_not_a_number_is_a_difference(played: tuple[Trace, lis
 
     drawn, texts = played
     wrong = [_changed(texts[0], len(texts[0].token_ids) - 1, 5000), *texts[1:]]
-    assert compare(drawn, wrong, Broken(), 0.5).token_differences == 1
+    assert _judged(drawn, wrong, Broken(), 0.5).token_differences == 1
 
 
 def test_lost_tokens_count(played: tuple[Trace, list[Text]]) -> None:
     drawn, texts = played
     short = Text(texts[0].name, texts[0].place, texts[0].token_ids[:-2])
-    assert compare(drawn, [short, *texts[1:]], FakeReference(), 0.01).token_differences == 2
+    assert _judged(drawn, [short, *texts[1:]], FakeReference(), 0.01).token_differences == 2
 
 
 def test_answers_are_right_from_the_first_token_to_the_last() -> None:
