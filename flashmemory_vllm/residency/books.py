@@ -226,17 +226,20 @@ class Books:
 
     def _check(self, step: int, group: int, pairs: Pairs) -> None:
         """A list follows from the sets in force, so that a corrupt one cannot corrupt tables."""
-        entries = self.groups[group]
-        for what, positions, allowed in (("comes", pairs.come, entries.may_come), ("goes", pairs.go, entries.may_go)):
-            is_there = positions != NOBODY
-            place, named = (pairs.place, positions) if is_there.all() else (pairs.place[is_there], positions[is_there])
-            width = self.ids.shape[1]
-            is_right = named.min(initial=0) >= 0 and named.max(initial=0) < width and allowed(place, named).all()
-            if not is_right or has_repeats(place.astype(np.int64) * width + named):
-                raise IntegrityError(
-                    f"step {step} group {group}: the list says that of places {place} blocks {named} {what}, "
-                    "which does not follow from their sets"
-                )
+        # All that come, then all that go: one that does both is wrong as well
+        place, named = np.concatenate((pairs.place, pairs.place)), np.concatenate((pairs.come, pairs.go))
+        comes = np.arange(named.size) < pairs.place.size
+        is_there = named != NOBODY
+        if not is_there.all():
+            place, named, comes = place[is_there], named[is_there], comes[is_there]
+        width = self.ids.shape[1]
+        is_inside = named.min(initial=0) >= 0 and named.max(initial=0) < width
+        is_right = is_inside and self.groups[group].may_change(place, named, comes).all()
+        if not is_right or has_repeats(place.astype(np.int64) * width + named):
+            raise IntegrityError(
+                f"step {step} group {group}: the list says that of places {place[comes]} blocks {named[comes]} come, "
+                f"and that of places {place[~comes]} blocks {named[~comes]} go, which does not follow from their sets"
+            )
 
     def _claim(self, group: int, place: IntArray, position: IntArray, awaited: Sequence[Awaited]) -> IntArray:
         """Slots of blocks that have one, which have a claim more now; the null slot for others, which wait for one."""
@@ -247,7 +250,8 @@ class Books:
             awaited[group].add(place[is_missing], position[is_missing])
             slots[is_missing] = NULL_SLOT
             blocks = blocks[~is_missing]
-        self._slots.pin(group, blocks)
+        if blocks.size:  # mostly all have to come from the host
+            self._slots.pin(group, blocks)
         return slots
 
     def _change(self, group: int, pairs: Pairs, awaited: Sequence[Awaited]) -> None:
@@ -290,7 +294,7 @@ class Books:
     @staticmethod
     def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
         """Rows whose budget or length has just changed, mostly by one block: one block of each at a time."""
-        while has_repeats(pairs.place):
+        while pairs.place.size > 1 and has_repeats(pairs.place):
             _, first = np.unique(pairs.place, return_index=True)
             is_first = np.zeros(pairs.place.size, np.bool_)
             is_first[first] = True

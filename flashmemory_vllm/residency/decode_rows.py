@@ -104,11 +104,12 @@ class DecodeRows:
         num_selected = np.count_nonzero(is_mine & chosen.is_selected)
         if num_selected:
             self._counters.selection_latency_seconds.observe(np.full(num_selected, chosen.seconds))
-        for index in np.flatnonzero(is_new & is_mine).tolist():
+        is_entering = is_new & is_mine
+        for index in np.flatnonzero(is_entering).tolist():
             far = [_who_comes(line) for line in rows[index]]
             is_selected = bool(chosen.is_selected[index])
             self._state_of(asked.req_ids[index]).first_set = FirstSet(asked[index], far, is_selected)
-        self._note_selections(chosen, is_mine & is_new & chosen.is_selected)
+        self._note_selections(chosen, is_entering & chosen.is_selected)
         is_changed = is_mine & ~is_new
         if not is_changed.any():
             return []

@@ -65,23 +65,26 @@ class Entries:
         in_set: IntArray = far[~self.is_extra[place, far]]
         return in_set
 
-    def may_go(self, place: IntArray, go: IntArray) -> BoolArray:
-        """Which positions stand among the far blocks of the set; bool `[n]`."""
-        at = self.entry[place, go]
-        is_far = (at >= self.sink[place]) & (at < self.count[place] - self.recent[place])
-        may_go: BoolArray = is_far & ~self.is_extra[place, go]
-        return may_go
+    def may_change(self, place: IntArray, position: IntArray, comes: BoolArray) -> BoolArray:
+        """Which positions may come into sets, or go from them.
 
-    def may_come(self, place: IntArray, come: IntArray) -> BoolArray:
-        """Which positions are in no set, and those of full blocks between sink and recent blocks; bool `[n]`."""
-        first_recent = self.position[place, self.count[place] - self.recent[place]]
-        is_free: BoolArray = (
-            ((self.entry[place, come] == NO_ENTRY) | self.is_extra[place, come])
-            & (come >= self.sink[place])
-            & (come < first_recent)
-            & (self.count[place] > 0)
-        )
-        return is_free
+        Who comes is in no set, and full: between sink and recent blocks. Who goes is a far block of the set.
+
+        Args:
+            place: int32 `[n]`.
+            position: int32 `[n]`.
+            comes: bool `[n]` who comes; all others go.
+
+        Returns:
+            Bool `[n]`.
+        """
+        at, sink, count = self.entry[place, position], self.sink[place], self.count[place]
+        end, is_in_set = count - self.recent[place], at != NO_ENTRY
+        is_in_set &= ~self.is_extra[place, position]
+        # Of who comes its position lies between sink and recent blocks, of who goes its entry
+        where, stop = np.where(comes, position, at), np.where(comes, self.position[place, end], end)
+        may_change: BoolArray = (is_in_set != comes) & (where >= sink) & (where < stop) & (count > 0)
+        return may_change
 
     def fill(self, place: int, positions: IntArray, slots: IntArray, sink: int, recent: int) -> None:
         """A whole table for a place whose table is empty; positions in the order that this module tells."""

@@ -128,8 +128,8 @@ PAGER = (
     Mutation(
         "partial block evicted: the newest blocks may be given up for others",
         f"{_DIR}entries.py",
-        "is_far = (at >= self.sink[place]) & (at < self.count[place] - self.recent[place])",
-        "is_far = at >= self.sink[place]",
+        "np.where(comes, self.position[place, end], end)",
+        "np.where(comes, self.position[place, end], count)",
         f"{_TEST}test_books.py::test_a_list_that_does_not_follow_from_the_sets_changes_nothing",
     ),
     Mutation(

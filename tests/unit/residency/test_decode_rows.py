@@ -76,7 +76,7 @@ def decoding() -> Driver:
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
-    [(HEADER, 0, "comes"), (HEADER, 5, "comes"), (HEADER, 99, "comes"), (0, 70, "list of places"), (1, 7, "list of")],
+    [(HEADER, 0, "sets"), (HEADER, 5, "sets"), (HEADER, 99, "sets"), (0, 70, "list of places"), (1, 7, "list of")],
 )
 def test_a_list_that_says_nonsense_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, column: int, value: int, message: str
