@@ -50,7 +50,7 @@ class HeavyHitterSelector(ExactSelector):
         is_back = due.on_device[:, Due.NUM_KNOWN] > 0
         asking = replace(due, on_device=only_rows(due.on_device, ~is_back))
         remember_rows(asking, state, self.keys, self._entering)
-        if (due.fields[:, Due.NUM_KNOWN] < 0).any():
+        if due.fields[:, Due.NUM_KNOWN].any():
             # What their questions asked for is in their mass
             fields, rows = due.fields.copy(), only_rows(due.on_device, is_back)
             fields[:, Due.NUM_QUERIES] = fields[:, Due.NUM_QUERIES].clip(max=1)

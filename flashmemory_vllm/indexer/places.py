@@ -58,7 +58,7 @@ class DueRows:
     """Requests whose memory is brought up to date together: all full blocks are known afterwards.
 
     Attributes:
-        fields: int32 `[n, len(Due)]` on the host, where NUM_KNOWN is negative if a memory goes on, else 0.
+        fields: int32 `[n, len(Due)]` on the host, where NUM_KNOWN may be negative if a memory goes on; 0 if not.
         on_device: int32 `[n, len(Due)]`, the same with NUM_KNOWN as it is.
         req_ids: vLLM's request ids.
         selections: int32 `[n]` selections each request had before, those before a preemption included.

@@ -88,7 +88,7 @@ class ChoiceState:
         self._out = torch.full((num_elems,), NOBODY, dtype=torch.int32, device=device)
 
     def look_up(self, rows: torch.Tensor, unscored: Sequence[slice]) -> None:
-        """Fill in what only the device knows.
+        """Fill in what only the device knows; not needed where the host keeps account of what memories know.
 
         Args:
             rows: int32 `[n, len(Due)]` on the device. NUM_KNOWN is `GOES_ON` where a memory goes on, else 0; NUM_BLOCKS
@@ -101,11 +101,15 @@ class ChoiceState:
             if part.start < part.stop:
                 rows[part, Due.NUM_BLOCKS].clamp_(max=rows[part, Due.NUM_KNOWN])
 
+    def keep_known(self, rows: torch.Tensor) -> None:
+        """Keep how many blocks the memories of rows know, for `look_up`; of rows as `choose` leaves them."""
+        self.known.index_copy_(0, rows[:, Due.PLACE].long(), rows[:, Due.NUM_BLOCKS])
+
     def choose(self, rows: torch.Tensor, failed: torch.Tensor | None, long_list: torch.Tensor) -> torch.Tensor:
         """Choose the sets of rows, and list what changes.
 
         Args:
-            rows: int32 `[n, len(Due)]`, looked up and scored.
+            rows: int32 `[n, len(Due)]`, looked up and scored; NUM_BLOCKS becomes NUM_KNOWN where a row has failed.
             failed: int32 `[n]`, not 0 for those whose memory is what it was before they were scored. None: nobody's.
             long_list: int32 `[S]`, takes the changes of rows that say so.
 
@@ -118,7 +122,6 @@ class ChoiceState:
         if failed is not None:
             out[:num_rows] = failed
             rows[:, Due.NUM_BLOCKS] = torch.where(failed != 0, rows[:, Due.NUM_KNOWN], rows[:, Due.NUM_BLOCKS])
-        self.known.index_copy_(0, rows[:, Due.PLACE].long(), rows[:, Due.NUM_BLOCKS])
         listed = out[num_rows:].view(num_rows, size.num_groups, size.columns)
         memory, in_set = self.places.memory[self._num_inner :], self.places.in_set
         choose_sets(memory, in_set, rows, self._weights, self._policy, listed, long_list)

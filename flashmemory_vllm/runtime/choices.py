@@ -46,6 +46,9 @@ class ChoiceQueue:
         self._pending: list[PendingList] = []
         self._selections = SelectionCounts(state.sizes.num_places)
         self._remembered_at = np.zeros(state.sizes.num_places, np.int64)
+        # Where only the device knows which rows have failed, it keeps account of what memories know
+        self._is_finite = selector.is_finite
+        self._known: IntArray = np.zeros(state.sizes.num_places, np.int32)
         self._parked = ParkedMemories(state)
         self._ring = UploadRing(state.sizes.max_rows * NUM_UPLOADED, state.known.device)
 
@@ -158,7 +161,8 @@ class ChoiceQueue:
         """
         if not (self._kind.outlives and self._selections.of(req_id)):
             return
-        self._side_stream.run(lambda: self._parked.park(req_id, place, num_blocks))
+        num_known = int(self._known[place])
+        self._side_stream.run(lambda: self._parked.park(req_id, place, num_blocks, num_known))
 
     def forget(self, req_ids: Collection[str]) -> None:
         """Drop what is kept for requests that ended; unknown ids are fine."""
@@ -205,27 +209,38 @@ class ChoiceQueue:
         return asked.take(np.argsort(rank, kind="stable").astype(np.int32))
 
     def _fields(self, step: int, asked: Asked, questions: Sequence[torch.Tensor | None]) -> IntArray:
-        """Rows int32 `[n, len(Due)]` as the device reads them, but for what it has to look up."""
+        """Rows int32 `[n, len(Due)]` as the device reads them, but for what it may have to look up."""
         num_new, place, num_tokens = len(questions), asked.place, asked.fields[:, Ask.NUM_TOKENS]
         elapsed = num_tokens - self._remembered_at[place]
         elapsed[:num_new] = 0
         kept = self._state.places.queries.shape[2] - 1
         newest = np.full(len(asked), self._kind.num_queries) if self._kind.num_queries else np.minimum(elapsed, kept)
         newest[:num_new] = [1 if one is None else 1 + len(one) for one in questions]
-        goes_on = np.ones(len(asked), np.bool_)
-        goes_on[:num_new] = [req_id in self._parked for req_id in asked.req_ids[:num_new]]
+        num_known, num_blocks = self._account(asked, num_new)
         is_known = asked.is_scored | asked.is_new
         self._remembered_at[place[is_known]] = num_tokens[is_known]
         fields = np.zeros((len(asked), len(Due)), np.int32)
         fields[:, Due.PLACE], fields[:, Due.EPOCH], fields[:, Due.STEP] = place, asked.epoch, step
         fields[:, Due.IS_NEW], fields[:, Due.POSITION] = asked.is_new, num_tokens - 1
         fields[:, Due.NUM_QUERIES] = np.maximum(1, newest) * asked.is_scored
-        fields[:, Due.ELAPSED], fields[:, Due.NUM_KNOWN] = elapsed, np.where(goes_on, GOES_ON, 0)
-        fields[:, Due.NUM_BLOCKS] = asked.fields[:, Ask.NUM_FULL]
+        fields[:, Due.ELAPSED], fields[:, Due.NUM_KNOWN], fields[:, Due.NUM_BLOCKS] = elapsed, num_known, num_blocks
         fields[:, Due.SINK_END : Due.CAP] = asked.fields[:, Ask.SINK_END : Ask.CAP]
         fields[:, Due.CAP] = np.where(asked.at_once, asked.fields[:, Ask.END], asked.fields[:, Ask.CAP])
         fields[:, Due.LONG_START] = NOBODY
         return fields
+
+    def _account(self, asked: Asked, num_new: int) -> tuple[IntArray, IntArray]:
+        """Blocks that the memory of each row knows before the step and after it, int32 `[n]`, or what to look up."""
+        names, num_full = asked.req_ids[:num_new], asked.fields[:, Ask.NUM_FULL]
+        if not self._is_finite:
+            goes_on = np.full(len(asked), GOES_ON, np.int32)
+            goes_on[:num_new] = [GOES_ON if req_id in self._parked else 0 for req_id in names]
+            return goes_on, num_full
+        before = self._known[asked.place]
+        before[:num_new] = [self._parked.num_known(req_id) for req_id in names]
+        after = np.where(asked.is_scored, num_full, np.minimum(num_full, before))
+        self._known[asked.place] = after
+        return before, after
 
     def _choose(self, work: ChoiceWork) -> torch.Tensor:
         """Do the work of a step; int32, what `ChoiceState.choose` returns and the long list behind it."""
@@ -234,14 +249,19 @@ class ChoiceQueue:
             self._parked.bring_back(req_id, place)
         work.fill_tiles()
         rows, told = work.upload(self._ring)
-        state.look_up(rows, work.unscored)
+        if not self._is_finite:
+            state.look_up(rows, work.unscored)
         for part, due in work.due(rows, told):
             questions, remembering = work.questions[part], self._remembering
             of_part = remembering.enter(due, questions) if due.is_entering else remembering.go_on(due)
             if of_part is not None:
                 failed = torch.zeros(len(rows), dtype=torch.int32, device=device) if failed is None else failed
                 failed[part] = of_part
+                if self._is_finite:  # all of them
+                    self._known[due.fields[:, Due.PLACE]] = due.fields[:, Due.NUM_KNOWN]
         long_list = torch.empty(work.long_size, dtype=torch.int32, device=device)
         out = state.choose(rows, failed, long_list)
+        if not self._is_finite:
+            state.keep_known(rows)
         # On a CPU nobody makes another copy
         return torch.cat((out, long_list)) if work.long_size or device.type == "cpu" else out

@@ -118,9 +118,9 @@ MOVERS = (
     ),
     Mutation(
         "a block newer than the scoring ranks by what an earlier tenant left there",
-        f"{_RUNTIME}choice.py",
-        "                rows[part, Due.NUM_BLOCKS].clamp_(max=rows[part, Due.NUM_KNOWN])\n",
-        "                pass\n",
+        f"{_RUNTIME}choices.py",
+        "np.where(asked.is_scored, num_full, np.minimum(num_full, before))",
+        "num_full",
         f"{_RUNTIME_TEST}test_choices.py::test_sets_are_those_of_ranked_scores[exact-groups0]",
     ),
     Mutation(

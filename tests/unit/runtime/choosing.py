@@ -103,6 +103,7 @@ class World:
         self.state.places.in_set.fill_(1)
         self.state.known.fill_(9)
         self.queue = ChoiceQueue(self.selector, self.state, SideStream(self.geometry.device))
+        self.queue._known[:] = 9
         self.step = 0
         self.free = list(range(1, NUM_BLOCKS))
         self.rng.shuffle(self.free)

@@ -60,6 +60,7 @@ class Asker:
         index = KeyIndex(self.index, None, torch.zeros(1, dtype=torch.int32), SHAPE.softmax_scale)
         remember_rows(due, self.state.places, index, self._channels)
         out = self.state.choose(rows, None, torch.zeros(0, dtype=torch.int32))[len(given) :]
+        self.state.keep_known(rows)
         return out.view(len(given), 1, SIZES.columns).numpy().copy()
 
     def sets(self, place: int) -> list[int]:

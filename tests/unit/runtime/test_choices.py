@@ -117,7 +117,7 @@ def test_a_request_that_comes_back_is_chosen_for_with_what_its_question_asked(
             world.choose(world.asked(request), requests=requests)
         world.grow(request, 1)
         # Somebody else was at the place before
-        world.state.known[place] = 3
+        world.state.known[place] = world.queue._known[place] = 3
         world.move(request, place)
         newest = [world.query(request, request.num_tokens - 1), *world.question(request, window)]
         world.twin_scored(request, newest=newest)
