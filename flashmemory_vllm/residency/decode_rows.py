@@ -235,9 +235,9 @@ class DecodeRows:
         at = np.flatnonzero(is_selected)
         if not at.size:
             return
-        fields, rows, num_groups = chosen.asked.fields[at], chosen.rows[at], len(self._books.groups)
+        fields, num_groups = chosen.asked.fields[at], len(self._books.groups)
         place, num_candidates = fields[:, Ask.PLACE], num_groups * chosen.asked.num_candidates[at]
-        worth = rows[:, :, WORTH]
+        worth, comes = chosen.rows[at, :, WORTH], chosen.rows[at, :, COMES].sum(1)
         is_counted = np.ones(at.size, np.bool_)
         for index, row in enumerate(at.tolist() if self._fallback is not None else ()):
             state = self._state_of(chosen.asked.req_ids[row])
@@ -249,10 +249,11 @@ class DecodeRows:
         self._selected[place] = fields[:, Ask.EPOCH]
         counters = self._counters
         counters.selections += at.size
-        counters.selection_candidates += int(num_candidates[is_counted].sum())
-        counters.selected_blocks += int(num_chosen[is_counted].sum())
-        counters.reselected_blocks += int(num_chosen[is_again].sum())
-        counters.reselected_resident_blocks += int(num_chosen[is_again].sum() - rows[is_again, :, COMES].sum())
+        counters.selection_candidates += int(num_candidates @ is_counted)
+        counters.selected_blocks += int(num_chosen @ is_counted)
+        num_again = int(num_chosen @ is_again)
+        counters.reselected_blocks += num_again
+        counters.reselected_resident_blocks += num_again - int(comes @ is_again)
 
     def _learn(self, state: RequestState, num_worth: int, num_candidates: int) -> None:
         assert self._fallback is not None  # it is asked for only then

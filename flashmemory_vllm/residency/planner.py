@@ -181,7 +181,7 @@ class StepPlanner:
         groups = range(self._geometry.num_groups)
         capacity = self._geometry.num_slots - 1
         held = sum(int(entries.count.sum()) for entries in self._books.groups)
-        held += sum(held.size for state in self._requests for held in state.held)
+        held += sum(held.size for state in self._requests if not state.is_decoding for held in state.held)
         block_size = self._geometry.block_size
         return Usage(
             num_slots=capacity,

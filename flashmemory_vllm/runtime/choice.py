@@ -85,7 +85,10 @@ class ChoiceState:
         self._num_inner = kind.num_inner
         self._weights = torch.tensor(kind.weights or (1.0,) * (sizes.num_channels - kind.num_inner), device=device)
         num_elems = sizes.max_rows * (1 + sizes.num_groups * sizes.columns)
+        # Which rows have failed ends where the list begins, and is 0 already where none has
         self._out = torch.full((num_elems,), NOBODY, dtype=torch.int32, device=device)
+        self._out[: sizes.max_rows] = 0
+        self._has_failed = False
 
     def look_up(self, rows: torch.Tensor, unscored: Sequence[slice]) -> None:
         """Fill in what only the device knows; not needed where the host keeps account of what memories know.
@@ -117,8 +120,10 @@ class ChoiceState:
             int32 `[n + n * G * (6 + 2 L)]`, a view that the next call overwrites: `failed`, and the list.
         """
         num_rows, size = len(rows), self.sizes
-        out = self._out[: num_rows * (1 + size.num_groups * size.columns)]
-        out[:num_rows] = 0
+        out = self._out[size.max_rows - num_rows : size.max_rows + num_rows * size.num_groups * size.columns]
+        if self._has_failed:
+            self._out[: size.max_rows] = 0
+        self._has_failed = failed is not None
         if failed is not None:
             out[:num_rows] = failed
             rows[:, Due.NUM_BLOCKS] = torch.where(failed != 0, rows[:, Due.NUM_KNOWN], rows[:, Due.NUM_BLOCKS])

@@ -32,6 +32,8 @@ class Reporter:
         self._engine = engine
         self._choices = choices
         self._published: dict[str, float] = {}
+        self._failed = {reason: series("failed_selections_total", reason) for reason in choices.failures}
+        self._fallbacks = series("dense_fallbacks_total", "score_share")
         self._num_published = 0
         counters.set("workers", 1)
         planned = planner.counters
@@ -50,7 +52,7 @@ class Reporter:
             "written_back_blocks_total": planned.written_back_blocks,
             "evictions_total": planned.evictions,
             "selections_total": planned.selections,
-            series("dense_fallbacks_total", "score_share"): planned.fallbacks,
+            self._fallbacks: planned.fallbacks,
             "refused_dense_fallbacks_total": planned.refused_fallbacks,
             "revoked_dense_fallbacks_total": planned.revoked_fallbacks,
             "missing_selections_total": planned.missing_selections,
@@ -72,7 +74,7 @@ class Reporter:
             "stall_seconds_total": moved.stall_seconds + self._choices.stall_seconds,
         }
         for reason, count in self._choices.failures.items():
-            totals[series("failed_selections_total", reason)] = count
+            totals[self._failed[reason]] = count
         for name, total in totals.items():
             if growth := total - self._published.get(name, 0):
                 self._counters.add(name, growth)

@@ -107,6 +107,16 @@ def test_books_that_apply_its_lists_have_its_sets() -> None:
     assert slots.num_evictions + slots.used(0) > 20
 
 
+def test_who_has_failed_is_told_once() -> None:
+    state, nothing = Asker(ChoicePolicy(), decay=0.9).state, torch.zeros(0, dtype=torch.int32)
+    rows = make_rows([asked(1, 80, NUM_KNOWN=15), asked(2, 80, NUM_KNOWN=15)], 2, TILE)
+    assert state.choose(rows, None, nothing)[:2].tolist() == [0, 0]
+    assert state.choose(rows, torch.tensor([0, 2]), nothing)[:2].tolist() == [0, 2]
+    assert rows[:, Due.NUM_BLOCKS].tolist() == [NUM_FULL, 15]
+    for count in (1, 2):
+        assert state.choose(rows[:count], None, nothing)[:count].tolist() == [0] * count
+
+
 def test_sizes_count_what_is_allocated() -> None:
     state = Asker(ChoicePolicy(), 0.5).state
     held = [state.places.memory, state.places.in_set, state.known, state._out, state._weights]
