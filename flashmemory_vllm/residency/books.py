@@ -14,7 +14,7 @@ import numpy as np
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.awaited import Awaited, Taken
 from flashmemory_vllm.residency.entries import NO_ENTRY, Entries
-from flashmemory_vllm.residency.lists import NOBODY, Pairs, pairs_of
+from flashmemory_vllm.residency.lists import NOBODY, Pairs, one_by_one, pairs_of
 from flashmemory_vllm.residency.slots import NOT_RESIDENT, NULL_SLOT, SlotTable
 from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, has_repeats
 
@@ -266,9 +266,9 @@ class Books:
             self._slots.unpin(group, self.ids[both.place, both.go])
             self.groups[group].replace(both.place, both.come, both.go, slots)
         if both is not pairs:
-            for one in self._one_by_one(pairs.where(pairs.go == NOBODY)):
+            for one in one_by_one(pairs.where(pairs.go == NOBODY)):
                 self._insert(group, one, awaited)
-            for one in self._one_by_one(pairs.where(pairs.come == NOBODY)):
+            for one in one_by_one(pairs.where(pairs.come == NOBODY)):
                 self._slots.unpin(group, self.ids[one.place, one.go])
                 self.groups[group].remove(one.place, one.go)
 
@@ -290,15 +290,3 @@ class Books:
     def _insert(self, group: int, pairs: Pairs, awaited: Sequence[Awaited]) -> None:
         slots = self._claim(group, pairs.place, pairs.come, awaited)
         self.groups[group].insert(pairs.place, pairs.come, slots)
-
-    @staticmethod
-    def _one_by_one(pairs: Pairs) -> Iterator[Pairs]:
-        """Rows whose budget or length has just changed, mostly by one block: one block of each at a time."""
-        while pairs.place.size > 1 and has_repeats(pairs.place):
-            _, first = np.unique(pairs.place, return_index=True)
-            is_first = np.zeros(pairs.place.size, np.bool_)
-            is_first[first] = True
-            yield pairs.where(is_first)
-            pairs = pairs.where(~is_first)
-        if pairs.place.size:
-            yield pairs

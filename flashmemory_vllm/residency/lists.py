@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from flashmemory_vllm.residency.asked import Asked, AskedRow
-from flashmemory_vllm.residency.types import BoolArray, IntArray
+from flashmemory_vllm.residency.types import BoolArray, IntArray, has_repeats
 
 NOBODY = -1
 # Columns of a list's row before its positions: place, epoch, step, how many come, how many go, blocks worth a slot
@@ -44,6 +45,18 @@ def pairs_of(rows: IntArray) -> Pairs:
     come = np.where(column < comes, rows[:, HEADER : HEADER + columns], NOBODY)
     go = np.where(column < goes, rows[:, HEADER + longest : HEADER + longest + columns], NOBODY)
     return Pairs(np.broadcast_to(rows[:, :1], used.shape)[used], come[used], go[used])
+
+
+def one_by_one(pairs: Pairs) -> Iterator[Pairs]:
+    """Rows whose budget or length has just changed, mostly by one block: one block of each at a time."""
+    while pairs.place.size > 1 and has_repeats(pairs.place):
+        _, first = np.unique(pairs.place, return_index=True)
+        is_first = np.zeros(pairs.place.size, np.bool_)
+        is_first[first] = True
+        yield pairs.where(is_first)
+        pairs = pairs.where(~is_first)
+    if pairs.place.size:
+        yield pairs
 
 
 class Chosen(NamedTuple):
