@@ -124,6 +124,13 @@ MOVERS = (
         f"{_RUNTIME_TEST}test_choices.py::test_sets_are_those_of_ranked_scores[exact-groups0]",
     ),
     Mutation(
+        "blocks that a selector raised over count as known",
+        f"{_RUNTIME}choices.py",
+        "self._known[due.fields[:, Due.PLACE]] = due.fields[:, Due.NUM_KNOWN]",
+        "pass",
+        f"{_RUNTIME_TEST}test_choices.py::test_what_a_selector_does_wrong_leaves_sets_as_they_are",
+    ),
+    Mutation(
         "a share is remembered for ever",
         f"{_RUNTIME}choices.py",
         "elapsed = num_tokens - self._remembered_at[place]",

@@ -192,6 +192,12 @@ class FailingSelector(ScoringSelector):
         raise KeyError(f"no weight for {tuple(scores.shape)}")
 
 
+class FiniteSelector(FailingSelector):
+    """Never gives numbers that are none, so that the host keeps account of what memories know."""
+
+    is_finite = True
+
+
 class NanSelector(FailingSelector):
     def fail(self, scores: torch.Tensor) -> torch.Tensor:
         return torch.full_like(scores, torch.nan)
@@ -211,6 +217,7 @@ class ShortSelector(FailingSelector):
     ("selector", "reason", "num_failed"),
     [
         (FailingSelector, "exception", 17),
+        (FiniteSelector, "exception", 17),
         (NanSelector, "not_finite", 9),
         (InfinitySelector, "not_finite", 9),
         (ShortSelector, "exception", 17),
