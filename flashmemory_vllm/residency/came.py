@@ -44,8 +44,7 @@ class Came:
         taken = []
         for group, parts in enumerate(self._parts):
             came = np.concatenate(parts, axis=1) if parts else np.empty((3, 0), np.int32)
-            came = came[:, came[2] == epoch[came[0]]]
-            is_taken = is_asked[came[0]]
-            self._parts[group] = [came[:, ~is_taken]]
-            taken.append(came[:2, is_taken])
+            is_there, is_taken = came[2] == epoch[came[0]], is_asked[came[0]]
+            self._parts[group] = [came[:, is_there & ~is_taken]]
+            taken.append(came[:2, is_there & is_taken])
         return taken

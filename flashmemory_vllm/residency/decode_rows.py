@@ -264,7 +264,7 @@ class DecodeRows:
         """Count what became of the blocks that came since the selections before, by what these leave in the sets."""
         for group, came in enumerate(self._came.take(place, self._books.epoch)):
             entries = self._books.groups[group]
-            of_place, position = came[:, ~self._falls_back[came[0]]]
+            of_place, position = came if self._fallback is None else came[:, ~self._falls_back[came[0]]]
             is_chosen = (entries.entry[of_place, position] != NO_ENTRY) & ~entries.is_extra[of_place, position]
             self._counters.judged_prefetches += position.size
             self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
