@@ -245,6 +245,28 @@ METRICS = (
         "How often did a request that had fallen back become sparse again, because others needed the slots?",
     ),
     MetricSpec(
+        "native_blocks_used",
+        "gauge",
+        "blocks",
+        "How many blocks of windows and states do running requests hold on the device? 0 for a model without.",
+        "scheduler",
+    ),
+    MetricSpec(
+        "native_blocks_total",
+        "gauge",
+        "blocks",
+        "How many blocks are there on the device for windows and states? 0 for a model without.",
+        "scheduler",
+    ),
+    MetricSpec(
+        "lost_prefix_tokens_total",
+        "counter",
+        "tokens",
+        "How many tokens were computed again although host memory had their KV, because their windows or states were "
+        "not on the device any more?",
+        "scheduler",
+    ),
+    MetricSpec(
         "decode_resident_blocks_total",
         "counter",
         "blocks",

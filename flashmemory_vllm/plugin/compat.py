@@ -32,6 +32,10 @@ Overrides stand in the classes of ours that need them. Those that go further tha
 - `plugin/hybrid_admission.py` `HybridManager.records_new_block_ids`: no block of that pool is zeroed; goes with the one
   above.
 - `plugin/hybrid_admission.py` `HybridManager.take_new_block_ids`: likewise.
+- `plugin/hybrid_admission.py` `HybridManager.cache_blocks`: counts what a prefix hit lost for want of windows;
+  goes when vLLM tells how long a hit each group has.
+- `plugin/hybrid_admission.py` `HybridManager.allocate_new_blocks`: says who has just come, for the one above.
+- `plugin/hybrid_admission.py` `HybridManager.pop_blocks_for_free`: likewise, who has gone.
 - `plugin/workers/hybrid.py` `native_bytes`: vLLM's private `_pool_bytes_per_block` and
   `_max_memory_usage_bytes_from_groups` say what native layers need; goes when vLLM tells a worker.
 - `plugin/workers/hybrid.py` `bind_caches`: allocates what vLLM's configuration does not have; goes with the pool above.

@@ -168,10 +168,10 @@ class FlashMemoryEndpoints:
             return
         config = engine_client.vllm_config
         num_engines = config.parallel_config.data_parallel_size
-        state.flashmemory_status = StatusReader(engine_client)
         state.flashmemory_readers = [
             CounterReader(engine_counters_directory(config, index)) for index in range(num_engines)
         ]
+        state.flashmemory_status = StatusReader(engine_client, counters=state.flashmemory_readers)
 
 
 def _not_ours() -> HTTPException:

@@ -6,6 +6,7 @@ host memory, so they are another pool's, of another number and with another size
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from flashmemory_vllm.observability.counters import read_capacity
 from flashmemory_vllm.plugin.admission import FlashMemoryManager, FlashMemorySpec
@@ -72,6 +74,9 @@ class HybridManager(FlashMemoryManager):
         num_blocks = read_capacity(Path(kv_cache_spec.counters_dir)).num_logical_blocks
         self.block_pool = BlockPool(num_blocks, device_pool.enable_caching, device_pool.hash_block_size)
         self._null_block = self.block_pool.null_block
+        # Requests whose prefix hits were not compared with what the host has
+        self._just_admitted: set[str] = set()
+        self._count_native()
 
     @property
     def records_new_block_ids(self) -> bool:
@@ -81,7 +86,43 @@ class HybridManager(FlashMemoryManager):
     def take_new_block_ids(self) -> list[int]:
         """As ours, and none."""
         super().take_new_block_ids()
+        self._count_native()
         return []
+
+    def allocate_new_blocks(self, request_id: str, *args: Any) -> list[KVCacheBlock]:
+        """As ours; remembers who comes."""
+        if not self._ledger.is_admitted(request_id):
+            self._just_admitted.add(request_id)
+        return super().allocate_new_blocks(request_id, *args)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As ours; before the blocks of a request that has just come are found, counts those that it could have had."""
+        if request.request_id in self._just_admitted:
+            self._just_admitted.remove(request.request_id)
+            self._counters.add("lost_prefix_tokens_total", self._lost_tokens(request))
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As ours."""
+        self._just_admitted.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    def _lost_tokens(self, request: Request) -> int:
+        """Tokens behind a request's prefix hit that would be of it, were there our blocks alone."""
+        if request.skip_reading_prefix_cache:
+            return 0
+        hit = self.num_cached_block.get(request.request_id, 0)
+        most = max(0, request.num_tokens - self.kv_cache_spec.least_recomputed) // self.block_size
+        ours = [self.kv_cache_group_id]
+        known = takewhile(lambda name: self.block_pool.get_cached_block(name, ours), request.block_hashes[hit:most])
+        reached = (hit + sum(1 for _ in known)) * self.block_size
+        return max(0, reached - reached % self.cache_hit_alignment_tokens - hit * self.block_size)
+
+    def _count_native(self) -> None:
+        """Blocks of the device pool; vLLM takes the null block, and what waits for a prefix hit counts as free."""
+        total = self._device_pool.num_gpu_blocks - 1
+        self._counters.set("native_blocks_total", total)
+        self._counters.set("native_blocks_used", total - self._device_pool.get_num_free_blocks())
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any

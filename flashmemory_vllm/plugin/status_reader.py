@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from fastapi import HTTPException
 from pydantic import Field
 
+from flashmemory_vllm.observability.counters import CounterReader
 from flashmemory_vllm.runtime.status import RuntimeStatus, StripsAsked
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ class Status(RuntimeStatus):
 
     engine: int = Field(description="Index of the engine: the first one of this API server if there are several.")
     rank: int = Field(description="The worker that was asked, the first one.")
+    native_blocks_used: int = Field(
+        0, description="Blocks of windows and states that running requests hold on the device."
+    )
+    native_blocks_total: int = Field(
+        0, description="Blocks on the device for windows and states, of layers beside full attention. 0 without any."
+    )
 
 
 class StatusReader:
@@ -34,6 +42,7 @@ class StatusReader:
         client: of the engine; its workers are ours.
         answer_seconds: how long to wait. Default: 15.
         fresh_seconds: how long an answer is as good as a new one. Default: a quarter.
+        counters: of each engine, for what its scheduler knows and no worker does. Default: nothing of that is told.
     """
 
     def __init__(
@@ -41,10 +50,12 @@ class StatusReader:
         client: "EngineClient",
         answer_seconds: float = ANSWER_SECONDS,
         fresh_seconds: float = FRESH_SECONDS,
+        counters: Sequence[CounterReader] = (),
     ) -> None:
         self._client = client
         self._answer_seconds = answer_seconds
         self._fresh_seconds = fresh_seconds
+        self._counters = counters
         self._asked: dict[StripsAsked, asyncio.Task[Status]] = {}
         self._latest: dict[StripsAsked, tuple[float, Status]] = {}
 
@@ -77,8 +88,12 @@ class StatusReader:
             ranks = await self._client.collective_rpc(
                 "flashmemory_status", args=(strips.longest_known, strips.engine_request_id)
             )
-            status = Status.model_validate(ranks[0])
+            status = Status.model_validate(ranks[0] | self._native_blocks(ranks[0]["engine"]))
         finally:
             del self._asked[strips]
         self._latest[strips] = (time.monotonic() + self._fresh_seconds, status)
         return status
+
+    def _native_blocks(self, engine: int) -> dict[str, int]:
+        values = self._counters[engine].read() if self._counters else {}
+        return {name: int(values.get(name, 0)) for name in ("native_blocks_used", "native_blocks_total")}

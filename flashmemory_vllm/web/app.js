@@ -173,8 +173,15 @@ function gauge(name, parts, total, detail) {
   return element("div", { class: "gauge" }, label, svg);
 }
 
-function drawGauges({ slots_used, slots_pinned, slots_total, host_blocks_used, host_blocks_total }) {
+function drawGauges({ memory, native_blocks_used, native_blocks_total }) {
+  const { slots_used, slots_pinned, slots_total, host_blocks_used, host_blocks_total } = memory;
   const cached = slots_used - slots_pinned;
+  const native = gauge(
+    "Windows and states",
+    [["held", native_blocks_used]],
+    native_blocks_total,
+    `${count(native_blocks_used)} of ${count(native_blocks_total)} (${percent(native_blocks_used, native_blocks_total)})`,
+  );
   byId("gauges").replaceChildren(
     gauge(
       "Device slots",
@@ -188,6 +195,7 @@ function drawGauges({ slots_used, slots_pinned, slots_total, host_blocks_used, h
       host_blocks_total,
       `${count(host_blocks_used)} of ${count(host_blocks_total)} (${percent(host_blocks_used, host_blocks_total)})`,
     ),
+    ...(native_blocks_total ? [native] : []),
   );
 }
 
@@ -214,7 +222,7 @@ function draw() {
   if (latest === null) return;
   byId("facts").textContent =
     `step ${count(latest.step)} · ${latest.block_size} tokens a block · engine ${latest.engine} · rank ${latest.rank}`;
-  drawGauges(latest.memory);
+  drawGauges(latest);
   drawRequests(latest);
   drawSelections(latest.selections);
 }

@@ -28,7 +28,7 @@ from vllm.plugins.endpoint_plugins.interface import (
     init_endpoint_plugins_state,
 )
 
-from flashmemory_vllm.observability.counters import CounterWriter, worker_name
+from flashmemory_vllm.observability.counters import SCHEDULER, CounterWriter, worker_name
 from flashmemory_vllm.observability.metrics import SERIES
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
 from flashmemory_vllm.plugin.endpoints import FlashMemoryEndpoints
@@ -199,6 +199,16 @@ def test_the_page_needs_no_key_and_nothing_from_elsewhere(route: str) -> None:
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     without_names = response.text.replace("http://www.w3.org/2000/svg", "")
     assert "://" not in without_names
+
+
+def test_a_status_tells_of_the_blocks_that_only_the_scheduler_knows() -> None:
+    engine = StatusEngine([make_status()])
+    client, directory = TestClient(_make_app(engine)), engine_counters_directory(engine.vllm_config)
+    with CounterWriter.create(directory, worker_name(0)), CounterWriter.create(directory, SCHEDULER) as scheduler:
+        scheduler.set("native_blocks_total", 9)
+        scheduler.set("native_blocks_used", 4)
+        answer = client.get("/flashmemory/status").json()
+    assert (answer["native_blocks_used"], answer["native_blocks_total"]) == (4, 9)
 
 
 def test_many_who_ask_at_once_share_one_answer() -> None:

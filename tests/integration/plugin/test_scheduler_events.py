@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from vllm.config import VllmConfig
 
+from flashmemory_vllm.observability.counters import CounterReader, CounterWriter, worker_name
 from flashmemory_vllm.residency.budget import BudgetPolicy, Mode
 from tests.helpers.tiny_model import save_tiny_llama
 from tests.integration.plugin.scheduled import VOCABULARY, Engine, Sizes, make_config, next_token
@@ -174,3 +175,33 @@ def test_no_event_of_the_scheduler_ends_the_engine(
             assert engine.outputs[name] == says(tokens, count), (seed, name)
         engine.check_nothing_is_left()
         assert engine.worker.num_questions > 0
+
+
+@pytest.mark.parametrize(
+    ("num_native_blocks", "lost"),
+    # Enough for the windows of one request beside those of the first prompt, or not
+    [(200, 0), (14, 92)],
+)
+def test_prefix_hits_that_end_early_for_want_of_windows_are_counted(
+    make_engine: MakeEngine, num_native_blocks: int, lost: int
+) -> None:
+    """What the host still holds of a prompt is of no use without the window at its end."""
+    sizes = Sizes(POLICY, 60, 200, window=14, num_native_blocks=num_native_blocks)
+    engine = make_engine(sizes, 0)
+
+    def counted() -> dict[str, float]:
+        return CounterReader(engine.manager._counters.path.parent).read()
+
+    with CounterWriter.create(engine.manager._counters.path.parent, worker_name(0)):
+        assert (counted()["native_blocks_total"], counted()["native_blocks_used"]) == (num_native_blocks - 1, 0)
+        for name, number in [("first", 1), ("other", 2), ("third", 3)]:
+            engine.add(name, prompt(number, 100), 4)
+            engine.step()
+            assert 0 < counted()["native_blocks_used"] < num_native_blocks
+            engine.run()
+        assert counted()["lost_prefix_tokens_total"] == 0
+        engine.add("again", prompt(1, 100), 4)
+        engine.run()
+        assert counted()["lost_prefix_tokens_total"] == lost
+        assert counted()["native_blocks_used"] == 0
+    assert engine.outputs["again"] == engine.outputs["first"]
