@@ -5,6 +5,7 @@ import json
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from flashmemory_vllm.cli.plan_layers import LayerKinds, layer_kinds
 from flashmemory_vllm.cli.plan_text import GIB, DeviceMemory, as_json, as_table, serve_command
 from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
@@ -28,10 +29,8 @@ SHAPES = {"llama-8b": LLAMA_8B}
 # Those that the server accepts, for weights and for KV
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size", "kv_cache_memory_bytes")
-# Fields of configurations in which layers differ, or some have no attention: of DeciLM, and of Transformers
-DIFFERING_LAYERS = ("block_configs", "per_layer_config")
 # Fields of configurations whose weights are not those of a plain dense decoder
-NOT_PLAIN = ("num_experts", "num_local_experts", "n_routed_experts", "quantization_config")
+NOT_PLAIN = ("num_experts", "num_local_experts", "n_routed_experts", "quantization_config", "layers_block_type")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(args)
     config = FlashMemoryConfig.from_additional_config({SECTION: options})
     fields = SHAPES[args.shape] if args.shape else read_model_fields(args.model)
-    model = model_sizes(fields, args.dtype, args.kv_cache_dtype)
+    kinds = layer_kinds(fields, args.context)
+    model = model_sizes(fields, args.dtype, args.kv_cache_dtype, kinds)
     memory = device_memory(args, fields, model.of_rank(args.tensor_parallel_size))
     server = ServerSizes(
         device_bytes=memory.kv_bytes,
@@ -125,13 +125,16 @@ def read_model_fields(model: str) -> dict[str, Any]:
     return fields
 
 
-def model_sizes(fields: dict[str, Any], dtype: str, kv_dtype: str = "auto") -> "ModelSizes":
+def model_sizes(
+    fields: dict[str, Any], dtype: str, kv_dtype: str = "auto", kinds: LayerKinds | None = None
+) -> "ModelSizes":
     """Read the sizes of the attention layers.
 
     Args:
         fields: the model's configuration.
         dtype: dtype to serve with, or `auto` for the model's.
         kv_dtype: dtype of keys and values, or `auto` for that of the weights.
+        kinds: of its layers. Default: those of requests of any length.
 
     Raises:
         ConfigError: a field is missing, or the model is of a kind that the backend refuses.
@@ -140,16 +143,7 @@ def model_sizes(fields: dict[str, Any], dtype: str, kv_dtype: str = "auto") -> "
 
     from flashmemory_vllm.runtime.forecast import ModelSizes
 
-    missing = [name for name in ("num_hidden_layers", "num_attention_heads", "hidden_size") if not fields.get(name)]
-    if missing:
-        raise ConfigError(f"--model: its configuration has no {', '.join(missing)}, allowed is a decoder-only model")
-    if differing := [name for name in DIFFERING_LAYERS if fields.get(name)]:
-        raise ConfigError(
-            f"--model: its layers differ ({', '.join(differing)}), allowed is one size of KV in all layers"
-        )
-    windows = fields.get("sliding_window") or set(fields.get("layer_types") or ()) - {"full_attention"}
-    if windows or fields.get("kv_lora_rank"):
-        raise ConfigError("--model: it has sliding-window, linear or MLA layers; allowed is full attention only")
+    kinds = layer_kinds(fields) if kinds is None else kinds
     if dtype == "auto":
         dtype = str(fields.get("dtype") or "float32").removeprefix("torch.")
         # vLLM serves a float32 model in half precision unless told otherwise
@@ -158,12 +152,16 @@ def model_sizes(fields: dict[str, Any], dtype: str, kv_dtype: str = "auto") -> "
         raise ConfigError(f"--model: its dtype is {dtype}, allowed: {', '.join(DTYPES[1:])}")
     heads = fields["num_attention_heads"]
     return ModelSizes(
-        num_layers=fields["num_hidden_layers"],
+        num_layers=kinds.num_full,
         num_query_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
         dtype=getattr(torch, dtype),
         kv_dtype=getattr(torch, dtype if kv_dtype == "auto" else kv_dtype),
+        num_window_layers=kinds.num_windows,
+        window=kinds.window,
+        num_state_layers=kinds.num_states,
+        state=kinds.state,
     )
 
 
@@ -213,8 +211,9 @@ def estimate_weights_bytes(fields: dict[str, Any], model: "ModelSizes", num_rank
     embeddings = fields["vocab_size"] * hidden * (1 if fields.get("tie_word_embeddings") else 2)
     attention = 2 * hidden * (model.num_query_heads + model.num_kv_heads) * model.head_dim
     feed_forward = 3 * hidden * fields["intermediate_size"]
-    shared = embeddings + model.num_layers * feed_forward
-    parameters: int = shared // num_ranks + model.num_layers * attention
+    num_layers = model.num_layers + model.num_window_layers
+    shared = embeddings + num_layers * feed_forward
+    parameters: int = shared // num_ranks + num_layers * attention
     return parameters * model.dtype.itemsize
 
 

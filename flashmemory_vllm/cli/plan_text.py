@@ -10,6 +10,7 @@ from flashmemory_vllm.config import SECTION
 
 if TYPE_CHECKING:
     from flashmemory_vllm.runtime.forecast import Forecast
+    from flashmemory_vllm.runtime.native import NativePool
 
 GIB = 1 << 30
 
@@ -60,6 +61,10 @@ def as_json(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", co
         "question_bytes": capacity.beside.question_bytes,
         "table_bytes": capacity.beside.table_bytes,
         "staging_bytes": capacity.beside.staging.bytes,
+        "native_bytes": made.native_bytes,
+        "native_blocks": made.native_blocks,
+        "native_request_bytes": made.native.request_blocks * made.native.block_bytes if made.native else 0,
+        "native_kept_prefixes": made.kept_prefixes(args.max_num_seqs) if made.native else 0,
         "num_logical_blocks": capacity.num_logical_blocks,
         "host_bytes": capacity.host_bytes,
         "request_decode_slots": made.request_decode_slots,
@@ -90,6 +95,8 @@ def as_table(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", c
         ("dense vLLM", f"{made.dense_num_requests:,} fit in the same device memory"),
         ("break-even", f"dense no longer fits from {made.dense_num_requests + 1:,} requests on"),
     ]
+    if made.native is not None:
+        rows.insert(2, ("windows and states", _native(args, made, made.native)))
     if args.tensor_parallel_size > 1:
         rows.insert(0, ("GPUs", f"{args.tensor_parallel_size}, and of each of them:"))
     return "\n".join([*(f"{name:<22}{value}" for name, value in rows), "", command])
@@ -101,6 +108,15 @@ def _origin(args: argparse.Namespace, memory: DeviceMemory) -> str:
     how = "estimated weights" if memory.is_estimate else "weights"
     weights = f"{args.gpu_memory_gib:g} - {how} {memory.weights_bytes / GIB:.2f}"
     return f"{_gib(memory.kv_bytes)} ({weights}; activations not subtracted)"
+
+
+def _native(args: argparse.Namespace, made: "Forecast", native: "NativePool") -> str:
+    one = _gib(native.request_blocks * native.block_bytes)
+    kept = made.kept_prefixes(args.max_num_seqs)
+    return (
+        f"{_gib(made.native_bytes)} ({made.native_blocks:,} blocks; a request in prefill takes up to {one}; beside all "
+        f"requests the ends of {kept:,} prefixes are kept)"
+    )
 
 
 def _gib(num_bytes: int) -> str:

@@ -10,7 +10,42 @@ from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.ledger import SlotLedger
 from flashmemory_vllm.runtime.beside import beside_slots
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, budget_policy, plan_capacity
+from flashmemory_vllm.runtime.native import NativeKind, NativePool, native_pool
 from flashmemory_vllm.runtime.shape import AttentionShape
+
+# Steps under way at once: vLLM schedules one before that before has ended
+CONCURRENT_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StateSizes:
+    """A Mamba 2 state of one layer, in elements.
+
+    Attributes:
+        num_heads: its heads.
+        head_dim: elements of a head.
+        state_size: for each of these.
+        num_groups: groups of heads.
+        conv_kernel: tokens of the convolution, of which all but one are kept.
+        dtype: of the state; the convolution's is the model's.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    dtype: torch.dtype
+
+    def num_bytes(self, num_ranks: int, model_dtype: torch.dtype) -> int:
+        """Bytes on one rank. Groups that cannot be divided are replicated, as in vLLM."""
+        groups = self.num_groups if self.num_groups % num_ranks == 0 else num_ranks
+        heads = self.num_heads // num_ranks
+        convolved = (self.num_heads * self.head_dim + 2 * groups * self.state_size) // num_ranks
+        return (
+            convolved * (self.conv_kernel - 1) * model_dtype.itemsize
+            + heads * self.head_dim * self.state_size * self.dtype.itemsize
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +53,16 @@ class ModelSizes:
     """The sizes of a model that decide about memory; filled from its configuration.
 
     Attributes:
-        num_layers: attention layers.
+        num_layers: layers of full attention.
         num_query_heads: query heads.
         num_kv_heads: KV heads.
         head_dim: elements of a key.
         dtype: dtype of the weights.
         kv_dtype: dtype of keys and values.
+        num_window_layers: layers with a sliding window beside them, otherwise as those.
+        window: tokens that such a layer attends to.
+        num_state_layers: layers with a state beside them.
+        state: of such a layer.
     """
 
     num_layers: int
@@ -32,6 +71,10 @@ class ModelSizes:
     head_dim: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    num_window_layers: int = 0
+    window: int = 0
+    num_state_layers: int = 0
+    state: StateSizes | None = None
 
     def of_rank(self, num_ranks: int) -> "ModelSizes":
         """The heads that one tensor-parallel rank has; fewer KV heads than ranks are replicated, as in vLLM.
@@ -46,6 +89,20 @@ class ModelSizes:
                 f"that its {kv} KV heads can be divided by, or that is a multiple of them"
             )
         return replace(self, num_query_heads=query // num_ranks, num_kv_heads=max(1, kv // num_ranks))
+
+    def native_kinds(self, block_size: int, num_ranks: int) -> list[NativeKind]:
+        """The layers beside those of full attention, of a rank's sizes.
+
+        vLLM makes a block of attention as large as a state, and pads the state to it.
+        """
+        token_bytes = 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
+        found = []
+        if self.num_window_layers:
+            found.append(NativeKind(self.num_window_layers, block_size * token_bytes, block_size, self.window))
+        if self.state is not None:
+            state_block = block_size * cdiv(self.state.num_bytes(num_ranks, self.dtype), block_size * token_bytes)
+            found.append(NativeKind(self.num_state_layers, state_block * token_bytes, state_block))
+        return found
 
     def shape(self, block_size: int) -> AttentionShape:
         """The attention layers; nothing is allocated, so that any device does."""
@@ -88,6 +145,8 @@ class Forecast:
 
     Attributes:
         capacity: the sizes that the server would log.
+        native: blocks of windows and states; None for a model without.
+        native_bytes: their device memory.
         request_kv_bytes: KV of one request of the context, in whole blocks.
         request_decode_slots: slots that such a request decodes with.
         num_requests: requests of the context that decode at once.
@@ -101,6 +160,18 @@ class Forecast:
     num_requests: int
     limited_by: str
     dense_num_requests: int
+    native: NativePool | None = None
+    native_bytes: int = 0
+
+    @property
+    def native_blocks(self) -> int:
+        """Blocks of windows and states, the null block included."""
+        return 0 if self.native is None else self.native_bytes // self.native.block_bytes
+
+    def kept_prefixes(self, max_num_seqs: int) -> int:
+        """Prefixes whose last window or state is kept for hits while so many requests run."""
+        assert self.native is not None
+        return max(0, self.native.requests_in(self.native_bytes) - max_num_seqs)
 
 
 def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) -> Forecast:
@@ -122,7 +193,8 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         raise ConfigError(f"flashmemory.mode is pressure with {num_ranks} ranks: allowed is always, or one rank")
     if num_ranks > 1 and config.indexer is not None:
         raise ConfigError(f"flashmemory.indexer is {config.indexer!r} with {num_ranks} ranks: allowed is one rank")
-    shape = model.of_rank(num_ranks).shape(server.block_size)
+    of_rank = model.of_rank(num_ranks)
+    shape = of_rank.shape(server.block_size)
     budget = budget_policy(
         config,
         block_size=server.block_size,
@@ -130,33 +202,51 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         max_model_len=server.context_tokens,
     )
     host_bytes = int(config.host_memory_gib * GIB) // num_ranks
+    kinds = of_rank.native_kinds(server.block_size, num_ranks)
+    in_flight = CONCURRENT_STEPS * server.max_num_batched_tokens
+    native = native_pool(kinds, model.num_layers, in_flight, server.context_tokens) if kinds else None
+    native_bytes = native.num_bytes(server.max_num_seqs, server.device_bytes) if native else 0
+    device_bytes = server.device_bytes - native_bytes
     capacity = plan_capacity(
-        MemoryBudget(server.device_bytes, host_bytes, config.device_slots, server.max_num_seqs),
+        MemoryBudget(device_bytes, host_bytes, config.device_slots, server.max_num_seqs),
         budget,
         shape.block_bytes,
-        beside_slots(config, shape, budget, server.max_num_seqs, server.device_bytes),
+        beside_slots(config, shape, budget, server.max_num_seqs, device_bytes),
     )
     request_blocks = cdiv(server.context_tokens, server.block_size)
-    by_blocks = (capacity.num_logical_blocks - 1) // request_blocks
-    by_slots = _requests_in_slots(capacity.num_slots, budget, at_most=server.max_num_seqs)
-    # Stock vLLM keeps one block for itself, too
-    dense_blocks = max(0, server.device_bytes // shape.block_bytes - 1)
-    if min(by_slots, by_blocks) == server.max_num_seqs:
-        limit = "--max-num-seqs"
-    elif by_slots <= by_blocks:
-        limit = "device slots"
-    elif capacity.num_logical_blocks == host_bytes // shape.block_bytes:
-        limit = "host blocks"
-    else:
-        limit = "host blocks, by the device memory of their index keys and checksums"
+    limits = {
+        "--max-num-seqs": server.max_num_seqs,
+        "device slots": _requests_in_slots(capacity.num_slots, budget, at_most=server.max_num_seqs),
+        "windows and states": native.requests_in(native_bytes) if native else server.max_num_seqs,
+        _host_limit(capacity, host_bytes): (capacity.num_logical_blocks - 1) // request_blocks,
+    }
+    limited_by = min(limits, key=limits.__getitem__)
     return Forecast(
         capacity=capacity,
         request_kv_bytes=request_blocks * shape.block_bytes,
         request_decode_slots=budget.decode_budget(server.context_tokens),
-        num_requests=min(by_slots, by_blocks),
-        limited_by=limit,
-        dense_num_requests=dense_blocks // request_blocks,
+        num_requests=limits[limited_by],
+        limited_by=limited_by,
+        dense_num_requests=_dense_requests(server, shape.block_bytes * request_blocks, native, shape.block_bytes),
+        native=native,
+        native_bytes=native_bytes,
     )
+
+
+def _host_limit(capacity: CapacityPlan, host_bytes: int) -> str:
+    """What limits the host's blocks."""
+    if capacity.num_logical_blocks == host_bytes // capacity.block_bytes:
+        return "host blocks"
+    return "host blocks, by the device memory of their index keys and checksums"
+
+
+def _dense_requests(server: ServerSizes, request_bytes: int, native: NativePool | None, block_bytes: int) -> int:
+    """Requests of so many bytes in layers of full attention that stock vLLM holds; it keeps one block for itself."""
+    if native is None:
+        return max(0, server.device_bytes // block_bytes - 1) // (request_bytes // block_bytes)
+    beside = native.decode_blocks * native.block_bytes
+    prefill = (native.request_blocks + 1) * native.block_bytes - beside
+    return max(0, server.device_bytes - prefill) // (request_bytes + beside)
 
 
 def _requests_in_slots(num_slots: int, budget: BudgetPolicy, at_most: int) -> int:

@@ -15,25 +15,18 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from flashmemory_vllm.errors import ConfigError, UnsupportedError
+from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.plugin.hybrid_admission import HybridSpec
 from flashmemory_vllm.plugin.layers import LayerSplit, find_managed
 from flashmemory_vllm.plugin.workers.physical import without_block_override
+from flashmemory_vllm.runtime.native import NativePool
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Native layers never take more of the device's KV memory than this, unless one request needs it
-MOST_NATIVE_SHARE = 0.5
-# What native layers get of the memory that running requests leave: states and windows that prefix hits end at
-CHECKPOINT_SHARE = 0.2
-
 
 def native_bytes(vllm_config: "VllmConfig", specs: Mapping[str, KVCacheSpec], device_bytes: int) -> int:
-    """Device memory for the blocks of native layers.
-
-    As many blocks as `--max-num-seqs` requests hold while one of them is prefilled, if that is at most half of the
-    memory, and a fifth of what is left for what prefix hits need. `--num-gpu-blocks-override` overrides it.
+    """Device memory for the blocks of native layers, as `NativePool.num_bytes` or `--num-gpu-blocks-override` says.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -55,17 +48,10 @@ def native_bytes(vllm_config: "VllmConfig", specs: Mapping[str, KVCacheSpec], de
     override = vllm_config.cache_config.num_gpu_blocks_override
     if override is not None:
         return override * block_bytes
-    # vLLM keeps the null block beside them
-    one_request = _max_memory_usage_bytes_from_groups(vllm_config, groups) + block_bytes
-    if one_request > device_bytes:
-        raise ConfigError(
-            f"--kv-cache-memory-bytes: {device_bytes} bytes of device memory, but the layers other than full attention "
-            f"need {one_request} for one request; give more, or lower --max-num-batched-tokens"
-        )
-    others = vllm_config.scheduler_config.max_num_seqs - 1
-    running = one_request + others * sum(_steady_blocks(group, vllm_config) for group in groups) * block_bytes
-    running = max(one_request, min(running, int(device_bytes * MOST_NATIVE_SHARE)))
-    return running + int((device_bytes - running) * CHECKPOINT_SHARE)
+    request_blocks = _max_memory_usage_bytes_from_groups(vllm_config, groups) // block_bytes
+    decode_blocks = sum(_steady_blocks(group, vllm_config) for group in groups)
+    pool = NativePool(block_bytes, request_blocks, decode_blocks)
+    return pool.num_bytes(vllm_config.scheduler_config.max_num_seqs, device_bytes)
 
 
 def _steady_blocks(group: KVCacheGroupSpec, vllm_config: "VllmConfig") -> int:

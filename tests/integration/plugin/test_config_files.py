@@ -1,4 +1,4 @@
-"""Every file in `configs/` goes through vLLM's own parser of `vllm serve --config` and through our schema."""
+"""Every file in `configs/` goes through vLLM's parser of `vllm serve --config`, through our schema, and is planned."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,11 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from flashmemory_vllm.cli.plan import model_sizes
+from flashmemory_vllm.cli.plan_layers import layer_kinds
 from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.runtime.forecast import ServerSizes, forecast
+from tests.helpers.published import published_fields
 
 FILES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
@@ -19,6 +23,22 @@ def parser() -> FlexibleArgumentParser:
     serve = main.add_subparsers(dest="command").add_parser("serve")
     make_arg_parser(serve)
     return main
+
+
+GIB = 1 << 30
+HYBRIDS = {"gemma-3-27b", "gpt-oss-120b", "gpt-oss-20b", "nemotron-3-nano"}
+# GiB that the weights leave for KV on each GPU that a file is for
+ROOM = {
+    "gemma-3-27b": 17,
+    "gpt-oss-120b": 55,
+    "gpt-oss-20b": 55,
+    "llama-3.1-70b": 32,
+    "llama-3.1-8b": 50,
+    "mistral-7b": 15,
+    "nemotron-3-nano": 10,
+    "qwen3-32b": 8,
+    "qwen3-8b": 15,
+}
 
 
 def _parse(parser: FlexibleArgumentParser, *arguments: str) -> argparse.Namespace:
@@ -55,3 +75,30 @@ def test_command_line_wins_over_file(path: Path, parser: FlexibleArgumentParser)
 def test_one_option_can_be_given_on_its_own(parser: FlexibleArgumentParser) -> None:
     args = _parse(parser, "some-model", "--additional-config.flashmemory.resident_ratio", "0.2")
     assert FlashMemoryConfig.from_additional_config(args.additional_config).resident_ratio == 0.2
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "reference"], ids=lambda path: path.stem)
+def test_what_a_file_asks_for_fits(path: Path, parser: FlexibleArgumentParser) -> None:
+    """With host memory for the longest request in each place, and room for prefixes beside them."""
+    args = _parse(parser, "--config", str(path))
+    fields = published_fields(path.stem)
+    model = model_sizes(fields, "auto", kinds=layer_kinds(fields, args.max_model_len))
+    block_size, num_ranks = 16, args.tensor_parallel_size
+    host_gib = args.max_num_seqs * model.shape(block_size).block_bytes * (args.max_model_len // block_size + 1) / GIB
+    server = ServerSizes(
+        device_bytes=ROOM[path.stem] * GIB,
+        context_tokens=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens or 8192,
+        block_size=block_size,
+        tensor_parallel_size=num_ranks,
+    )
+    config = FlashMemoryConfig.from_additional_config(
+        {"flashmemory": args.additional_config["flashmemory"] | {"host_memory_gib": host_gib + 1}}
+    )
+    made = forecast(model, config, server)
+    assert made.num_requests > made.dense_num_requests
+    assert (made.native is None) == (path.stem not in HYBRIDS)
+    if made.native is not None:
+        assert made.limited_by != "windows and states"
+        assert made.kept_prefixes(args.max_num_seqs) >= 4

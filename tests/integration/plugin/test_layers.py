@@ -30,12 +30,15 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from flashmemory_vllm.cli.plan import model_sizes
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.hybrid_admission import HybridSpec
 from flashmemory_vllm.plugin.layers import find_managed, split_layers
 from flashmemory_vllm.plugin.workers import hybrid
 from flashmemory_vllm.residency.budget import BudgetPolicy
+from flashmemory_vllm.runtime.native import native_pool
+from tests.helpers.published import published_fields
 
 BF16 = torch.bfloat16
 BLOCK = 16
@@ -85,7 +88,7 @@ MODELS = {
     "Qwen3.5-27B": states(4, 64, 4, 256, delta(48, 16)),
     "Qwen3.5-397B": states(4, 60, 2, 256, delta(64, 16)),
     "Qwen3-Next-80B": states(4, 48, 2, 256, delta(32, 16)),
-    "Nemotron-3-Nano": states(5, 29, 2, 128, ((3, 64 * 64 + 2 * 8 * 128), (64, 64, 128))),
+    "Nemotron-3-Nano": states(5, 30, 2, 128, ((3, 64 * 64 + 2 * 8 * 128), (64, 64, 128)))[1:],
     # As nobody publishes them: more layers of ours than of others
     "few windows": every(4, 24, full(8, 64), window(8, 64, 128))[::-1] + [full(8, 64)] * 20,
     "one of ours": every(6, 6, full(2, 32), window(2, 32, 64)),
@@ -197,7 +200,7 @@ def test_specs_of_ours_do_not_merge_with_others() -> None:
         HybridSpec.merge([ours, FlashMemorySpec.from_spec(full(2, 32), POLICY, Path("counters"))])
 
 
-def test_native_layers_have_room_for_all_requests_and_a_share_of_the_rest() -> None:
+def test_native_layers_have_room_for_all_requests_and_for_prefixes_that_these_leave_room_for() -> None:
     specs, vllm_config = announced(named(MODELS["gpt-oss-20b"])), config()
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     block = _pool_bytes_per_block(vllm_config, groups)
@@ -205,7 +208,7 @@ def test_native_layers_have_room_for_all_requests_and_a_share_of_the_rest() -> N
     # A window of 128 tokens is in nine blocks of 16, at most
     running = one + block + 3 * 9 * block
     total = 100 * running
-    assert hybrid.native_bytes(vllm_config, specs, total) == running + int((total - running) * 0.2)
+    assert hybrid.native_bytes(vllm_config, specs, total) == running + 8 * 4 * 9 * block
     # Where memory is short at most half of it is for those that run, but never less than one request needs
     short = one + block + running
     half = short // 2
@@ -251,3 +254,29 @@ def test_vllm_is_given_all_groups_and_memory_for_native_layers_alone() -> None:
     assert type(made.kv_cache_groups[index].kv_cache_spec) is FullAttentionSpec
     assert made.kv_cache_tensors == tensors[:index] + tensors[index + 1 :]
     assert len(groups[index].layer_names) < len(split.managed), "what the engine core resolved is left as it is"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    ("planned", "served"),
+    [
+        ("gpt-oss-20b", "gpt-oss-20b"),
+        ("gpt-oss-120b", "gpt-oss-120b"),
+        ("gemma-3-27b", "Gemma3-27B"),
+        ("nemotron-3-nano", "Nemotron-3-Nano"),
+    ],
+)
+def test_a_plan_has_the_blocks_that_a_server_has(planned: str, served: str, layout: KVCacheLayout) -> None:
+    """Without vLLM, from a model's configuration: `flashmemory plan`."""
+    layers = [
+        replace(spec, num_prefill_checkpoint_blocks=1) if isinstance(spec, MambaSpec) else spec
+        for spec in MODELS[served]
+    ]
+    model = model_sizes(published_fields(planned), "auto")
+    pool = native_pool(model.native_kinds(BLOCK, 1), model.num_layers, 4096, 131072)
+    specs, vllm_config = announced(named(layers)), config(layout)
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    assert pool.block_bytes == _pool_bytes_per_block(vllm_config, groups)
+    assert pool.request_blocks * pool.block_bytes == _max_memory_usage_bytes_from_groups(vllm_config, groups)
+    for total in (2 * (pool.request_blocks + 1) * pool.block_bytes, 1 << 36):
+        assert pool.num_bytes(4, total) == hybrid.native_bytes(vllm_config, specs, total)

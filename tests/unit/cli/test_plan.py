@@ -124,7 +124,7 @@ def test_sizes_that_a_configuration_leaves_out_follow_from_the_others() -> None:
     [{"sliding_window": 4096}, {"layer_types": ["full_attention", "linear_attention"]}, {"kv_lora_rank": 512}],
 )
 def test_models_that_the_server_refuses_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="allowed is full attention only"):
+    with pytest.raises(ConfigError, match="allowed is full attention, alone or beside"):
         model_sizes(LLAMA_8B | changes, "auto")
 
 

@@ -1,0 +1,95 @@
+"""What kinds of layers a model's configuration tells of, for `flashmemory plan`."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flashmemory_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flashmemory_vllm.runtime.forecast import StateSizes
+
+# Fields of configurations in which layers of full attention differ, or some have none: of DeciLM, of Transformers, of
+# Gemma 4, of Step 3.5
+DIFFERING_LAYERS = (
+    "block_configs",
+    "per_layer_config",
+    "global_head_dim",
+    "num_global_key_value_heads",
+    "attention_other_setting",
+)
+FULL, WINDOW = frozenset({"full_attention", "attention"}), "sliding_attention"
+# The one kind of model whose states the server takes: names of layers with a state, and of those that keep nothing
+NEMOTRON, STATES, NOTHING = "nemotron_h", frozenset({"linear_attention", "mamba"}), frozenset({"mlp", "moe"})
+
+
+class LayerKinds(NamedTuple):
+    """How many layers keep what.
+
+    Attributes:
+        num_full: those of full attention, which are managed.
+        num_windows: those with a sliding window.
+        window: tokens that such a layer attends to.
+        num_states: those with a state.
+        state: of such a layer.
+    """
+
+    num_full: int
+    num_windows: int = 0
+    window: int = 0
+    num_states: int = 0
+    state: "StateSizes | None" = None
+
+
+def layer_kinds(fields: dict[str, Any], context: int | None = None) -> LayerKinds:
+    """Count a model's layers by what they keep.
+
+    Args:
+        fields: the model's configuration.
+        context: tokens of the longest request: no longer than a window, and there is none. Default: any.
+
+    Raises:
+        ConfigError: a field is missing, or the model is of a kind that the backend refuses.
+    """
+    names = list(fields.get("layer_types") or fields.get("layers_block_type") or ())
+    needed = (*(() if names else ("num_hidden_layers",)), "num_attention_heads", "hidden_size")
+    if missing := [name for name in needed if not fields.get(name)]:
+        raise ConfigError(f"--model: its configuration has no {', '.join(missing)}, allowed is a decoder-only model")
+    if differing := [name for name in DIFFERING_LAYERS if fields.get(name)]:
+        raise ConfigError(
+            f"--model: its layers differ ({', '.join(differing)}), allowed is one size of KV in all layers"
+        )
+    window = fields.get("sliding_window") or 0
+    if not names:
+        names = [WINDOW if window else "full_attention"] * fields["num_hidden_layers"]
+    if not window or (context is not None and context <= window):
+        names = ["full_attention" if name == WINDOW else name for name in names]
+    is_nemotron = fields.get("model_type") == NEMOTRON
+    found = LayerKinds(
+        num_full=sum(name in FULL for name in names),
+        num_windows=names.count(WINDOW),
+        window=window if WINDOW in names else 0,
+        num_states=sum(name in STATES for name in names) if is_nemotron else 0,
+        state=_state(fields) if is_nemotron and STATES & set(names) else None,
+    )
+    unknown = set(names) - FULL - {WINDOW} - (STATES | NOTHING if is_nemotron else set())
+    if unknown or fields.get("kv_lora_rank") or not found.num_full:
+        of = sorted(unknown) or (["latent attention"] if fields.get("kv_lora_rank") else sorted(set(names)))
+        raise ConfigError(
+            f"--model: it has layers of {', '.join(of)}; allowed is full attention, alone or beside sliding windows or "
+            "Mamba 2 states"
+        )
+    return found
+
+
+def _state(fields: dict[str, Any]) -> "StateSizes":
+    import torch
+
+    from flashmemory_vllm.runtime.forecast import StateSizes
+
+    return StateSizes(
+        num_heads=fields["mamba_num_heads"],
+        head_dim=fields["mamba_head_dim"],
+        state_size=fields["ssm_state_size"],
+        num_groups=fields["n_groups"],
+        conv_kernel=fields["conv_kernel"],
+        dtype=getattr(torch, str(fields.get("mamba_ssm_cache_dtype") or "float32")),
+    )
