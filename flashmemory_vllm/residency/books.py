@@ -258,18 +258,19 @@ class Books:
         is_wide = self._is_wide[pairs.place]
         if is_wide.any():
             pairs = self._exchange(group, pairs, is_wide)
-        has_both = (pairs.come != NOBODY) & (pairs.go != NOBODY)
-        both = pairs if has_both.all() else pairs.where(has_both)
-        if both.place.size:  # almost always all of them
+        comes, goes = pairs.come != NOBODY, pairs.go != NOBODY
+        has_both = comes & goes
+        # Almost always all, but for rows that have begun a block
+        both, gone = (pairs, pairs) if has_both.all() else (pairs.where(has_both), pairs.where(goes))
+        if pairs.place.size:
             # First those that come: one that goes from a row may come into another
             slots = self._claim(group, both.place, both.come, awaited)
-            self._slots.unpin(group, self.ids[both.place, both.go])
+            self._slots.unpin(group, self.ids[gone.place, gone.go])
             self.groups[group].replace(both.place, both.come, both.go, slots)
         if both is not pairs:
-            for one in one_by_one(pairs.where(pairs.go == NOBODY)):
+            for one in one_by_one(pairs.where(~goes)):
                 self._insert(group, one, awaited)
-            for one in one_by_one(pairs.where(pairs.come == NOBODY)):
-                self._slots.unpin(group, self.ids[one.place, one.go])
+            for one in one_by_one(pairs.where(~comes)):
                 self.groups[group].remove(one.place, one.go)
 
     def _exchange(self, group: int, pairs: Pairs, is_wide: BoolArray) -> Pairs:

@@ -177,7 +177,7 @@ PAGER = (
     Mutation(
         "a block comes, and the one that goes for it keeps its claim on a slot",
         f"{_DIR}books.py",
-        "            self._slots.unpin(group, self.ids[both.place, both.go])\n",
+        "            self._slots.unpin(group, self.ids[gone.place, gone.go])\n",
         "",
         f"{_TEST}test_decode_rows.py::test_edits_make_the_tables_that_rows_read",
     ),
