@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,28 +13,44 @@ from flashmemory_kernels.forecast_blocks import Seen
 from flashmemory_kernels.project_queries import project_queries
 from flashmemory_kernels.score_chunks import quantise_codes, score_chunks
 
-from flashmemory_vllm.evaluation.history import mixed
 from flashmemory_vllm.evaluation.worth import worth
-from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.due import DueRequest, due_rows
-from flashmemory_vllm.indexer.factory import create_selector
-from flashmemory_vllm.indexer.forecast_model import MIX_DECAYS, with_neighbours
-from flashmemory_vllm.indexer.indexed import IndexedSelector
-from flashmemory_vllm.indexer.neural_model import NeuralIndexer, calibrated
-from flashmemory_vllm.indexer.places import PlaceState
+from flashmemory_vllm.indexer.forecast_model import with_neighbours
+from flashmemory_vllm.indexer.neural_model import NeuralIndexer
 from flashmemory_vllm.residency.ranking import best
 from flashmemory_vllm.training.batches import later_tokens
-from flashmemory_vllm.training.dataset import DataMeta, Document, Schedule
+from flashmemory_vllm.training.dataset import Document, Schedule
 from flashmemory_vllm.training.frame import MAIN_RATIO, frame_of
 from flashmemory_vllm.training.ragged import FloatArray, IntArray
 
 RATIOS = (0.10, MAIN_RATIO, 0.15)
-Baseline = Literal["oracle", "mix", "last", "bounds", "mean", "streaming", "random"]
-BASELINES: tuple[Baseline, ...] = ("oracle", "mix", "last", "bounds", "mean", "streaming", "random")
-# The bonus of what is held
-HYSTERESIS: Mapping[str, float] = {"mix": 1.0}
 
 BoolArray = npt.NDArray[np.bool_]
+
+
+class Paid(NamedTuple):
+    """What some tokens paid to candidates.
+
+    Attributes:
+        ids: int64 [n], candidates.
+        shares: float32 [n], largest share that any head pays to each.
+        tokens: int64 [n], which of the tokens did.
+        num_tokens: how many there are, those that paid nothing included.
+    """
+
+    ids: IntArray
+    shares: FloatArray
+    tokens: IntArray
+    num_tokens: int
+
+    @classmethod
+    def by(cls, rows: Sequence[tuple[IntArray, FloatArray]]) -> Paid:
+        """Of rows of candidates and shares, one for each token."""
+        ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in rows)])
+        shares = np.concatenate([np.empty(0, np.float32), *(shares for _, shares in rows)])
+        return cls(ids, shares, np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows]), len(rows))
+
+
 # Scores of the candidates of one recorded token, float32 [n]
 Scorer = Callable[[int], torch.Tensor]
 
@@ -49,7 +65,7 @@ class Question:
         num_tokens: tokens of the request, this one included.
         shares: float32 [n], largest share that any head pays to a candidate in any token that the selection is for.
         mass: float32 [n or more], attention mass of each block over those tokens.
-        paid: of each token that the selection is for, candidates and the largest share that any head pays to each.
+        paid: by each token that the selection is for.
     """
 
     token: int
@@ -57,7 +73,7 @@ class Question:
     num_tokens: int
     shares: FloatArray
     mass: FloatArray
-    paid: Sequence[tuple[IntArray, FloatArray]]
+    paid: Paid
 
 
 class Quality(NamedTuple):
@@ -96,16 +112,17 @@ def ask(document: Document, schedule: Schedule, limit: int) -> list[Question]:
         shares = document.largest_shares(token, schedule)
         mass = document.mass.sums(int(first[token]), int(end[token]), num_candidates)
         paid = [document.share.row(other, num_candidates) for other in range(int(first[token]), int(end[token]))]
-        questions.append(Question(token, num_candidates, int(document.positions[token]) + 1, shares, mass, paid))
+        num_tokens = int(document.positions[token]) + 1
+        questions.append(Question(token, num_candidates, num_tokens, shares, mass, Paid.by(paid)))
     return questions
 
 
-def choose(document: Document, question: Question, scores: torch.Tensor, ratio: float) -> BoolArray:
+def choose(document: Document, question: Question, scores: FloatArray, ratio: float) -> BoolArray:
     """Whether each block of the request, [N], is in the set that is chosen by scores [num_candidates]."""
     frame, budget = frame_of(question.num_tokens, document.block_size, ratio)
     # Blocks newer than the scoring are better than any other
     value, candidates = np.full(frame.num_blocks, np.inf, np.float32), slice(frame.sink_end, frame.recent_start)
-    value[: len(scores)] = scores.cpu().numpy()
+    value[: len(scores)] = scores
     kept = np.ones(frame.num_blocks, np.bool_)
     kept[candidates] = best(value[candidates], budget - frame.num_forced)
     return kept
@@ -122,12 +139,14 @@ def judge(question: Question, kept: BoolArray, before: BoolArray | None) -> Qual
     of_candidates = kept[: question.num_candidates]
     worths = worth(question.shares)
     recall = float(worths[of_candidates].sum() / worths.sum()) if worths.any() else float("nan")
-    losses = [float(shares[~of_candidates[ids]].max(initial=0.0)) for ids, shares in question.paid]
+    paid, lost = question.paid, np.zeros(question.paid.num_tokens, np.float32)
+    is_left = ~of_candidates[paid.ids]
+    np.maximum.at(lost, paid.tokens[is_left], paid.shares[is_left])
     old, total = question.mass[: question.num_candidates], float(question.mass.sum())
     newer = total - float(old.sum())
     mass = (float(old[of_candidates].sum()) + newer) / total if total else float("nan")
     fetched = float("nan") if before is None else float((kept[: len(before)] & ~before).sum())
-    return Quality(recall, mass, float(np.mean(losses)) if losses else float("nan"), fetched)
+    return Quality(recall, mass, float(lost.mean(dtype=np.float64)) if lost.size else float("nan"), fetched)
 
 
 class IndexerScorer:
@@ -136,15 +155,14 @@ class IndexerScorer:
     Args:
         model: in evaluation mode.
         document: the recording.
-        content_only: leave the model's head out.
     """
 
-    def __init__(self, model: NeuralIndexer, document: Document, *, content_only: bool = False) -> None:
+    def __init__(self, model: NeuralIndexer, document: Document) -> None:
         self._model, self._document = model, document
-        self._head = None if content_only else model.head
         self._device, spec = model.bias.device, model.spec
         with torch.no_grad():
-            pooled = document.keys.transpose(0, 1).to(self._device)
+            # As they lie: to put them in another order is the device's work
+            pooled = document.keys.to(self._device).transpose(0, 1)
             codes = model.encode_keys(pooled).transpose(0, 1)
             by_block = codes.reshape(len(codes), -1, spec.chunks_per_block, spec.dim).contiguous()  # [A, N, C, E]
             self._codes, self._scales = quantise_codes(by_block)
@@ -153,29 +171,35 @@ class IndexerScorer:
             self._ensemble = model.ensemble(groups)
             question = document.question(spec.query_window)
             self._asked: torch.Tensor = self._logits(question, document.num_candidates(0))
-        self._memory = document.memory(spec.query_window, spec.memory_decays if self._head is not None else ())
+        if model.head is not None:
+            self._memory = document.memory(spec.query_window, spec.memory_decays).to(self._device)
 
-    @torch.no_grad()
     def __call__(self, token: int) -> torch.Tensor:
         """Logits of the blocks, float32 [n], what the question asked for among them; of its own blocks infinite."""
+        return self.both(token)[0]
+
+    @torch.no_grad()
+    def both(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and what it says without its head: of content alone."""
         asked, newest = self._asked, self._asked
         if token:
             queries = self._document.queries[token].unsqueeze(0)
             newest = self._logits(queries, self._document.num_candidates(token))
             asked = torch.nn.functional.pad(asked, (0, len(newest) - len(asked)), value=-torch.inf)
-        head = self._head
-        logits = torch.maximum(newest, asked) if head is None else head(self._seen(token, newest, asked))
+        content, head = torch.maximum(newest, asked), self._model.head
+        whole = content if head is None else head(self._seen(token, newest, asked))
         if token:
-            logits[self._document.question_blocks(self._model.spec.query_window)] = torch.inf
-        return logits
+            for logits in (whole, content):
+                logits[self._document.question_blocks(self._model.spec.query_window)] = torch.inf
+        return whole, content
 
     def _seen(self, token: int, newest: torch.Tensor, asked: torch.Tensor) -> Seen:
         num_blocks = len(newest)
-        memory = with_neighbours(self._memory[token])[:num_blocks].to(self._device)
+        memory = with_neighbours(self._memory[token])[:num_blocks]
         distance = torch.arange(num_blocks, 0, -1, device=self._device) * self._document.block_size
         # Nothing was asked of blocks that are newer: the newest token's is all there is
         known = torch.where(asked.isfinite(), asked, newest)
-        return Seen(memory, newest, known, distance, torch.tensor(token == 0, device=self._device))
+        return Seen(memory, newest, known, distance, torch.full((), token == 0, device=self._device))
 
     def _logits(self, queries: torch.Tensor, num_blocks: int) -> torch.Tensor:
         """Float32 [n], the largest by any of the queries [Q, A, Hq, D]."""
@@ -185,55 +209,6 @@ class IndexerScorer:
         arguments = self._codes, self._scales, self._block_ids, due.on_device, self._ensemble, logits
         score_chunks(heads.unsqueeze(0), gates.unsqueeze(0), *arguments)
         return logits[0, 0, :num_blocks]
-
-
-def share_scorer(model: NeuralIndexer, document: Document) -> Scorer:
-    """The shares that an indexer expects."""
-    scorer = IndexerScorer(model, document)
-    calibration = model.calibration if model.head is None else model.head.calibration
-    return lambda token: calibrated(scorer(token), calibration)
-
-
-def baseline_scorer(name: Baseline, document: Document, meta: DataMeta, questions: Sequence[Question]) -> Scorer:
-    """A selector that needs no training, or the oracle that ranks by what heads will pay."""
-    if name == "oracle":
-        shares = {question.token: torch.from_numpy(question.shares) for question in questions}
-        return lambda token: shares[token]
-    if name in {"mix", "last"}:
-        return _shares_scorer(document, meta.query_window, is_mix=name == "mix")
-    selector = create_selector(name, _geometry(document, meta))
-    if isinstance(selector, IndexedSelector):
-        keys = document.keys.float()
-        by_block = keys.view(len(keys), document.num_blocks, document.chunks_per_block, *keys.shape[2:])
-        largest, smallest, mean = by_block.unbind(4)  # [A, n, C, Hkv, D] each
-        bounds = torch.cat((smallest.amin(2), largest.amax(2)), dim=-1)
-        rows = bounds if name == "bounds" else mean.mean(2)
-        selector.index.copy_(rows.unsqueeze(3))
-
-    return _selector_scorer(selector, document)
-
-
-def _selector_scorer(selector: Selector, document: Document) -> Scorer:
-    """What a selector makes of a document's blocks with the query of a token alone."""
-    queries = torch.empty(document.queries.shape[1], 1, 1, *document.queries.shape[2:])
-    block_ids = torch.arange(document.num_blocks, dtype=torch.int32).unsqueeze(0)
-    memory, in_set = torch.zeros(1, 1, *block_ids.shape), torch.zeros(1, *block_ids.shape, dtype=torch.int8)
-    state = PlaceState(queries, block_ids, memory, in_set)
-
-    def score(token: int) -> torch.Tensor:
-        num_blocks = document.num_candidates(token)
-        queries[:, 0, 0] = document.queries[token]
-        selector.remember(due_rows([DueRequest(0, num_blocks, 0, selections=token)], queries.device), state)
-        return memory[0, 0, 0, :num_blocks].clone()
-
-    return score
-
-
-def _shares_scorer(document: Document, query_window: int, *, is_mix: bool) -> Scorer:
-    """What the last token paid to blocks, or a mix of what all did, handed on to the next block."""
-    memory = document.memory(query_window, MIX_DECAYS if is_mix else (0.0,))
-    scores = mixed(memory) if is_mix else memory[:, 0]
-    return lambda token: scores[token, : document.num_candidates(token)]
 
 
 def evaluate(
@@ -254,28 +229,12 @@ def evaluate(
     """
     held: dict[float, BoolArray] = {}
     for question in questions:
-        scores = scorer(question.token)
+        scores: FloatArray = scorer(question.token).cpu().numpy()
         for ratio in ratios:
-            before = held.get(ratio)
-            preferred = scores
+            before, preferred = held.get(ratio), scores
             if before is not None and hysteresis:
-                known = torch.from_numpy(before[: len(scores)]).to(scores)
-                preferred = scores * (1 + hysteresis * torch.nn.functional.pad(known, (0, len(scores) - len(known))))
+                bonus = np.zeros(len(scores), np.float32)
+                bonus[: len(before)] = hysteresis * before[: len(scores)]
+                preferred = scores * (1 + bonus)
             held[ratio] = choose(document, question, preferred, ratio)
             yield ratio, judge(question, held[ratio], before)
-
-
-def _geometry(document: Document, meta: DataMeta) -> IndexGeometry:
-    return IndexGeometry(
-        num_logical_blocks=document.num_blocks,
-        block_size=meta.block_size,
-        num_query_heads=meta.num_query_heads,
-        num_kv_heads=meta.num_kv_heads,
-        head_dim=meta.head_dim,
-        softmax_scale=meta.softmax_scale,
-        anchor_layers=meta.anchor_layers,
-        layer_groups=(0,) * len(meta.anchor_layers),
-        num_groups=1,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )

@@ -30,13 +30,16 @@ def finish(result: TrainResult, validation: Validation, provenance: Provenance, 
     alone = Processes()
     model = result.model.eval()
     round_weights(model)
-    validation.calibrate(model)
+    # Its documents are read once: calibration changes no logit
+    answers = validation.answers(model)
+    validation.calibrate(model, answers)
     save_indexer(model, out)
-    scores = {"neural": alone.mean(validation.run(model))}
+    scores = {"neural": alone.mean(validation.judge(answers.whole))}
     if model.head is not None:
-        scores["held"] = alone.mean(validation.run_held(model))
-        scores["content"] = alone.mean(validation.run_content(model))
-    scores |= {name: alone.mean(columns) for name, columns in validation.run_baselines().items()}
+        scores["held"] = alone.mean(validation.run_held(model, answers))
+        scores["content"] = alone.mean(validation.judge(answers.content))
+    baselines = validation.run_baselines(model.bias.device)
+    scores |= {name: alone.mean(columns) for name, columns in baselines.items()}
     report = TrainingReport(
         spec=model.spec,
         provenance=provenance,
@@ -47,6 +50,6 @@ def finish(result: TrainResult, validation: Validation, provenance: Provenance, 
         minutes=result.minutes,
         history=result.history,
         scores=scores,
-        reached=validation.threshold_share(model),
+        reached=validation.threshold_share(model, answers),
     )
     return [out, *write_report(report, out)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.ranking import Frame
 
@@ -12,6 +14,8 @@ SINK_TOKENS = 64
 RECENT_TOKENS = 256
 
 
+# Every selector is asked about the same tokens
+@lru_cache(4096)
 def frame_of(num_tokens: int, block_size: int, ratio: float) -> tuple[Frame, int]:
     """Forced blocks and budget of a request.
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from flashmemory_vllm.indexer.neural_model import NeuralIndexer
+from flashmemory_vllm.training.baselines import baseline_scorer
 from flashmemory_vllm.training.batches import Sampling, TrainingSteps
 from flashmemory_vllm.training.dataset import Schedule, TrainingData
 from flashmemory_vllm.training.evaluation import (
     IndexerScorer,
+    Paid,
     Question,
     ask,
-    baseline_scorer,
     choose,
     evaluate,
     judge,
@@ -41,10 +42,10 @@ def test_a_selection_is_judged_by_what_it_keeps(data: TrainingData) -> None:
     # Of three tokens one pays to what is left out, one to a block of the set alone, one to nothing
     paid = [([40, 50], [0.2, 0.6]), ([40], [0.9]), ([], [])]
     rows = [(np.array(ids, np.int64), np.array(shares, np.float32)) for ids, shares in paid]
-    question = Question(0, 100, 1601, shares=mass**0.25, mass=mass, paid=rows)
+    question = Question(0, 100, 1601, shares=mass**0.25, mass=mass, paid=Paid.by(rows))
     frame, budget = frame_of(question.num_tokens, document.block_size, MAIN_RATIO)
     assert (frame.sink_end, frame.recent_start, budget) == (4, 98, 13)
-    scores = torch.zeros(100)
+    scores = np.zeros(100, np.float32)
     scores[40:46] = 1
     kept = choose(document, question, scores, MAIN_RATIO)
     before = np.zeros(101, np.bool_)
@@ -56,14 +57,16 @@ def test_a_selection_is_judged_by_what_it_keeps(data: TrainingData) -> None:
 def test_attention_to_newer_blocks_is_never_missed(data: TrainingData) -> None:
     mass = np.zeros(103, np.float32)
     mass[[60, 102]] = [0.25, 0.75]
-    question = Question(0, 100, 1601, shares=mass[:100], mass=mass, paid=[])
-    kept = choose(data.load(0), question, -torch.arange(100.0), MAIN_RATIO)
+    question = Question(0, 100, 1601, shares=mass[:100], mass=mass, paid=Paid.by([]))
+    kept = choose(data.load(0), question, -np.arange(100, dtype=np.float32), MAIN_RATIO)
     assert judge(question, kept, None)[:2] == (0, 0.75)
 
 
 def test_the_oracle_is_the_best_and_random_is_not_good(data: TrainingData) -> None:
     validation = Validation(data, range(4), Schedule(tau=2, delay=1), limit=12)
-    scores = {name: Processes().mean(columns) for name, columns in validation.run_baselines().items()}
+    scores = {
+        name: Processes().mean(columns) for name, columns in validation.run_baselines(torch.device("cpu")).items()
+    }
     for key in (key for key in scores["oracle"] if not key.startswith("fetched")):
         best = min if key.startswith("lost") else max
         assert scores["oracle"][key] == best(values[key] for values in scores.values())
@@ -125,14 +128,17 @@ def test_a_document_is_forecast_as_it_is_in_training(data: TrainingData) -> None
         is_asked = batch.weights[0, selection] > 0
         scores = scorer(token)[blocks[is_asked]]
         torch.testing.assert_close(scores, logits[0, selection, is_asked], rtol=1e-3, atol=1e-3)
-    content = IndexerScorer(model, document, content_only=True)
-    assert not torch.allclose(content(1)[4:90], scorer(1)[4:90])
+    whole, content = scorer.both(1)
+    assert torch.equal(whole, scorer(1))
+    assert not torch.allclose(content[4:90], whole[4:90])
+    model.head = None
+    assert torch.equal(content, IndexerScorer(model, document)(1))
 
 
 def test_last_and_mix_score_what_anchor_layers_paid(data: TrainingData) -> None:
     document, questions = data.load(0), ask(data.load(0), Schedule(4, 1), 9)
     paid = document.anchor_share[len(document.prompt_queries) :].float()
-    last, mix = (baseline_scorer(name, document, data.meta, questions) for name in ("last", "mix"))
+    last, mix = (baseline_scorer(name, document, data.meta, questions, torch.device("cpu")) for name in ("last", "mix"))
     assert torch.equal(last(5), paid[5, : document.num_candidates(5)])
     (block,) = paid[5].nonzero()[:, 0].tolist()
     assert float(mix(5)[block]) == pytest.approx(float(paid[5, block]), rel=1e-3)

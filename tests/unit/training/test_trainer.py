@@ -86,8 +86,9 @@ def test_training_finds_needed_blocks(tmp_path: Path) -> None:
     drawn = NeuralIndexer(make_spec(data, SETTINGS)).eval()
     drawn.init_weights(torch.Generator().manual_seed(0))
     untrained = Processes().mean(trainer.validation.run(drawn))
-    random = Processes().mean(trainer.validation.run_baseline("random"))
-    bounds = Processes().mean(trainer.validation.run_baseline("bounds"))
+    baselines = trainer.validation.run_baselines(torch.device("cpu"), ["random", "bounds"])
+    random = Processes().mean(baselines["random"])
+    bounds = Processes().mean(baselines["bounds"])
     history = trainer.run().history
     best = max(history, key=lambda row: row[RECALL])
     assert history[-1]["loss"] < 0.5 * history[1]["loss"]
@@ -171,14 +172,15 @@ def test_a_head_forecasts_from_what_was_paid(small: TrainingData, tmp_path: Path
     trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, decays=(0.0, 0.9, 1.0)))
     model = trainer.run().model.eval()
     both = Processes().mean(trainer.validation.run(model))
-    content = Processes().mean(trainer.validation.run_content(model))
+    answers = trainer.validation.answers(model)
+    content = Processes().mean(trainer.validation.judge(answers.content))
     # What the prompt's last tokens looked up is all that the answer needs
     assert both[RECALL] > content[RECALL] + 0.02
     assert both["lost@0.135"] < 0.5 * content["lost@0.135"]
-    trainer.validation.calibrate(model)
+    trainer.validation.calibrate(model, answers)
     assert model.head is not None
     assert model.head.calibration.tolist() != [1.0, 0.0]
-    reached, kept = trainer.validation.threshold_share(model)
+    reached, kept = trainer.validation.threshold_share(model, answers)
     assert (reached, kept) == pytest.approx((0.04, 1.0), abs=0.03)
 
 
@@ -186,8 +188,9 @@ def test_calibration_makes_a_probability(small: TrainingData, tmp_path: Path) ->
     trainer = _trainer(small, tmp_path / "state.pt", replace(SHORT, decays=()))
     model = trainer.run().model.eval()
     validation: Validation = trainer.validation
-    validation.calibrate(model)
-    logits, shares = validation._candidates(model, content_only=True)
+    answers = validation.answers(model)
+    validation.calibrate(model, answers)
+    logits, shares = validation._candidates(answers.content)
     probabilities = model.probability(logits)
     # The maximum-likelihood offset makes the mean probability the mean share.
     assert float(probabilities.mean()) == pytest.approx(float(shares.mean()), abs=1e-3)
@@ -196,7 +199,9 @@ def test_calibration_makes_a_probability(small: TrainingData, tmp_path: Path) ->
     worths = worth(shares)
     kept = float(worths[probabilities >= model.spec.threshold].sum() / worths.sum())
     assert kept >= 0.99
-    assert validation.threshold_share(model)[0] == float((probabilities >= model.spec.threshold).float().mean())
+    assert validation.threshold_share(model, answers)[0] == float(
+        (probabilities >= model.spec.threshold).float().mean()
+    )
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
