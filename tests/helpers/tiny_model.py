@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 VOCABULARY = 512
@@ -120,6 +122,32 @@ def save_tiny_nemotron_h(folder: Path) -> Path:
     of_all = {name: value for name, value in _HYBRID.items() if name != "sliding_window"}
     config = NemotronHConfig(layers_block_type=kinds, intermediate_size=256, **states, **of_all)
     NemotronHForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_qwen3_next(folder: Path) -> Path:
+    """Write a seeded random Qwen3-Next: three layers with a gated delta net, one of full attention; experts.
+
+    Args:
+        folder: where to; created.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(1)
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    heads |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    of_all = {name: value for name, value in _HYBRID.items() if name != "sliding_window"}
+    config = Qwen3NextConfig(
+        num_hidden_layers=4,
+        intermediate_size=256,
+        shared_expert_intermediate_size=128,
+        **heads,
+        **experts,
+        **of_all,
+    )
+    Qwen3NextForCausalLM(config).save_pretrained(folder)
     return folder
 
 

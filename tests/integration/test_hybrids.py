@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.engine import V1_RUNNER, EngineRun, run_engine
-from tests.helpers.tiny_model import random_prompts, save_tiny_gemma3, save_tiny_gpt_oss, save_tiny_nemotron_h
+from tests.helpers.engine import V1_RUNNER, V2_RUNNER, EngineRun, run_engine
+from tests.helpers.tiny_model import (
+    random_prompts,
+    save_tiny_gemma3,
+    save_tiny_gpt_oss,
+    save_tiny_nemotron_h,
+    save_tiny_qwen3_next,
+)
 
 pytestmark = [
     pytest.mark.e2e,
@@ -28,29 +34,32 @@ IS_THOROUGH = os.environ.get("FLASHMEMORY_HYBRIDS") == "thorough"
 OTHERS: list[Save] = [save_tiny_gpt_oss, save_tiny_nemotron_h] if IS_THOROUGH else []
 
 
+ENGINE = {
+    "dtype": "float32",
+    "block_size": BLOCK_SIZE,
+    "max_model_len": 512,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 1 << 28,
+}
+# All blocks, but too few slots for them
+TIGHT = {
+    "resident_ratio": 1.0,
+    "device_slots": 19,
+    "growth_reserve_tokens": 0,
+    "host_memory_gib": 0.25,
+    "check_integrity": True,
+    "poison_free_slots": True,
+}
+
+
 @pytest.mark.parametrize("save", [save_tiny_gemma3, *OTHERS])
 def test_texts_are_vllms(save: Save, tmp_path: Path) -> None:
     """And prefix hits are as long; requests are evicted from, recalled for, and preempted."""
     first = random_prompts(4, 70, 130)
-    engine = {
-        "dtype": "float32",
-        "block_size": BLOCK_SIZE,
-        "max_model_len": 512,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 256,
-        "kv_cache_memory_bytes": 1 << 28,
-    }
     rounds = [first, [*random_prompts(2, 70, 130, seed=1), *first[:2]]]
-    stock = EngineRun(save(tmp_path), rounds, 40, engine=engine)
-    options = {
-        "resident_ratio": 1.0,
-        "device_slots": 19,
-        "growth_reserve_tokens": 0,
-        "host_memory_gib": 0.25,
-        "check_integrity": True,
-        "poison_free_slots": True,
-    }
-    theirs, ours = run_engine(stock), run_engine(replace(stock, flashmemory=options))
+    stock = EngineRun(save(tmp_path), rounds, 40, engine=ENGINE)
+    theirs, ours = run_engine(stock), run_engine(replace(stock, flashmemory=TIGHT))
     assert ours.tokens == theirs.tokens
     assert min(len(set(text)) for texts in ours.tokens for text in texts) > 5, "texts that say little show little"
     counted = ours.counters
@@ -63,6 +72,34 @@ def test_texts_are_vllms(save: Save, tmp_path: Path) -> None:
     assert theirs.metrics["prefix_cache_hits"] > 0 or save is save_tiny_nemotron_h
     assert ours.metrics["preemptions"] > theirs.metrics["preemptions"] == 0
     assert ours.model_runner == theirs.model_runner == V1_RUNNER
+
+
+@pytest.mark.skipif(not IS_THOROUGH, reason="FLASHMEMORY_HYBRIDS is not thorough: minutes in Triton's interpreter")
+def test_texts_are_vllms_with_its_newer_model_runner(tmp_path: Path) -> None:
+    """Of prompts whose blocks do not all have slots at once, and of one that is asked again."""
+    first = random_prompts(4, 70, 130)
+    stock = EngineRun(save_tiny_gemma3(tmp_path), [first, first[:2]], 40, engine=ENGINE, runner="v2")
+    theirs, ours = run_engine(stock, 1200), run_engine(replace(stock, flashmemory=TIGHT), 1200)
+    assert ours.tokens == theirs.tokens
+    assert min(len(set(text)) for texts in ours.tokens for text in texts) > 5, "texts that say little show little"
+    assert ours.counters["slots_total"] < ours.counters["host_blocks_total"]
+    assert ours.counters["evictions_total"] > 0
+    assert ours.metrics["prefix_cache_hits"] >= theirs.metrics["prefix_cache_hits"] > 0
+    assert ours.model_runner == theirs.model_runner == V2_RUNNER
+
+
+@pytest.mark.skipif(not IS_THOROUGH, reason="FLASHMEMORY_HYBRIDS is not thorough")
+def test_texts_beside_delta_nets_are_vllms_at_equal_batches(tmp_path: Path) -> None:
+    """On a CPU they are in bf16 alone, where vLLM's texts depend on how prompts are cut: no hit, no preemption."""
+    rounds = [random_prompts(4, 70, 130, seed=seed) for seed in range(4)]
+    engine = ENGINE | {"dtype": "bfloat16"}
+    stock = EngineRun(save_tiny_qwen3_next(tmp_path), rounds, 40, engine=engine)
+    theirs, ours = run_engine(stock), run_engine(replace(stock, flashmemory=TIGHT | {"device_slots": 48}))
+    assert ours.tokens == theirs.tokens
+    assert min(len(set(text)) for texts in ours.tokens for text in texts) > 20, "texts that say little show little"
+    assert ours.counters["slots_total"] < ours.counters["host_blocks_total"]
+    assert ours.counters["evictions_total"] > 0
+    assert ours.metrics["preemptions"] == ours.metrics["prefix_cache_hits"] == 0
 
 
 def test_sparse_attention_with_sinks_is_the_oracles(tmp_path: Path) -> None:

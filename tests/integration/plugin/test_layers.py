@@ -45,7 +45,7 @@ BLOCK = 16
 POLICY = BudgetPolicy(BLOCK, 0.135, 2048, 16, 64, 4096, 131072, 0)
 LAYOUTS = [KVCacheLayout.LBHNC, KVCacheLayout.BLNHC]
 LATENT = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=BF16)
-DELTA_NET = MambaSpec(block_size=16, shapes=((64,),), dtypes=(BF16,), mamba_type=MambaAttentionBackendEnum.GDN_ATTN)
+CONVOLUTION = MambaSpec(block_size=16, shapes=((64,),), dtypes=(BF16,), mamba_type=MambaAttentionBackendEnum.SHORT_CONV)
 CHUNKED = ChunkedLocalAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=BF16, attention_chunk_size=64)
 
 
@@ -170,14 +170,14 @@ def test_a_hit_ends_where_a_managed_block_does(model: str) -> None:
         ([full(2, 32), LATENT], r"layers\.1 has .*MLA"),
         ([full(2, 32), replace(full(2, 32), non_causal=True)], r"layers\.1 has .*non_causal=True"),
         ([full(2, 32), replace(full(2, 32), sliding_window=64)], r"layers\.1 has .*sliding_window=64"),
-        ([full(2, 32), DELTA_NET], r"layers\.1 has a state of kind GDN_ATTN; allowed: MAMBA2"),
+        ([full(2, 32), CONVOLUTION], r"layers\.1 has a state of kind SHORT_CONV; allowed: MAMBA2, GDN_ATTN"),
         ([full(2, 32), CHUNKED], r"layers\.1 has .*ChunkedLocal"),
         (
             [full(2, 32, 32), window(2, 32, 64, 16), window(2, 32, 64, 48)],
             r"^--block-size: .* of 32 tokens, which do not divide those of the other layers, 16; allowed .* of 16$",
         ),
     ],
-    ids=["no layer of ours", "latent", "not causal", "a window as full attention", "delta net", "chunks", "blocks"],
+    ids=["no layer of ours", "latent", "not causal", "a window as full attention", "convolution", "chunks", "blocks"],
 )
 def test_layers_that_are_neither(layers: list[KVCacheSpec], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
