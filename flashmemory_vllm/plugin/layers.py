@@ -21,7 +21,8 @@ from flashmemory_vllm.errors import UnsupportedError
 # What may be beside managed layers
 NATIVE_SPECS = (SlidingWindowSpec, MambaSpec)
 # States beside which texts were shown to be vLLM's. Those of gated delta nets, in bf16, depend on where chunks of a
-# prompt end, with stock vLLM as well: a small Qwen3-Next writes the same at equal batches, but may not after a hit
+# prompt end, with stock vLLM as well: a small Qwen3-Next writes the same at equal batches. With prefix caching they are
+# not: vLLM cuts a prompt where the last block of a hit may end, which is a managed one here
 SHOWN_STATES = (MambaAttentionBackendEnum.MAMBA2, MambaAttentionBackendEnum.GDN_ATTN)
 ALLOWED = "causal full attention in some layers, sliding windows or states in the others"
 

@@ -8,10 +8,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
+from flashmemory_vllm.runtime.native import native_pool
 from tests.helpers.engine import V1_RUNNER, V2_RUNNER, EngineRun, run_engine
 from tests.helpers.tiny_model import (
     random_prompts,
@@ -34,7 +37,7 @@ IS_THOROUGH = os.environ.get("FLASHMEMORY_HYBRIDS") == "thorough"
 OTHERS: list[Save] = [save_tiny_gpt_oss, save_tiny_nemotron_h] if IS_THOROUGH else []
 
 
-ENGINE = {
+ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "block_size": BLOCK_SIZE,
     "max_model_len": 512,
@@ -72,6 +75,16 @@ def test_texts_are_vllms(save: Save, tmp_path: Path) -> None:
     assert theirs.metrics["prefix_cache_hits"] > 0 or save is save_tiny_nemotron_h
     assert ours.metrics["preemptions"] > theirs.metrics["preemptions"] == 0
     assert ours.model_runner == theirs.model_runner == V1_RUNNER
+    assert counted["native_blocks_total"] == planned_native_blocks(tmp_path)
+
+
+def planned_native_blocks(model: Path) -> int:
+    """Blocks of windows and states that a plan gives a server of these sizes, the null block aside."""
+    sizes = model_sizes(read_model_fields(str(model)), "float32")
+    # One step at a time on a CPU
+    in_flight, longest = ENGINE["max_num_batched_tokens"], ENGINE["max_model_len"]
+    pool = native_pool(sizes.native_kinds(BLOCK_SIZE, 1), sizes.num_layers, in_flight, longest)
+    return pool.num_bytes(ENGINE["max_num_seqs"], ENGINE["kv_cache_memory_bytes"]) // pool.block_bytes - 1
 
 
 @pytest.mark.skipif(not IS_THOROUGH, reason="FLASHMEMORY_HYBRIDS is not thorough: minutes in Triton's interpreter")
@@ -90,9 +103,12 @@ def test_texts_are_vllms_with_its_newer_model_runner(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not IS_THOROUGH, reason="FLASHMEMORY_HYBRIDS is not thorough")
 def test_texts_beside_delta_nets_are_vllms_at_equal_batches(tmp_path: Path) -> None:
-    """On a CPU they are in bf16 alone, where vLLM's texts depend on how prompts are cut: no hit, no preemption."""
+    """On a CPU they are in bf16 alone, where vLLM's texts depend on how prompts are cut.
+
+    So without a preemption, and without prefix caching, for which vLLM cuts prompts where a hit may end.
+    """
     rounds = [random_prompts(4, 70, 130, seed=seed) for seed in range(4)]
-    engine = ENGINE | {"dtype": "bfloat16"}
+    engine = ENGINE | {"dtype": "bfloat16", "enable_prefix_caching": False}
     stock = EngineRun(save_tiny_qwen3_next(tmp_path), rounds, 40, engine=engine)
     theirs, ours = run_engine(stock), run_engine(replace(stock, flashmemory=TIGHT | {"device_slots": 48}))
     assert ours.tokens == theirs.tokens
