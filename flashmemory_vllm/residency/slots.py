@@ -191,6 +191,8 @@ class SlotTable:
         self.host_valid[blocks] = False
         for group in range(self._geometry.num_groups):
             resident = blocks[self.lut[group, blocks] != NOT_RESIDENT]
+            if not resident.size:  # mostly: blocks that are given out anew
+                continue
             slots = self._slots_of(group, resident)
             if self.pins[group, slots].any():
                 raise IntegrityError(

@@ -44,8 +44,8 @@ PAGER = (
     Mutation(
         "a freed block keeps its slot when it gets other tokens",
         f"{_DIR}slots.py",
-        "resident = blocks[self.lut[group, blocks] != NOT_RESIDENT]\n            slots",
-        "resident = blocks[:0]\n            slots",
+        "            if not resident.size:",
+        "            if resident.size >= 0:",
         f"{_TEST}test_slots.py::test_reallocated_blocks_lose_content_and_slots",
     ),
     Mutation(
