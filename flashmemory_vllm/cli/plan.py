@@ -30,7 +30,10 @@ SHAPES = {"llama-8b": LLAMA_8B}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size", "kv_cache_memory_bytes")
 # Fields of configurations whose weights are not those of a plain dense decoder
-NOT_PLAIN = ("num_experts", "num_local_experts", "n_routed_experts", "quantization_config", "layers_block_type")
+NOT_PLAIN = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "quantization_config", "layers_block_type"),
+    "linear_num_value_heads",
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -17,8 +17,19 @@ DIFFERING_LAYERS = (
     "attention_other_setting",
 )
 FULL, WINDOW = frozenset({"full_attention", "attention"}), "sliding_attention"
-# The one kind of model whose states the server takes: names of layers with a state, and of those that keep nothing
-NEMOTRON, STATES, NOTHING = "nemotron_h", frozenset({"linear_attention", "mamba"}), frozenset({"mlp", "moe"})
+# Names of layers with a state, and of those of Nemotron-H that keep nothing
+STATES, NOTHING = frozenset({"linear_attention", "mamba"}), frozenset({"mlp", "moe"})
+# Fields of the two kinds of models whose states the server takes, Nemotron-H and those with gated delta nets: heads,
+# elements of a head, of a state, groups, tokens of the convolution, dtype
+MAMBA = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "mamba_ssm_cache_dtype")
+DELTA = (
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_conv_kernel_dim",
+    "mamba_ssm_dtype",
+)
 
 
 class LayerKinds(NamedTuple):
@@ -62,34 +73,42 @@ def layer_kinds(fields: dict[str, Any], context: int | None = None) -> LayerKind
         names = [WINDOW if window else "full_attention"] * fields["num_hidden_layers"]
     if not window or (context is not None and context <= window):
         names = ["full_attention" if name == WINDOW else name for name in names]
-    is_nemotron = fields.get("model_type") == NEMOTRON
+    is_nemotron = fields.get("model_type") == "nemotron_h"
+    of_state = next((names for names in (MAMBA, DELTA) if all(fields.get(name) for name in names[:-1])), None)
+    has_states = of_state is not None and bool(STATES & set(names))
     found = LayerKinds(
         num_full=sum(name in FULL for name in names),
         num_windows=names.count(WINDOW),
         window=window if WINDOW in names else 0,
-        num_states=sum(name in STATES for name in names) if is_nemotron else 0,
-        state=_state(fields) if is_nemotron and STATES & set(names) else None,
+        num_states=sum(name in STATES for name in names) if has_states else 0,
+        state=_state(fields, of_state) if of_state is not None and has_states else None,
     )
-    unknown = set(names) - FULL - {WINDOW} - (STATES | NOTHING if is_nemotron else set())
+    unknown = set(names) - FULL - {WINDOW} - (STATES if has_states else set()) - (NOTHING if is_nemotron else set())
     if unknown or fields.get("kv_lora_rank") or not found.num_full:
         of = sorted(unknown) or (["latent attention"] if fields.get("kv_lora_rank") else sorted(set(names)))
         raise ConfigError(
             f"--model: it has layers of {', '.join(of)}; allowed is full attention, alone or beside sliding windows or "
-            "Mamba 2 states"
+            "states of Mamba 2 or gated delta nets"
         )
     return found
 
 
-def _state(fields: dict[str, Any]) -> "StateSizes":
+def _state(fields: dict[str, Any], names: tuple[str, ...]) -> "StateSizes":
     import torch
 
     from flashmemory_vllm.runtime.forecast import StateSizes
+    from flashmemory_vllm.runtime.native import STATE_BLOCKS
 
+    # Of Mamba 2 vLLM keeps one more, at the end of a prompt for prefix hits
+    is_mamba = names is MAMBA
+    heads, head_dim, state_size, groups, kernel = (int(fields[name]) for name in names[:-1])
+    dtype = fields.get(names[-1]) or ("float32" if is_mamba else None)
     return StateSizes(
-        num_heads=fields["mamba_num_heads"],
-        head_dim=fields["mamba_head_dim"],
-        state_size=fields["ssm_state_size"],
-        num_groups=fields["n_groups"],
-        conv_kernel=fields["conv_kernel"],
-        dtype=getattr(torch, str(fields.get("mamba_ssm_cache_dtype") or "float32")),
+        num_heads=heads,
+        head_dim=head_dim,
+        state_size=state_size,
+        num_groups=groups,
+        conv_kernel=kernel,
+        dtype=getattr(torch, str(dtype)) if dtype else None,
+        num_blocks=STATE_BLOCKS + is_mamba,
     )

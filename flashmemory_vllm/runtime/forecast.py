@@ -19,15 +19,16 @@ CONCURRENT_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class StateSizes:
-    """A Mamba 2 state of one layer, in elements.
+    """A state of one layer, in elements: of Mamba 2 or a gated delta net.
 
     Attributes:
-        num_heads: its heads.
+        num_heads: its heads; of values.
         head_dim: elements of a head.
-        state_size: for each of these.
-        num_groups: groups of heads.
+        state_size: for each of these; elements of a key.
+        num_groups: groups of heads; heads of keys.
         conv_kernel: tokens of the convolution, of which all but one are kept.
-        dtype: of the state; the convolution's is the model's.
+        dtype: of the state; None for that of the convolution, which is the model's.
+        num_blocks: that a request holds.
     """
 
     num_heads: int
@@ -35,7 +36,8 @@ class StateSizes:
     state_size: int
     num_groups: int
     conv_kernel: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    num_blocks: int
 
     def num_bytes(self, num_ranks: int, model_dtype: torch.dtype) -> int:
         """Bytes on one rank. Groups that cannot be divided are replicated, as in vLLM."""
@@ -44,7 +46,7 @@ class StateSizes:
         convolved = (self.num_heads * self.head_dim + 2 * groups * self.state_size) // num_ranks
         return (
             convolved * (self.conv_kernel - 1) * model_dtype.itemsize
-            + heads * self.head_dim * self.state_size * self.dtype.itemsize
+            + heads * self.head_dim * self.state_size * (self.dtype or model_dtype).itemsize
         )
 
 
@@ -101,7 +103,8 @@ class ModelSizes:
             found.append(NativeKind(self.num_window_layers, block_size * token_bytes, block_size, self.window))
         if self.state is not None:
             state_block = block_size * cdiv(self.state.num_bytes(num_ranks, self.dtype), block_size * token_bytes)
-            found.append(NativeKind(self.num_state_layers, state_block * token_bytes, state_block))
+            page_bytes, held = state_block * token_bytes, self.state.num_blocks
+            found.append(NativeKind(self.num_state_layers, page_bytes, state_block, state_blocks=held))
         return found
 
     def shape(self, block_size: int) -> AttentionShape:

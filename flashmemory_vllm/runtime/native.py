@@ -13,8 +13,8 @@ MOST_NATIVE_SHARE = 0.5
 # share of the memory that these leave
 KEPT_PREFIXES = 8
 CHECKPOINT_SHARE = 0.2
-# Two that a request writes in turn, and one at the end of its prompt for prefix hits
-STATE_BLOCKS = 3
+# Two that a request writes in turn
+STATE_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +26,19 @@ class NativeKind:
         page_bytes: of a block of one layer.
         block_size: tokens of a block.
         window: tokens that are attended to; 0 for layers with a state.
+        state_blocks: that a request holds of these.
     """
 
     count: int
     page_bytes: int
     block_size: int
     window: int = 0
+    state_blocks: int = STATE_BLOCKS
 
     def request_blocks(self, in_flight_tokens: int, max_model_len: int) -> int:
         """Most blocks that a request holds of a group of such layers, with so many tokens under way."""
         if not self.window:
-            return STATE_BLOCKS
+            return self.state_blocks
         return ceil(min(self.window - 1 + in_flight_tokens, max_model_len) / self.block_size) + 1
 
 

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, MistralConfig, NemotronHConfig, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    NemotronHConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 _NEMOTRON = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
 
@@ -11,7 +19,7 @@ def published_fields(name: str) -> dict[str, Any]:
     """The fields of a model's configuration that decide about memory.
 
     Args:
-        name: of the model's file in `configs/`.
+        name: of the model's file in `configs/`, if it has one.
 
     Raises:
         KeyError: no sizes of it are known here.
@@ -44,6 +52,7 @@ _PUBLISHED = {
         n_groups=8,
         conv_kernel=4,
     ),
+    "qwen3-next-80b": Qwen3NextConfig(),
     "llama-3.1-8b": LlamaConfig(
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336, vocab_size=128256
     ),

@@ -264,15 +264,17 @@ def test_vllm_is_given_all_groups_and_memory_for_native_layers_alone() -> None:
         ("gpt-oss-120b", "gpt-oss-120b"),
         ("gemma-3-27b", "Gemma3-27B"),
         ("nemotron-3-nano", "Nemotron-3-Nano"),
+        ("qwen3-next-80b", "Qwen3-Next-80B"),
     ],
 )
 def test_a_plan_has_the_blocks_that_a_server_has(planned: str, served: str, layout: KVCacheLayout) -> None:
     """Without vLLM, from a model's configuration: `flashmemory plan`."""
     layers = [
-        replace(spec, num_prefill_checkpoint_blocks=1) if isinstance(spec, MambaSpec) else spec
+        replace(spec, num_prefill_checkpoint_blocks=int("nemotron" in planned)) if isinstance(spec, MambaSpec) else spec
         for spec in MODELS[served]
     ]
-    model = model_sizes(published_fields(planned), "auto")
+    # As the states of the table
+    model = model_sizes(published_fields(planned) | {"mamba_ssm_dtype": "float32"}, "auto")
     pool = native_pool(model.native_kinds(BLOCK, 1), model.num_layers, 4096, 131072)
     specs, vllm_config = announced(named(layers)), config(layout)
     groups = get_kv_cache_groups(vllm_config, dict(specs))
