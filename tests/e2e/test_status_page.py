@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from flashmemory_vllm.cli.server import MODEL_NAME, Server
 from flashmemory_vllm.evaluation.vocabulary import BOS, encode
+from flashmemory_vllm.observability.counters import SCHEDULER, CounterReader, CounterWriter, worker_name
 from flashmemory_vllm.plugin.endpoints import FlashMemoryEndpoints
 from flashmemory_vllm.plugin.status_reader import StatusReader
 from tests.e2e.questions import make_questions
@@ -73,12 +75,14 @@ def serving(app: FastAPI, port: int = 0) -> Iterator[int]:
             thread.join()
 
 
-def make_app(statuses: Sequence[dict[str, Any]], api_keys: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    statuses: Sequence[dict[str, Any]], api_keys: Sequence[str] = (), counters: Sequence[CounterReader] = ()
+) -> FastAPI:
     """Our routes over an engine whose answers are given."""
     app = FastAPI()
     FlashMemoryEndpoints().attach_router(app)
     app.state.flashmemory_api_keys = tuple(api_keys)
-    app.state.flashmemory_status = StatusReader(StatusEngine(statuses))
+    app.state.flashmemory_status = StatusReader(StatusEngine(statuses), counters=counters)
     return app
 
 
@@ -247,3 +251,17 @@ def contrast_of(page: Page) -> Callable[[str], float]:
         return (light + 0.05) / (dark + 0.05)
 
     return contrast
+
+
+def test_windows_and_states_have_a_bar_where_there_are_any(page: Page, tmp_path: Path) -> None:
+    with serving(make_app([make_status()])) as port:
+        page.goto(f"http://127.0.0.1:{port}/flashmemory")
+        expect(page.locator(".gauge")).to_have_count(2)
+    with CounterWriter.create(tmp_path, worker_name(0)), CounterWriter.create(tmp_path, SCHEDULER) as scheduler:
+        scheduler.set("native_blocks_total", 9)
+        scheduler.set("native_blocks_used", 4)
+        with serving(make_app([make_status()], counters=[CounterReader(tmp_path)])) as port:
+            page.goto(f"http://127.0.0.1:{port}/flashmemory")
+            expect(page.locator(".gauge")).to_have_count(3)
+            expect(page.locator(".gauge").last).to_contain_text("Windows and states")
+            expect(page.locator(".gauge").last).to_contain_text("4 of 9 (44.4 %)")
