@@ -203,8 +203,10 @@ def summarise(log: StepLog, work: Work, counted: Mapping[str, float]) -> dict[st
     generated = sum(map(len, log.tokens.values()))
     figures: dict[str, object] = {
         "decoding": decoding,
+        "requests": decoding,
         "steps": len(spans),
-        **_percentiles(spans, ""),
+        **(times := _percentiles(spans, "")),
+        "step_ms": times["p50_ms"],
         "mean_ms": float(spans.mean()) if len(spans) else None,
         "decode_tokens_per_s": decoding / float(spans.mean()) * 1e3 if len(spans) else None,
         "prefill_tokens_per_s": sum(work.prompt_lens) / (last_first - log.started) if comparable_prefill else None,

@@ -51,6 +51,7 @@ class BenchRow:
         model: what was served.
         metric: what `value` is.
         prompt_tokens: prompt tokens of all requests.
+        context: prompt tokens of the longest.
         batch: requests.
         output_tokens: tokens that each generated together with all others.
         value: the figure that the scenario asks for, None if there is an error or no such figure.
@@ -62,9 +63,9 @@ class BenchRow:
         ideal_ratio: the same against the ideal.
         target: what was hoped for, in words.
         error: why there is no value; the first line of what the engine said.
-        decoding: most requests that got a token in the same step.
+        decoding: most requests that got a token in the same step; `requests` is the same.
         steps: decode steps with that many requests, on which the times rest; the first ones are left out.
-        p50_ms: median time of those steps in milliseconds.
+        p50_ms: median time of those steps in milliseconds; `step_ms` is the same.
         p95_ms: 95th percentile.
         mean_ms: mean.
         decode_tokens_per_s: `decoding` over the mean.
@@ -79,7 +80,7 @@ class BenchRow:
         selections: resident sets chosen anew.
         late_recalls: steps that waited for a recall.
         preemptions: requests preempted by the scheduler.
-        device_kv_bytes: device memory of KV pages, without index keys and staging.
+        device_kv_bytes: device memory of KV pages and states, without index keys and staging.
         max_model_len: of the engine, as it started.
         identical: texts that are token for token stock's, of how many: `8/8`.
         texts: digests of the generated ids by request, if the measurement compares them.
@@ -104,6 +105,7 @@ class BenchRow:
     prompt_tokens: int
     batch: int
     output_tokens: int
+    context: int | None = None
     value: float | None = None
     unit: str = ""
     stock: float | None = None
@@ -113,8 +115,10 @@ class BenchRow:
     target: str | None = None
     error: str | None = None
     decoding: int | None = None
+    requests: int | None = None
     steps: int | None = None
     p50_ms: float | None = None
+    step_ms: float | None = None
     p95_ms: float | None = None
     mean_ms: float | None = None
     decode_tokens_per_s: float | None = None

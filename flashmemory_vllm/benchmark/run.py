@@ -101,6 +101,7 @@ class BenchRun:
             metric=cell.metric,
             target=cell.target,
             prompt_tokens=sum(work.prompt_lens),
+            context=max(work.prompt_lens),
             batch=len(work.prompt_lens),
             output_tokens=work.output_tokens,
             **measured_fields(figures),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from flashmemory_vllm.benchmark.scenario import EngineName, Scenario, load_scenario
-from flashmemory_vllm.cli.plan import SHAPES
+from flashmemory_vllm.cli.shapes import SHAPES, shape_label
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.files import write_json
@@ -17,19 +17,6 @@ from flashmemory_vllm.reference import reference_model_path
 if TYPE_CHECKING:
     from flashmemory_vllm.benchmark.cells import Cell
     from flashmemory_vllm.benchmark.rows import BenchRow
-
-# What a configuration needs beside the sizes that `flashmemory plan` has
-_SHAPE_REST = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "max_position_embeddings": 1 << 20,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -120,7 +107,7 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
     model = model_arguments(args.model, args.shape)
     cells = choose_cells([cell for scenario in scenarios for cell in make_cells(scenario, engines, model)], args.only)
     bench = BenchRun(
-        args.shape or Path(model["model"]).name,
+        shape_label(args.shape) if args.shape else Path(model["model"]).name,
         args.out,
         provenance,
         args.resume,
@@ -173,7 +160,7 @@ def model_arguments(model: str | None, shape: str | None) -> dict[str, Any]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "flashmemory" / "shapes" / shape
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", SHAPES[shape] | _SHAPE_REST)
+    write_json(folder / "config.json", SHAPES[shape].fields)
     return {"model": str(folder), "load_format": "dummy"}
 
 

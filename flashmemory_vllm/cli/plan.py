@@ -7,25 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from flashmemory_vllm.cli.plan_layers import LayerKinds, layer_kinds
 from flashmemory_vllm.cli.plan_text import GIB, DeviceMemory, as_json, as_table, serve_command
+from flashmemory_vllm.cli.shapes import SHAPES
 from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from flashmemory_vllm.runtime.forecast import ModelSizes
 
-# A model to plan with where none is at hand; its other sizes are those of Llama 3.1 8B.
-LLAMA_8B: dict[str, Any] = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
-SHAPES = {"llama-8b": LLAMA_8B}
 # Those that the server accepts, for weights and for KV
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size", "kv_cache_memory_bytes")
@@ -68,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     _check_ranges(args)
     options = read_options(args)
     config = FlashMemoryConfig.from_additional_config({SECTION: options})
-    fields = SHAPES[args.shape] if args.shape else read_model_fields(args.model)
+    fields = SHAPES[args.shape].fields if args.shape else read_model_fields(args.model)
     kinds = layer_kinds(fields, args.context)
     model = model_sizes(fields, args.dtype, args.kv_cache_dtype, kinds)
     memory = device_memory(args, fields, model.of_rank(args.tensor_parallel_size))

@@ -11,11 +11,13 @@ from vllm.sampling_params import RequestOutputKind
 
 from flashmemory_vllm.config import SECTION
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.observability.counters import CounterReader, read_capacity
+from flashmemory_vllm.observability.counters import CounterReader
 from flashmemory_vllm.plugin.counter_files import engine_counters_directory
+from flashmemory_vllm.plugin.kv_bytes import KvBytes
 from flashmemory_vllm.plugin.register import register
 
 PREEMPTIONS = "vllm:num_preemptions"
+_KV_BYTES = f"{KvBytes.__module__}.{KvBytes.__qualname__}"
 # A scheduler gives an aborted request's blocks back with its next step at the latest
 RESET_SECONDS = 30.0
 
@@ -26,8 +28,8 @@ class EngineSizes:
 
     Attributes:
         block_size: tokens of a KV block.
-        num_blocks: blocks that the scheduler can give away.
-        device_kv_bytes: device memory of KV pages, without index keys and staging.
+        num_blocks: blocks that the scheduler can give away; those of windows and states where they are beside ours.
+        device_kv_bytes: device memory of KV pages and states on the first rank, without index keys and staging.
         max_model_len: tokens of the longest request.
     """
 
@@ -52,7 +54,8 @@ class BenchEngine:
             register()
             ours = {"attention_backend": "flashmemory", "additional_config": {SECTION: dict(options)}}
         # Without its statistics vLLM tells neither preemptions nor times
-        self._llm = LLM(**{"skip_tokenizer_init": True, "disable_log_stats": False, **arguments, **ours})
+        common = {"skip_tokenizer_init": True, "disable_log_stats": False, "worker_extension_cls": _KV_BYTES}
+        self._llm = LLM(**{**common, **arguments, **ours})
         self._engine = self._llm.llm_engine
         self._config = self._engine.vllm_config
         self._num_submitted = 0
@@ -119,14 +122,8 @@ class BenchEngine:
     def sizes(self) -> EngineSizes:
         """What was allocated."""
         cache, model = self._config.cache_config, self._config.model_config
-        parallel = self._config.parallel_config
-        cache_dtype = model.dtype if cache.cache_dtype == "auto" else None
-        bytes_per_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
-        assert cache_dtype is not None, "a KV cache of another dtype than the model's is not measured"
-        page_bytes = bytes_per_token * cache_dtype.itemsize * cache.block_size
-        num_blocks = int(cache.num_gpu_blocks)
-        pages = read_capacity(engine_counters_directory(self._config)).num_slots if self._is_ours else num_blocks
-        return EngineSizes(cache.block_size, num_blocks, pages * page_bytes, model.max_model_len)
+        kv_bytes = self._llm.collective_rpc(KvBytes.flashmemory_kv_bytes.__name__)
+        return EngineSizes(cache.block_size, int(cache.num_gpu_blocks), kv_bytes[0], model.max_model_len)
 
     def close(self) -> None:
         """Stop the engine; it must not be used afterwards."""

@@ -18,7 +18,8 @@ def measure(engine: EngineTwin, work: Work) -> dict[str, Any]:
 def test_decode_is_timed_without_prefill() -> None:
     engine = EngineTwin()
     figures = measure(engine, make_work(prompt_lens=(100,) * 4, output_tokens=30))
-    assert figures["decoding"] == 4
+    assert figures["decoding"] == figures["requests"] == 4
+    assert figures["step_ms"] == figures["p50_ms"]
     # The first of the 30 tokens ends the last prefill
     assert figures["steps"] == 29 - DROPPED_STEPS
     for name in ("p50_ms", "p95_ms", "mean_ms"):

@@ -36,6 +36,7 @@ def test_shipped_files_name_themselves_and_hold_options_that_we_allow(path: Path
 def test_there_is_a_file_for_every_shipped_scenario() -> None:
     assert [path.stem for path in FILES] == [
         "checksums",
+        "hybrids",
         "p1",
         "p2",
         "p3",

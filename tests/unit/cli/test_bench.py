@@ -10,6 +10,7 @@ from flashmemory_vllm.benchmark.rows import save_rows
 from flashmemory_vllm.benchmark.scenario import load_scenario
 from flashmemory_vllm.cli import app
 from flashmemory_vllm.cli.bench import choose_cells, model_arguments, read_engines
+from flashmemory_vllm.cli.shapes import SHAPES
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 from tests.unit.benchmark.twins import make_row
@@ -71,6 +72,13 @@ def test_a_shape_is_a_folder_that_vllm_fills_with_random_weights(
     sizes = (fields["num_hidden_layers"], fields["hidden_size"], fields["num_key_value_heads"], fields["head_dim"])
     assert sizes == (32, 4096, 8, 128)
     assert fields["max_position_embeddings"] >= 1_000_000
+
+
+def test_every_shape_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = {name: Path(model_arguments(None, name)["model"]) for name in SHAPES}
+    kinds = {name: json.loads((folder / "config.json").read_text())["model_type"] for name, folder in folders.items()}
+    assert kinds == {"llama-8b": "llama", "gpt-oss-20b": "gpt_oss", "qwen3-next": "qwen3_next"}
 
 
 def test_the_default_model_is_the_shipped_one() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flashmemory_vllm.cli import app
-from flashmemory_vllm.cli.plan import LLAMA_8B, estimate_weights_bytes, model_sizes, read_model_fields
+from flashmemory_vllm.cli.plan import estimate_weights_bytes, model_sizes, read_model_fields
+from flashmemory_vllm.cli.shapes import LLAMA_8B
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 

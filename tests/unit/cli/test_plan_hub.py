@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flashmemory_vllm.cli.plan import LLAMA_8B
+from flashmemory_vllm.cli.shapes import LLAMA_8B
 
 MODEL = "some-org/some-model"
-CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **LLAMA_8B}).encode()
+CONFIG = json.dumps(LLAMA_8B).encode()
 ARGUMENTS = ("--gpu-memory-gib", "80", "--host-memory-gib", "128", "--context", "131072", "--json")
 
 

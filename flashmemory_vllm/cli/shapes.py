@@ -1,0 +1,109 @@
+"""Configurations of well-known models, to plan with or to serve with random weights where none is at hand."""
+
+from typing import Any, NamedTuple
+
+# What a configuration needs beside the sizes that differ
+_REST: dict[str, Any] = {"hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+# Its other sizes are those of Llama 3.1 8B
+LLAMA_8B: dict[str, Any] = _REST | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "max_position_embeddings": 1 << 20,
+}
+# As `openai/gpt-oss-20b`, but for the MXFP4 of its experts: random weights are in bfloat16
+GPT_OSS_20B: dict[str, Any] = _REST | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "sliding_window": 128,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "attention_bias": True,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "max_position_embeddings": 131072,
+}
+# As `Qwen/Qwen3-Next-80B-A3B-Instruct`, but for seven of eight experts, which one GPU has no room for
+QWEN3_NEXT: dict[str, Any] = _REST | {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 48,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_experts": 64,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "rms_norm_eps": 1e-6,
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25},
+    "max_position_embeddings": 262144,
+}
+
+
+class Shape(NamedTuple):
+    """A model without weights.
+
+    Attributes:
+        fields: of its configuration.
+        differs: in words, from the model that it is named after; empty if in nothing that a step's time depends on.
+    """
+
+    fields: dict[str, Any]
+    differs: str = ""
+
+
+SHAPES = {
+    "llama-8b": Shape(LLAMA_8B),
+    "gpt-oss-20b": Shape(GPT_OSS_20B, "experts in bfloat16"),
+    "qwen3-next": Shape(QWEN3_NEXT, "64 of 512 experts"),
+}
+
+
+def shape_label(name: str) -> str:
+    """A shape's name and what differs, for rows."""
+    differs = SHAPES[name].differs
+    return f"{name} ({differs})" if differs else name
