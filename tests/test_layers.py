@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "residency": set(),
     "observability": set(),
     "transfer": {"residency", KERNELS},
+    "kinds": {"transfer", KERNELS},
     "indexer": {"residency", KERNELS},
-    "runtime": {"transfer", "indexer", "residency", "observability", KERNELS},
+    "runtime": {"kinds", "transfer", "indexer", "residency", "observability", KERNELS},
     "reference": {"evaluation"},
     "evaluation": {"indexer", "residency", "reference", "processes", KERNELS},
     "benchmark": {"evaluation", "processes"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "training": {"indexer", "residency", "evaluation", "reference", "processes", KERNELS},
     "plugin": {
         "runtime",
+        "kinds",
         "transfer",
         "indexer",
         "residency",

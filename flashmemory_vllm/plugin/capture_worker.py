@@ -143,7 +143,7 @@ class CaptureExtension:
             runtime = runtime.watched
         anchors = anchor_layers or runtime.anchors
         layers = sizing.attention_layers(self.vllm_config, list(runtime.parts.shape.layer_names))
-        shape, page_format = runtime.parts.shape, runtime.parts.page_format
+        shape, page_format = runtime.parts.shape, runtime.parts.kind.page_format
         caches = [layer.kv_cache for layer in layers.values()]
 
         def read_keys(layer: int, slots: torch.Tensor) -> torch.Tensor:

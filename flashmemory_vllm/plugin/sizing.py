@@ -15,6 +15,8 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
+from flashmemory_vllm.kinds.base import PageKind, PartialAttention
+from flashmemory_vllm.kinds.pages import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
 from flashmemory_vllm.plugin.layers import LayerSplit
 from flashmemory_vllm.plugin.machine import engines_of_machine
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
@@ -23,8 +25,6 @@ from flashmemory_vllm.runtime import capacity
 from flashmemory_vllm.runtime.beside import beside_slots
 from flashmemory_vllm.runtime.capacity import GIB, CapacityPlan, MemoryBudget, plan_automatic, plan_capacity
 from flashmemory_vllm.runtime.shape import AttentionShape
-from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
-from flashmemory_vllm.transfer.streaming import PageKind, PartialAttention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -10,6 +10,7 @@ from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.factory import create_selector, option_names
 from flashmemory_vllm.indexer.places import MemoryKind
+from flashmemory_vllm.kinds.base import PageKind
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.planner import StepPlanner
@@ -30,7 +31,6 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
-from flashmemory_vllm.transfer.streaming import PageKind
 
 # Most blocks of a request that come with one list, unless it is in force at once
 MOST_LISTED = 64
@@ -104,7 +104,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             anchors=anchors,
             planner=_planner(sizes, budget, config, engine.layout),
             engine=engine,
-            page_format=kind.page_format,
+            kind=kind,
             selector=selector,
             choices=_choices(selector, config, budget, buffers),
             buffers=buffers,

@@ -24,7 +24,7 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
     ids[0, :count], ids[1:, :count] = full.blocks, full.slots
     block_ids, *slots_of = upload(ids, parts.shape.device)[:, :count]
     slots = [slots_of[group_of[layer]] for layer in parts.anchors]
-    if parts.page_format.keys_are_views:
+    if parts.kind.page_format.keys_are_views:
         keys = [_keys(parts, layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
         parts.choices.guard.add_blocks(full.blocks, block_ids, keys, slots)
     else:
@@ -37,4 +37,4 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
 
 def _keys(parts: RuntimeParts, layer: int, pages: torch.Tensor) -> torch.Tensor:
     """Keys [n, Hkv, block_size, D] of a layer's pages uint8 [n, page_bytes]."""
-    return parts.page_format.keys(parts.engine.layout.unflatten(layer, pages))
+    return parts.kind.page_format.keys(parts.engine.layout.unflatten(layer, pages))

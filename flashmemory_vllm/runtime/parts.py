@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flashmemory_vllm.indexer.base import Selector
+from flashmemory_vllm.kinds.base import PageKind
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.choices import ChoiceQueue
@@ -12,7 +13,6 @@ from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
 from flashmemory_vllm.transfer.engine import TransferEngine
-from flashmemory_vllm.transfer.page_format import PageFormat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class RuntimeParts:
         anchors: layers whose queries and keys feed the selector.
         planner: decides residency.
         engine: moves pages.
-        page_format: what lies inside a page.
+        kind: what pages mean.
         selector: scores blocks.
         choices: has the device choose sets by what the selector says.
         buffers: what attention reads and where it leaves its queries.
@@ -54,7 +54,7 @@ class RuntimeParts:
     anchors: tuple[int, ...]
     planner: StepPlanner
     engine: TransferEngine
-    page_format: PageFormat
+    kind: PageKind
     selector: Selector
     choices: ChoiceQueue
     buffers: StepBuffers

@@ -7,12 +7,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from flashmemory_vllm.kinds.base import Chunk, PageKind
+from flashmemory_vllm.kinds.streaming import StreamedAttention, StreamedHistory
 from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import IntArray, Phase, Row
 from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.engine import TransferEngine
 from flashmemory_vllm.transfer.staging import HistoryPart, StagingRing, split_history
-from flashmemory_vllm.transfer.streaming import Chunk, PageKind, StreamedAttention, StreamedHistory
 
 
 @dataclass(frozen=True, slots=True, eq=False)

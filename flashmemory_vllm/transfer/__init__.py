@@ -1,1 +1,1 @@
-"""Executes the copies of a step plan: host pool, device pages, copy engine, streamed prefill attention."""
+"""Executes the copies of a step plan: host pool, device pages, copy engine, staging. It moves bytes."""

@@ -12,12 +12,13 @@ from flashmemory_kernels.merge_attention.cases import CASES, MergeCase
 from flashmemory_kernels.merge_attention.naive import merge_attention_naive
 from flashmemory_kernels.partial_attention import partial_attention
 
+from flashmemory_vllm.kinds.base import Chunk, PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
+from flashmemory_vllm.kinds.streaming import StreamedAttention, StreamedHistory
 from flashmemory_vllm.transfer.cuda_engine import CudaTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from flashmemory_vllm.transfer.page_format import InterleavedPages
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS, StagingRing, split_history
-from flashmemory_vllm.transfer.streaming import Chunk, PageKind, StreamedAttention, StreamedHistory
 
 LAYERS, SLOTS, BLOCKS, BLOCK_SIZE = 3, 16, 64, 16
 # exp, log and one division in float32 by two compilers.

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
@@ -148,6 +150,41 @@ def save_tiny_qwen3_next(folder: Path) -> Path:
         **of_all,
     )
     Qwen3NextForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_deepseek_v3(folder: Path) -> Path:
+    """Write a seeded random DeepSeek-V3: latent attention in four layers, the last two with experts.
+
+    Latents have the size of the real model's, for which alone vLLM's CPU kernel is compiled.
+
+    Args:
+        folder: where to; created.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(0)
+    latents = {"q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        first_k_dense_replace=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        **latents,
+        **experts,
+    )
+    DeepseekV3ForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -4,8 +4,10 @@ from tests.mutations.mutation import Mutation
 
 _RUNTIME = "flashmemory_vllm/runtime/"
 _TRANSFER = "flashmemory_vllm/transfer/"
+_KINDS = "flashmemory_vllm/kinds/"
 _RUNTIME_TEST = "tests/unit/runtime/"
 _TRANSFER_TEST = "tests/unit/transfer/"
+_KINDS_TEST = "tests/unit/kinds/"
 _OUTPUTS = f"{_RUNTIME_TEST}test_runtime.py::test_every_output_is_that_of_the_logical_kv"
 _OVERLAP = f"{_TRANSFER_TEST}test_cuda_engine.py::test_overlap_changes_nothing_that_is_read_or_kept"
 _KERNELS = "kernels/flashmemory_kernels/"
@@ -307,24 +309,24 @@ MOVERS = (
     ),
     Mutation(
         "LSE merged twice: the last part of a history counts double",
-        f"{_TRANSFER}streaming.py",
+        f"{_KINDS}streaming.py",
         "merge_attention(total, total_lse, part, part_lse, chunk.output, total_lse)",
         "merge_attention(*merge_attention(total, total_lse, part, part_lse), part, part_lse, chunk.output, total_lse)",
-        f"{_TRANSFER_TEST}test_streaming.py::test_streamed_is_dense",
+        f"{_KINDS_TEST}test_streaming.py::test_streamed_is_dense",
     ),
     Mutation(
         "sinks of attention are left out of streamed rows",
-        f"{_TRANSFER}streaming.py",
-        "with_sink(first, kind.sinks[layer]) if layer in kind.sinks else first",
-        "first",
-        f"{_TRANSFER_TEST}test_streaming.py::test_a_sink_counts_once_however_many_parts_there_are",
+        f"{_KINDS}base.py",
+        "with_sink(part, self.sinks[layer]) if layer in self.sinks else part",
+        "part",
+        f"{_KINDS_TEST}test_streaming.py::test_a_sink_counts_once_however_many_parts_there_are",
     ),
     Mutation(
         "values taken for keys",
-        f"{_TRANSFER}page_format.py",
+        f"{_KINDS}pages.py",
         "return pages[..., : self.head_dim]",
         "return pages[..., self.head_dim :]",
-        f"{_TRANSFER_TEST}test_page_format.py::test_interleaved_pages_are_views",
+        f"{_KINDS_TEST}test_pages.py::test_interleaved_pages_are_views",
     ),
     Mutation(
         "merge kernel: the weights of the parts are exchanged",

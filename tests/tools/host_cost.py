@@ -29,6 +29,8 @@ from flashmemory_kernels.remember_shares import Channel
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
+from flashmemory_vllm.kinds.base import PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
 from flashmemory_vllm.observability.counters import CounterWriter, worker_name
 from flashmemory_vllm.residency.asking import Asking
 from flashmemory_vllm.residency.books import Books
@@ -47,8 +49,6 @@ from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PageKind
 
 BLOCK, LAYERS, HEADS, HEAD_DIM = 16, 1, 1, 2
 CHUNK = 512

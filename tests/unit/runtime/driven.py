@@ -12,6 +12,8 @@ from flashmemory_kernels.partial_attention import partial_attention
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.base import Selector
+from flashmemory_vllm.kinds.base import PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
 from flashmemory_vllm.observability.counters import CounterReader, CounterWriter, worker_name
 from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInput
 from flashmemory_vllm.runtime import assembly
@@ -21,8 +23,6 @@ from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.status import StripsAsked
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PageKind
 
 BLOCK, LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4, 2, 8
 NUM_BLOCKS, NUM_SLOTS, MOST_TOKENS = 200, 40, 128

@@ -19,6 +19,8 @@ from flashmemory_kernels.partial_attention import partial_attention
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.exact import ExactSelector
 from flashmemory_vllm.indexer.places import DueRows, PlaceState
+from flashmemory_vllm.kinds.base import PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
 from flashmemory_vllm.observability.counters import CounterWriter, worker_name
 from flashmemory_vllm.residency.budget import BudgetPolicy, cdiv
 from flashmemory_vllm.residency.types import IntArray, Phase, Row, StepInput
@@ -26,8 +28,6 @@ from flashmemory_vllm.runtime import assembly
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import CompactedTable
 from flashmemory_vllm.transfer.engine import TransferEngine
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PageKind
 from tests.unit.residency.memory_twin import TagArray
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 

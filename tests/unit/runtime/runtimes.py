@@ -8,14 +8,14 @@ import torch
 from flashmemory_kernels.partial_attention import partial_attention
 
 from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.kinds.base import PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
 from flashmemory_vllm.observability.counters import CounterWriter
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.types import StepInput
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 from flashmemory_vllm.runtime.shape import AttentionShape
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PageKind
 
 BLOCK, QUERY_HEADS, KV_HEADS, HEAD_DIM, MAX_SEQS = 4, 2, 1, 4, 16
 LAYERS = ("0", "1")

@@ -31,7 +31,7 @@ def test_ids_of_all_groups_come_in_one_upload(count: int, monkeypatch: pytest.Mo
         anchors=(0, 1, 2),
         shape=SimpleNamespace(device=torch.device("cpu")),
         engine=SimpleNamespace(layout=layout),
-        page_format=SimpleNamespace(keys_are_views=True, keys=lambda pages: pages),
+        kind=SimpleNamespace(page_format=SimpleNamespace(keys_are_views=True, keys=lambda pages: pages)),
         choices=SimpleNamespace(guard=SimpleNamespace(add_blocks=lambda *given: added.append(given))),
     )
     blocks = np.arange(20, 20 + count, dtype=np.int32)

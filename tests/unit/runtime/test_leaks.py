@@ -17,13 +17,13 @@ from flashmemory_kernels.partial_attention import partial_attention
 from prometheus_client import CollectorRegistry
 
 from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.kinds.base import PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
 from flashmemory_vllm.observability.counters import CounterReader, CounterWriter, worker_name
 from flashmemory_vllm.observability.publisher import MetricsPublisher
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.runtime.assembly import RuntimeSizes, build_runtime
 from flashmemory_vllm.runtime.shape import AttentionShape
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PageKind
 from tests.helpers.indexers import save_untrained
 from tests.unit.residency.scheduler_twin import Request, SchedulerTwin
 

@@ -5,16 +5,16 @@ import pytest
 import torch
 from flashmemory_kernels.partial_attention import partial_attention
 
+from flashmemory_vllm.kinds.base import PageKind
+from flashmemory_vllm.kinds.pages import InterleavedPages
 from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import NOTHING, Phase, Row
 from flashmemory_vllm.runtime.prefill import StreamedPrefill
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, Ids, Marker
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
-from flashmemory_vllm.transfer.page_format import InterleavedPages
-from flashmemory_vllm.transfer.streaming import PageKind
+from tests.unit.kinds.test_streaming import MAX_RELATIVE_ERROR
 from tests.unit.transfer.pools import BLOCK_SIZE, HEAD_DIM, NUM_HEADS, NUM_SLOTS, PAGE_BYTES, layer_outermost
-from tests.unit.transfer.test_streaming import MAX_RELATIVE_ERROR
 
 QUERY_HEADS, CHUNK, SCALE = 4, 3, 0.4
 # History of three blocks on the host; staging takes two at once

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from flashmemory_kernels.merge_attention import merge_attention
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.kinds.base import Chunk, PageKind, Part
 from flashmemory_vllm.transfer.layout import PageLayout
-from flashmemory_vllm.transfer.page_format import PageFormat
 from flashmemory_vllm.transfer.staging import HistoryPart, StagingRing
-
-Part = tuple[torch.Tensor, torch.Tensor]
-
-
-class PartialAttention(Protocol):
-    """Attention over a part of the keys, as `flashmemory_kernels.partial_attention` specifies it."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
-        block_table: torch.Tensor | None,
-        num_tokens: int,
-        scale: float,
-        causal: bool,
-    ) -> Part:
-        """Return out [T, H, D] and natural-log lse float32 [H, T]; the caller may overwrite both."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PageKind:
-    """What the pages of the managed layers mean to attention.
-
-    Attributes:
-        page_format: what lies inside a page.
-        scale: factor on `q . k`.
-        attend: attention over a part of the keys.
-        sinks: by layer the logit [H] that each query has beside those of its keys, of no value. None by default.
-    """
-
-    page_format: PageFormat
-    scale: float
-    attend: PartialAttention
-    sinks: Mapping[int, torch.Tensor] = field(default_factory=dict)
-
-
-class Chunk(NamedTuple):
-    """A prefill chunk in one layer: T tokens of one request.
-
-    Attributes:
-        query: [T, H, D], after RoPE.
-        key: [T, Hkv, D].
-        value: [T, Hkv, D].
-        output: [T, H, D], where the result goes.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,29 +93,11 @@ class StreamedAttention:
         merge_attention(total, total_lse, part, part_lse, chunk.output, total_lse)
 
     def _parts(self, layer: int, chunk: Chunk, history: StreamedHistory) -> Iterator[Part]:
-        kind = self._kind
-        own = chunk.key.unsqueeze(0), chunk.value.unsqueeze(0)
-        first = kind.attend(chunk.query, *own, None, len(chunk.key), kind.scale, True)
-        yield with_sink(first, kind.sinks[layer]) if layer in kind.sinks else first
+        yield self._kind.over_itself(layer, chunk)
         if history.num_device_tokens:
-            pages, table = kind.page_format.select(self._layout.cache(layer), history.device_slots)
-            yield self._attend_pages(chunk.query, pages, table, history.num_device_tokens)
+            cache = self._layout.cache(layer)
+            yield self._kind.over_slots(chunk.query, cache, history.device_slots, history.num_device_tokens)
         for part in history.parts:
             with self._ring.part(layer, part) as staged:
-                pages = self._layout.unflatten(layer, staged)
-                attended = self._attend_pages(chunk.query, pages, None, len(pages) * history.block_size)
+                attended = self._kind.over_pages(chunk.query, self._layout.unflatten(layer, staged))
             yield attended
-
-    def _attend_pages(
-        self, query: torch.Tensor, pages: torch.Tensor, table: torch.Tensor | None, num_tokens: int
-    ) -> Part:
-        kind = self._kind
-        keys, values = kind.page_format.keys(pages).transpose(1, 2), kind.page_format.values(pages).transpose(1, 2)
-        return kind.attend(query, keys, values, table, num_tokens, kind.scale, False)
-
-
-def with_sink(part: Part, sink: torch.Tensor) -> Part:
-    """A part over one key more, of logit `sink` [H] and without a value: float32 [T, H, D] and its lse [H, T]."""
-    out, lse = part
-    total = torch.logaddexp(lse, sink.to(lse).unsqueeze(1))
-    return out.float() * (lse - total).exp().T.unsqueeze(-1), total

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PageFormat(ABC):
-    """Reads keys and values out of pages shaped as vLLM shapes its KV cache, [n, Hkv, block_size, 2 * D].
+    """Reads keys and values out of pages [n, ...page], shaped as vLLM shapes those of its KV cache.
 
     Attributes:
         num_kv_heads: Hkv.
@@ -30,7 +30,7 @@ class PageFormat(ABC):
         """Prepare pages, of which few may be meant, for `keys` and `values`.
 
         Args:
-            pages: [P, Hkv, block_size, 2 * D].
+            pages: [P, ...page].
             block_table: int32 [n], the pages that are meant.
 
         Returns:
@@ -40,15 +40,15 @@ class PageFormat(ABC):
 
     @abstractmethod
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
-        """The keys of pages [n, Hkv, block_size, 2 * D] as a view or copy [n, Hkv, block_size, D]."""
+        """The keys of pages [n, ...page] as a view or copy [n, Hkv, block_size, D]."""
 
     @abstractmethod
     def values(self, pages: torch.Tensor) -> torch.Tensor:
-        """The values of pages [n, Hkv, block_size, 2 * D] as a view or copy [n, Hkv, block_size, D]."""
+        """The values of pages [n, ...page] as a view or copy [n, Hkv, block_size, D]."""
 
 
 class InterleavedPages(PageFormat):
-    """Each token's key and value side by side (vLLM's FlashAttention)."""
+    """Each token's key and value side by side (vLLM's FlashAttention): [n, Hkv, block_size, 2 * D]."""
 
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
         """First half of the last dim, a view [n, Hkv, block_size, D]."""

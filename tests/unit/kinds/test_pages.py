@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmemory_vllm.transfer.page_format import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
+from flashmemory_vllm.kinds.pages import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
 
 HEADS = 2
 

@@ -8,12 +8,13 @@ import torch
 from flashmemory_kernels.partial_attention import partial_attention
 
 from flashmemory_vllm.errors import IntegrityError
+from flashmemory_vllm.kinds.base import Chunk, PageKind, PartialAttention
+from flashmemory_vllm.kinds.pages import CpuVectorPages, InterleavedPages, PageFormat
+from flashmemory_vllm.kinds.streaming import StreamedAttention, StreamedHistory
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import POISON, PageLayout
-from flashmemory_vllm.transfer.page_format import CpuVectorPages, InterleavedPages, PageFormat
 from flashmemory_vllm.transfer.staging import StagingRing, split_history
-from flashmemory_vllm.transfer.streaming import Chunk, PageKind, PartialAttention, StreamedAttention, StreamedHistory
 from tests.unit.transfer.pools import (
     BLOCK_SIZE,
     HEAD_DIM,
