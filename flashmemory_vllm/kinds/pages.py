@@ -38,13 +38,18 @@ class PageFormat(ABC):
         """
         return pages, block_table
 
+    @property
+    def value_dim(self) -> int:
+        """Dv, elements of a value."""
+        return self.head_dim
+
     @abstractmethod
     def keys(self, pages: torch.Tensor) -> torch.Tensor:
         """The keys of pages [n, ...page] as a view or copy [n, Hkv, block_size, D]."""
 
     @abstractmethod
     def values(self, pages: torch.Tensor) -> torch.Tensor:
-        """The values of pages [n, ...page] as a view or copy [n, Hkv, block_size, D]."""
+        """The values of pages [n, ...page] as a view or copy [n, Hkv, block_size, Dv]."""
 
 
 class InterleavedPages(PageFormat):
@@ -96,3 +101,30 @@ class CpuAmxPages(PageFormat):
         n, heads, tokens, dim = len(pages), self.num_kv_heads, self.block_size, self.head_dim
         packed = pages.view(n, heads, 2, -1)[:, :, 1].view(n, heads, dim // 16, tokens // 2, 16, 2)
         return packed.permute(0, 1, 3, 5, 2, 4).reshape(n, heads, tokens, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPages(PageFormat):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): [n, block_size, D], one key for all heads.
+
+    A key is a latent and, behind it, the part that has a position; the latent is the value as well. Queries are those
+    that a model makes for its latents, with the projection of keys absorbed.
+
+    Attributes:
+        latent_dim: Dv, elements of the latent.
+    """
+
+    latent_dim: int
+
+    @property
+    def value_dim(self) -> int:
+        """Those of the latent."""
+        return self.latent_dim
+
+    def keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """All of it, a view [n, 1, block_size, D]."""
+        return pages.unsqueeze(1)
+
+    def values(self, pages: torch.Tensor) -> torch.Tensor:
+        """The latents, a view [n, 1, block_size, Dv]."""
+        return pages[..., : self.latent_dim].unsqueeze(1)

@@ -11,6 +11,7 @@ from flashmemory_vllm.kinds.base import Chunk, PageKind
 from flashmemory_vllm.kinds.streaming import StreamedAttention, StreamedHistory
 from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import IntArray, Phase, Row
+from flashmemory_vllm.runtime.runs import within_run
 from flashmemory_vllm.runtime.uploads import upload
 from flashmemory_vllm.transfer.engine import TransferEngine
 from flashmemory_vllm.transfer.staging import HistoryPart, StagingRing, split_history
@@ -55,14 +56,23 @@ class StreamedPrefill:
         self._attention = StreamedAttention(engine.layout, kind, self._ring)
         self._rows: list[_StreamedRow] = []
 
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a row of this step is to be completed in any layer."""
+        return bool(self._rows)
+
     def set_rows(self, batch: Batch) -> None:
-        """Learn this step's batch rows and begin to fetch; all layers of the step must then be completed in order."""
+        """Learn this step's batch rows and begin to fetch.
+
+        All layers of the step must then be completed in order, of each layer the last run of the batch first.
+        """
         streamed = [(begin, row) for begin, row in batch.begins_of_prefill() if any(map(len, row.streamed))]
         histories = self._histories([row for _, row in streamed])
+        # The last row first: where a batch is computed in two runs, rows in prefill come before decode rows
         self._rows = [
             _StreamedRow(slice(begin, begin + row.num_tokens), of_groups)
             for (begin, row), of_groups in zip(streamed, histories, strict=True)
-        ]
+        ][::-1]
         self._ring.begin(self._schedule())
 
     def complete(
@@ -73,24 +83,31 @@ class StreamedPrefill:
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-    ) -> None:
+        first_token: int = 0,
+    ) -> list[slice]:
         """Overwrite the streamed rows of one layer's attention output.
 
         Args:
             layer: attention layer index.
             group: its layer group.
-            query: [T, Hq, D].
+            query: [T, Hq, D], of a run of the batch's tokens.
             key: [T, Hkv, D].
-            value: [T, Hkv, D].
-            output: [T, Hq, D] or [T, Hq * D].
+            value: [T, Hkv, Dv].
+            output: [T, Hq, Dv] or [T, Hq * Dv].
+            first_token: where the run begins in the batch. Default: 0.
+
+        Returns:
+            Which tokens of the run those rows are.
         """
+        completed = []
         for row in self._rows:
-            history = row.histories[group]
-            if history is not None:
-                own_query = query[row.tokens]
-                own_output = output[row.tokens].view_as(own_query)
-                chunk = Chunk(own_query, key[row.tokens], value[row.tokens], own_output)
-                self._attention.complete(layer, chunk, history)
+            history, tokens = row.histories[group], within_run(row.tokens, first_token, len(query))
+            if history is not None and tokens is not None:
+                own_query = query[tokens]
+                own_output = output[tokens].view(*own_query.shape[:2], -1)
+                self._attention.complete(layer, Chunk(own_query, key[tokens], value[tokens], own_output), history)
+                completed.append(tokens)
+        return completed
 
     def warm_up(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stream the null block's history once, so that no request waits for kernels to be compiled.
@@ -98,7 +115,7 @@ class StreamedPrefill:
         Args:
             query: [T, Hq, D], what a layer would see; its own memory takes the output.
             key: [T, Hkv, D].
-            value: [T, Hkv, D].
+            value: [T, Hkv, Dv].
         """
         num_groups = len(self._engine.layout.groups)
         nothing = np.empty(0, np.int32)
@@ -117,7 +134,7 @@ class StreamedPrefill:
             )
             self.set_rows(Batch.of([row], [0]))
             # The first layer of all is the first of group 0.
-            self.complete(0, 0, query, key, value, query)
+            self.complete(0, 0, query, key, value, query[..., : value.shape[-1]])
         self.set_rows(Batch.of([], []))
 
     def _schedule(self) -> Iterator[tuple[int, HistoryPart]]:

@@ -8,6 +8,7 @@ import torch
 from flashmemory_vllm.residency.asked import AskedRow
 from flashmemory_vllm.residency.batch import Batch
 from flashmemory_vllm.residency.types import Row
+from flashmemory_vllm.runtime.runs import within_run
 from flashmemory_vllm.runtime.shape import AttentionShape
 
 
@@ -80,15 +81,18 @@ class QuestionQueries:
         for begin, row in batch.begins_of_prefill() if self._window else ():
             self._find(row, prompt_len_of(row.req_id), begin)
 
-    def capture(self, anchor: int, query: torch.Tensor) -> None:
+    def capture(self, anchor: int, query: torch.Tensor, first_token: int = 0) -> None:
         """Keep what one anchor layer asks for.
 
         Args:
             anchor: place of the layer among the anchors.
-            query: [T, Hq, D].
+            query: [T, Hq, D], of a run of the batch's tokens.
+            first_token: where the run begins in the batch. Default: 0.
         """
         for part in self._parts:
-            part.queries[part.place, anchor].copy_(query[part.batch])
+            tokens = within_run(part.batch, first_token, len(query))
+            if tokens is not None:
+                part.queries[part.place, anchor].copy_(query[tokens])
 
     def earlier(self, asked: AskedRow) -> torch.Tensor | None:
         """Queries [n, A, Hq, D] of a question, but for the row's last token; a copy, None if there are none.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.residency.plan import StepPlan
-from flashmemory_vllm.residency.types import Copies, StepInput, WriteBacks
+from flashmemory_vllm.residency.types import Copies, StepInput
 from flashmemory_vllm.runtime.history import SelectionHistory
 from flashmemory_vllm.runtime.index_keys import index_full_blocks
 from flashmemory_vllm.runtime.parts import RuntimeParts, StepBuffers
@@ -19,6 +19,7 @@ from flashmemory_vllm.runtime.poison import poison_free_slots, poisoned
 from flashmemory_vllm.runtime.report import Reporter
 from flashmemory_vllm.runtime.status import StripsAsked, runtime_status
 from flashmemory_vllm.runtime.tables import CompactedTable
+from flashmemory_vllm.runtime.warm_up import warm_up
 from flashmemory_vllm.transfer.checksums import Comparison
 from flashmemory_vllm.transfer.engine import Marker, TransferCounters
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -171,26 +172,42 @@ class ResidencyRuntime:
         slots = block_table.clamp(max=self._parts.planner.geometry.num_slots - 1)
         return self._tables.pass_through(slots, seq_lens, slot_mapping.clamp(max=self.last_slot_token), max_seq_len)
 
+    def is_heard(self, layer: int) -> bool:
+        """Whether `attended` does anything with what this layer's queries are in this step."""
+        return layer in self._anchor_of or (self._plan is not None and self._parts.prefill.is_streaming)
+
     def attended(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
-    ) -> None:
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        first_token: int = 0,
+    ) -> list[slice]:
         """A layer's attention over its resident blocks is done: capture queries, complete streamed rows.
 
-        A CUDA graph may capture this where every row has one token and none is streamed.
+        Of several runs of a batch the last one comes first. A CUDA graph may capture this where every row has one token
+        and none is streamed.
 
         Args:
             layer: attention layer index.
-            query: [T, Hq, D].
+            query: [T, Hq, D], of a run of the batch's tokens.
             key: [T, Hkv, D].
-            value: [T, Hkv, D].
-            output: [T, Hq, D] or [T, Hq * D], completed in place.
+            value: [T, Hkv, Dv].
+            output: [T, Hq, Dv] or [T, Hq * Dv], completed in place.
+            first_token: where the run begins in the batch. Default: 0.
+
+        Returns:
+            Which tokens of the run were completed, row by row.
         """
         anchor = self._anchor_of.get(layer)
         if anchor is not None:
-            self._queries.capture(anchor, query, self._tables.query_row(len(query)))
-            self._parts.questions.capture(anchor, query)
-        if self._plan is not None:
-            self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output)
+            self._queries.capture(anchor, query, self._tables.query_row(len(query), first_token))
+            self._parts.questions.capture(anchor, query, first_token)
+        if self._plan is None:
+            return []
+        return self._parts.prefill.complete(layer, self._group_of[layer], query, key, value, output, first_token)
 
     def take_comparisons(self) -> tuple[Comparison, ...]:
         """Whether the pages that the steps since the last call read are those that were saved."""
@@ -199,20 +216,7 @@ class ResidencyRuntime:
 
     def warm_up(self) -> None:
         """Run every kernel once on the null block and the null slot, so that no request waits for a compiler."""
-        parts, shape = self._parts, self._parts.shape
-        null = np.zeros(1, np.int32)
-        self._tables.warm_up()
-        with parts.engine.warming_up(), parts.choices.strict():
-            for group in range(len(parts.groups)):
-                parts.engine.write_back(group, null, null)
-                parts.engine.recall(group, null, null, parts.engine.marker())
-            parts.engine.fence(())
-            index_full_blocks(parts, WriteBacks(null, np.zeros((len(parts.groups), 1), np.int32)))
-            parts.choices.warm_up(self._queries.row(0).unsqueeze(0))
-            query = torch.zeros(2, shape.num_query_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
-            key = query[:, : shape.num_kv_heads].contiguous()
-            self._queries.capture(0, query, self._tables.query_row(len(query)))
-            parts.prefill.warm_up(query, key, key)
+        warm_up(self._parts)
 
     def status(self, client_id: Callable[[str], str], strips: StripsAsked) -> dict[str, Any]:
         """The fields of `RuntimeStatus` between two steps; `client_id` turns the engine's request ids into others."""

@@ -21,6 +21,7 @@ class AttentionShape:
         block_size: tokens in a block.
         dtype: dtype of keys and values.
         device: the worker's device.
+        page_dim: elements that a page holds of a token and KV head. Default: None, a key and a value, 2 * D.
     """
 
     layer_names: tuple[str, ...]
@@ -31,6 +32,7 @@ class AttentionShape:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    page_dim: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -39,8 +41,9 @@ class AttentionShape:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block's keys and values over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
+        """Bytes of one block's pages over all layers."""
+        of_token = 2 * self.head_dim if self.page_dim is None else self.page_dim
+        return self.num_layers * self.num_kv_heads * of_token * self.block_size * self.dtype.itemsize
 
     def layer_groups(self, num_groups: int) -> tuple[tuple[int, ...], ...]:
         """Split the layers into groups of neighbours, as even as possible.

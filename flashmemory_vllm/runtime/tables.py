@@ -110,9 +110,14 @@ class StepTables:
         self._bounds = torch.zeros((groups, 0), dtype=torch.int32)
         self._num_tokens = sizes.max_tokens
 
-    def query_row(self, num_tokens: int) -> torch.Tensor:
-        """Where queries go, int32 [n] for the first n of so many tokens; a view, with -1 for those that go nowhere."""
-        return self._tables.query_row[: min(num_tokens, self._num_tokens)]
+    def query_row(self, num_tokens: int, first_token: int = 0) -> torch.Tensor:
+        """Where queries go, int32 [n] for the first n of so many tokens; a view, with -1 for those that go nowhere.
+
+        Args:
+            num_tokens: neighbours in the batch.
+            first_token: the first of them. Default: 0.
+        """
+        return self._tables.query_row[first_token : min(first_token + num_tokens, self._num_tokens)]
 
     def slot_mapping(self, group: int, num_tokens: int) -> torch.Tensor:
         """Slot mapping int64 [T] of a layer group, a view of the persistent tensor."""

@@ -181,6 +181,7 @@ def save_tiny_deepseek_v3(folder: Path) -> Path:
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
+        topk_method="noaux_tc",
         **latents,
         **experts,
     )

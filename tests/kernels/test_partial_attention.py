@@ -22,7 +22,7 @@ def inputs(case: AttentionCase, dtype: torch.dtype, num_keys: int) -> tuple[torc
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(case.num_tokens, case.num_heads, case.head_dim, generator=generator)
     key, value = torch.randn(2, num_keys, case.num_kv_heads, case.head_dim, generator=generator)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    return query.to(dtype), key.to(dtype), value[..., : case.value_dim or case.head_dim].to(dtype)
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_pages_are_read_in_the_order_of_the_table(case: AttentionCase, block_siz
     query, key, value = inputs(case, torch.float32, case.num_keys)
     expected = attend(query, key[None], value[None], None, case.num_keys, 0.2, False)
     num_pages = -(-case.num_keys // block_size)
-    tokens = torch.full((num_pages * block_size, case.num_kv_heads, 2 * case.head_dim), torch.nan)
+    tokens = torch.full((num_pages * block_size, case.num_kv_heads, case.head_dim + value.shape[-1]), torch.nan)
     tokens[: case.num_keys] = torch.cat((key, value), dim=-1)
     in_order = tokens.view(num_pages, block_size, case.num_kv_heads, -1)
     pages = torch.full((num_pages + 3, *in_order.shape[1:]), torch.nan)
@@ -88,7 +88,7 @@ def test_keys_with_the_head_dim_outside_are_read_right() -> None:
 
 
 def test_parts_merge_into_the_whole() -> None:
-    query, key, value = inputs(CASES[4], torch.float32, 513)
+    query, key, value = inputs(CASES[-1], torch.float32, 513)
     whole, whole_lse = partial_attention(query, key[None], value[None], None, 513, 0.2)
     left = partial_attention(query, key[None], value[None], None, 200, 0.2)
     right = partial_attention(query, key[None, 200:], value[None, 200:], None, 313, 0.2)
@@ -117,5 +117,7 @@ def test_wrong_arguments_are_named() -> None:
         partial_attention(query, keys, values, torch.zeros(1, dtype=torch.int64), 50, 0.2)
     with pytest.raises(ValueError, match=r"key_pages: expected a number of heads that divides 5, got 2"):
         partial_attention(query[:, :5], keys, values, None, 50, 0.2)
+    with pytest.raises(ValueError, match=r"value_pages: expected at most 20 elements, as a key has, got 40"):
+        partial_attention(query, keys, torch.cat((values, values), dim=-1), None, 50, 0.2)
     with pytest.raises(ValueError, match=r"value_pages: expected dtype torch.float32, got torch.bfloat16"):
         partial_attention(query, keys, values.bfloat16(), None, 50, 0.2)

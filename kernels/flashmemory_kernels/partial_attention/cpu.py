@@ -23,6 +23,9 @@ def partial_attention_cpu(
     # instead, where one key serves all of them with stride 0: nothing is repeated in memory.
     grouped = query.reshape(num_queries, num_kv_heads, group_size, head_dim).permute(2, 1, 0, 3)
     shared_shape = (group_size, num_kv_heads, num_tokens, head_dim)
+    # It also wants values as wide as keys
+    value_dim = value.shape[-1]
+    value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         grouped,
         _rows(key).transpose(0, 1).expand(shared_shape),
@@ -32,7 +35,8 @@ def partial_attention_cpu(
         scale=scale,
     )
     # out [g, Hkv, T, D] and lse [g, Hkv, T]; query head h = kv_head * g + member.
-    return out.permute(2, 1, 0, 3).reshape(query.shape), lse.transpose(0, 1).reshape(num_heads, num_queries).float()
+    out = out.permute(2, 1, 0, 3).reshape(query.shape)[..., :value_dim]
+    return out, lse.transpose(0, 1).reshape(num_heads, num_queries).float()
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,4 +31,4 @@ def partial_attention_naive(
     lse = logits.logsumexp(-1)
     weights = (logits - lse.unsqueeze(-1)).exp()
     out = torch.einsum("kgts,skd->tkgd", weights, value.float())
-    return out.reshape(query.shape).to(query.dtype), lse.reshape(num_heads, num_queries)
+    return out.reshape(num_queries, num_heads, -1).to(query.dtype), lse.reshape(num_heads, num_queries)

@@ -23,7 +23,7 @@ def partial_attention(
     Args:
         query: [T, H, D].
         key_pages: [P, block_size, Hkv, D], strided; Hkv divides H: query head h reads key head h // (H / Hkv).
-        value_pages: [P, block_size, Hkv, D], strided.
+        value_pages: [P, block_size, Hkv, Dv], strided; Dv <= D. They may lie within the keys.
         block_table: int32 [n], the pages that hold the keys, in order; entries past the last key are not read.
             None for pages 0, 1, 2 and so on.
         num_tokens: K; the last page may be partly filled.
@@ -31,7 +31,7 @@ def partial_attention(
         causal: query t sees keys 0..t; only for T == K. Default: False, every query sees every key.
 
     Returns:
-        out [T, H, D] in the dtype of `query`, and lse float32 [H, T] with the natural logarithm. Without
+        out [T, H, Dv] in the dtype of `query`, and lse float32 [H, T] with the natural logarithm. Without
         keys: 0 and -inf.
 
     Raises:
@@ -40,7 +40,9 @@ def partial_attention(
     num_queries, num_heads, head_dim = query.shape
     num_pages, block_size, num_kv_heads, _ = key_pages.shape
     expect_shape("key_pages", key_pages, (None, None, None, head_dim))
-    expect_shape("value_pages", value_pages, (num_pages, block_size, num_kv_heads, head_dim))
+    expect_shape("value_pages", value_pages, (num_pages, block_size, num_kv_heads, None))
+    if (value_dim := value_pages.shape[-1]) > head_dim:
+        raise ValueError(f"value_pages: expected at most {head_dim} elements, as a key has, got {value_dim}")
     if num_heads % num_kv_heads:
         raise ValueError(f"key_pages: expected a number of heads that divides {num_heads}, got {num_kv_heads}")
     for name, tensor in (("key_pages", key_pages), ("value_pages", value_pages)):
@@ -57,6 +59,6 @@ def partial_attention(
         raise ValueError(f"num_tokens: expected {num_queries}, one key for each causal query, got {num_tokens}")
     if num_queries == 0 or num_tokens == 0:
         empty = torch.full((num_heads, num_queries), -torch.inf, dtype=torch.float32, device=query.device)
-        return torch.zeros_like(query), empty
+        return query.new_zeros(num_queries, num_heads, value_dim), empty
     attend = partial_attention_cpu if query.device.type == "cpu" else partial_attention_naive
     return attend(query, key_pages, value_pages, block_table, num_tokens, scale, causal)

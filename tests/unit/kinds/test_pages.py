@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmemory_vllm.kinds.pages import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
+from flashmemory_vllm.kinds.pages import CpuAmxPages, CpuVectorPages, InterleavedPages, LatentPages, PageFormat
 
 HEADS = 2
 
@@ -50,6 +50,14 @@ def test_interleaved_pages_are_views() -> None:
     assert torch.equal(page_format.keys(pages), key)
     assert torch.equal(page_format.values(pages), value)
     assert page_format.values(pages).untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
+
+
+def test_a_latent_is_the_value_within_its_key() -> None:
+    pages = torch.randn(3, 4, 6)
+    page_format = LatentPages(1, 4, 6, 5)
+    assert torch.equal(page_format.keys(pages)[:, 0], pages)
+    assert torch.equal(page_format.values(pages)[:, 0], pages[..., :5])
+    assert page_format.value_dim == 5
 
 
 @pytest.mark.parametrize("format_type", [InterleavedPages, CpuVectorPages, CpuAmxPages])

@@ -9,7 +9,7 @@ from flashmemory_kernels.partial_attention import partial_attention
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.kinds.base import Chunk, PageKind, PartialAttention
-from flashmemory_vllm.kinds.pages import CpuVectorPages, InterleavedPages, PageFormat
+from flashmemory_vllm.kinds.pages import CpuVectorPages, InterleavedPages, LatentPages, PageFormat
 from flashmemory_vllm.kinds.streaming import StreamedAttention, StreamedHistory
 from flashmemory_vllm.transfer.engine import CpuTransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -26,6 +26,7 @@ from tests.unit.transfer.pools import (
 )
 
 QUERY_HEADS, LAYER, SCALE = 6, 1, 0.4
+LATENT_DIM = 4
 # The largest relative error over all elements that float32 parts and merges may show against float64.
 MAX_RELATIVE_ERROR = 1e-5
 
@@ -34,7 +35,7 @@ def dense(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The chunk's T queries over all keys (history, then the chunk itself) and a sink [H], if any, in float64."""
-    repeat = QUERY_HEADS // NUM_HEADS
+    repeat = QUERY_HEADS // keys.shape[1]
     wide_keys, wide_values = (x.double().repeat_interleave(repeat, dim=1) for x in (keys, values))
     logits = torch.einsum("thd,shd->hts", query.double(), wide_keys) * SCALE
     hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(len(keys) - len(query) + 1)
@@ -45,9 +46,16 @@ def dense(
 
 
 def write_page(page_format: PageFormat, page: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Write up to block_size tokens [t, Hkv, D] into a page [1, Hkv, block_size, 2 * D] through its views."""
+    """Write up to block_size tokens [t, Hkv, D] into a page [1, ...page] through its views."""
     page_format.keys(page)[0, :, : len(keys)] = keys.transpose(0, 1)
     page_format.values(page)[0, :, : len(keys)] = values.transpose(0, 1)
+
+
+def make_caches(page_format: PageFormat) -> list[torch.Tensor]:
+    """Of two layers, as vLLM lays out the caches of such pages."""
+    if isinstance(page_format, LatentPages):
+        return list(torch.zeros(LAYER + 1, NUM_SLOTS, BLOCK_SIZE, page_format.head_dim))
+    return (block_outermost if isinstance(page_format, InterleavedPages) else layer_outermost)(LAYER + 1)
 
 
 def make_history(
@@ -59,7 +67,7 @@ def make_history(
 ) -> tuple[CpuTransferEngine, StreamedHistory]:
     """Full blocks in the host pool, the last few and the tail in slots, all shuffled; NaN everywhere else."""
     generator = torch.Generator().manual_seed(len(keys))
-    caches = (block_outermost if isinstance(page_format, InterleavedPages) else layer_outermost)(LAYER + 1)
+    caches = make_caches(page_format)
     for cache in caches:
         cache.fill_(torch.nan)
     layout = PageLayout(caches)
@@ -112,6 +120,24 @@ def test_streamed_is_dense(
     expected = dense(query, keys, values)
     error = (chunk.output - expected).abs().max() / expected.abs().max()
     assert error < MAX_RELATIVE_ERROR
+
+
+@pytest.mark.parametrize("num_on_device", [0, 4])
+@pytest.mark.parametrize("num_history", [0, 4, 27, 101])
+def test_streamed_latents_are_dense(num_history: int, num_on_device: int) -> None:
+    """One key for all heads, whose first elements are the value."""
+    generator = torch.Generator().manual_seed(num_history)
+    query = torch.randn(5, QUERY_HEADS, HEAD_DIM, generator=generator) * 2
+    keys = torch.randn(num_history + 5, 1, HEAD_DIM, generator=generator)
+    page_format = LatentPages(1, BLOCK_SIZE, HEAD_DIM, LATENT_DIM)
+    values = keys[..., :LATENT_DIM]
+    engine, history = make_history(page_format, keys[:num_history], values[:num_history], 3, num_on_device)
+    output = torch.full((5, QUERY_HEADS, LATENT_DIM), torch.nan)
+
+    stream(page_format, Chunk(query, keys[num_history:], values[num_history:], output), engine, history, 3)
+
+    expected = dense(query, keys, values)
+    assert (output - expected).abs().max() / expected.abs().max() < MAX_RELATIVE_ERROR
 
 
 @pytest.mark.parametrize("num_history", [0, 9, 41])

@@ -109,7 +109,9 @@ def _batch(content: torch.Tensor, pool: HostPool, caches: list[torch.Tensor]) ->
 
 @pytest.mark.parametrize("poison", [False, True])
 @pytest.mark.parametrize("num_buffers", [1, 2, 3])
-def test_rows_layers_and_groups_are_dense_attention(num_buffers: int, poison: bool) -> None:
+@pytest.mark.parametrize("runs", [[0], [2, 0], [3, 1, 0]], ids=["one run", "two runs", "three runs"])
+def test_rows_layers_and_groups_are_dense_attention(runs: list[int], num_buffers: int, poison: bool) -> None:
+    """However many runs a batch is computed in; each begins with one of these rows."""
     generator = torch.Generator().manual_seed(1)
     caches = layer_outermost(3)
     layout = PageLayout(caches, LAYERS)
@@ -132,7 +134,12 @@ def test_rows_layers_and_groups_are_dense_attention(num_buffers: int, poison: bo
                 for heads in (QUERY_HEADS, NUM_HEADS, NUM_HEADS)
             )
             output = torch.full_like(query, torch.nan)
-            prefill.complete(layer, group, query, key, value, output)
+            completed = []
+            for first, behind in zip(runs, [len(rows), *runs], strict=False):
+                run = slice(first * CHUNK, behind * CHUNK)
+                given = query[run], key[run], value[run], output[run]
+                completed += [run.start + own.start for own in prefill.complete(layer, group, *given, run.start)]
+            assert sorted(completed) == [index * CHUNK for index, row in enumerate(rows) if len(row.streamed[group])]
             for index, row in enumerate(rows):
                 own = slice(index * CHUNK, (index + 1) * CHUNK)
                 if not len(row.streamed[group]):

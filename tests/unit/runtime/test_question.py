@@ -30,8 +30,11 @@ class Prompts:
         rows = [Row(name, phase, start, end - start, (), (), (), ()) for name, (start, end) in tokens.items()]
         self.kept.set_rows(Batch.of(rows, range(len(rows))), self.prompt_lens.__getitem__)
         batch = torch.cat([self.queries[name][start:end] for name, (start, end) in tokens.items()])
+        # In two runs: one row, and those behind it
+        first = rows[0].num_tokens
         for anchor in range(NUM_ANCHORS):
-            self.kept.capture(anchor, batch[:, anchor])
+            self.kept.capture(anchor, batch[first:, anchor], first)
+            self.kept.capture(anchor, batch[:first, anchor])
 
     def earlier(self, name: str, end: int) -> torch.Tensor | None:
         """What a selection is given beside the token before `end`, which is the last one computed."""

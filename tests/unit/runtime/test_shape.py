@@ -16,6 +16,12 @@ def test_block_bytes_counts_keys_and_values_of_all_layers() -> None:
     assert shape().block_bytes == 2 * 6 * 2 * 64 * 16 * 2
 
 
+def test_block_bytes_of_latents_are_those_of_the_keys_alone() -> None:
+    """DeepSeek-V3: 61 layers of 576 elements in two bytes make 70 KB a token."""
+    latents = AttentionShape(("",) * 61, 128, 1, 576, 0.1, 16, torch.bfloat16, torch.device("cpu"), page_dim=576)
+    assert latents.block_bytes == 16 * 70272
+
+
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 6])
 def test_groups_partition_the_layers_evenly(num_groups: int) -> None:
     groups = shape().layer_groups(num_groups)

@@ -137,6 +137,7 @@ def test_tokens_are_written_into_the_blocks_at_the_end_and_padding_nowhere() -> 
     assert tables.slot_mapping(0, 7).tolist() == [5, 6, 12, 13, 14, -1, -1]
     assert tables.slot_mapping(1, 7).tolist() == [33, 34, 16, 17, 18, -1, -1]
     assert tables.query_row(7).tolist() == [1 * 3 + 0, 1 * 3 + 1, 4 * 3 + 0, 4 * 3 + 1, 4 * 3 + 2, -1, -1]
+    assert tables.query_row(3, first_token=2).tolist() == [4 * 3 + 0, 4 * 3 + 1, 4 * 3 + 2]
 
 
 def test_nobodys_batch_writes_nothing() -> None:
