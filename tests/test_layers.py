@@ -64,7 +64,7 @@ MAY_IMPORT = {
 }
 # What only one part may import, and what pure parts may import beside the standard library.
 ONLY_IN = {"vllm": {"plugin"}}
-THIRD_PARTY_OF_PURE = {"residency": {"numpy"}, "errors": set(), "observability": {"prometheus_client"}}
+THIRD_PARTY_OF_PURE = {"residency": {"numpy", "numba"}, "errors": set(), "observability": {"prometheus_client"}}
 
 
 @dataclass(frozen=True, slots=True)

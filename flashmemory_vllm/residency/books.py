@@ -15,7 +15,8 @@ from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.awaited import Awaited, Taken
 from flashmemory_vllm.residency.entries import NO_ENTRY, Entries
 from flashmemory_vllm.residency.lists import NOBODY, Pairs, one_by_one, pairs_of
-from flashmemory_vllm.residency.slots import NOT_RESIDENT, NULL_SLOT, SlotTable
+from flashmemory_vllm.residency.loop_arrays import NOT_RESIDENT, NULL_SLOT
+from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, has_repeats
 
 
@@ -43,10 +44,9 @@ class Books:
         self.epoch: IntArray = np.zeros(num_places, np.int32)
         self.groups = [Entries(num_places, width) for _ in range(geometry.num_groups)]
         self._is_wide = np.zeros(num_places, np.bool_)
-        self._begun = Awaited()
         self._recalled = [Awaited() for _ in self.groups]
         self._prefetched = [Awaited() for _ in self.groups]
-        self._applied = -1
+        self._begun, self._applied = Awaited(), -1
 
     def clear(self) -> None:
         """Forget all tables and what was awaited, without a look at slots; epochs go on."""
@@ -158,6 +158,10 @@ class Books:
             self._change(group, of_group, self._recalled if at_once else self._prefetched)
         return pairs
 
+    def apply_quickly(self, step: int, rows: IntArray, asked: IntArray) -> list[Pairs] | None:  # noqa: ARG002
+        """As `apply`, where there is a quicker way for such a list: see `QuickBooks`. None: nothing is changed."""
+        return None
+
     def widen(self, place: int, positions: Sequence[IntArray]) -> None:
         """A request reads blocks beside its sets until it narrows; lists go on changing the sets.
 
@@ -184,19 +188,25 @@ class Books:
         Raises:
             IntegrityError: a block has neither slot nor host copy, or there is no room.
         """
-        fresh, recalls, prefetches = list[Copies](), list[Copies](), list[Copies]()
-        place, position = self._begun.take()
-        for group, entries in enumerate(self.groups if place.size else ()):
-            fresh.append(self._slots.hold_fresh(group, self.ids[place, position]))
-            entries.set_slots(place, position, fresh[-1].slots)
+        recalls, prefetches, (place, position) = list[Copies](), list[Copies](), self._begun.take()
+        fresh = [self._hold_fresh(group, place, position) for group in range(len(self.groups)) if place.size]
         for brought, awaited in ((recalls, self._recalled), (prefetches, self._prefetched)):
-            for group, entries in enumerate(self.groups):
+            for group in range(len(self.groups)):
                 place, position = awaited[group].take()
                 if place.size:
-                    slots, copies = self._slots.claim(group, self.ids[place, position])
-                    entries.set_slots(place, position, slots)
+                    copies = self._hold(group, place, position)
                     brought.extend([copies] if copies.blocks.size else ())
         return Taken(fresh, recalls, prefetches)
+
+    def _hold_fresh(self, group: int, place: IntArray, position: IntArray) -> Copies:
+        copies = self._slots.hold_fresh(group, self.ids[place, position])
+        self.groups[group].set_slots(place, position, copies.slots)
+        return copies
+
+    def _hold(self, group: int, place: IntArray, position: IntArray) -> Copies:
+        slots, copies = self._slots.claim(group, self.ids[place, position])
+        self.groups[group].set_slots(place, position, slots)
+        return copies
 
     def pins(self) -> IntArray:
         """int32 `[G, S]` tables that name each slot."""
@@ -269,7 +279,8 @@ class Books:
             self.groups[group].replace(both.place, both.come, both.go, slots)
         if both is not pairs:
             for one in one_by_one(pairs.where(~goes)):
-                self._insert(group, one, awaited)
+                slots = self._claim(group, one.place, one.come, awaited)
+                self.groups[group].insert(one.place, one.come, slots)
             for one in one_by_one(pairs.where(~comes)):
                 self.groups[group].remove(one.place, one.go)
 
@@ -287,7 +298,3 @@ class Books:
         is_there[comes] = entries.entry[pairs.place[comes], pairs.come[comes]] != NO_ENTRY
         left = Pairs(pairs.place, np.where(is_there, NOBODY, pairs.come), np.where(goes, NOBODY, pairs.go))
         return left.where((left.come != NOBODY) | (left.go != NOBODY))
-
-    def _insert(self, group: int, pairs: Pairs, awaited: Sequence[Awaited]) -> None:
-        slots = self._claim(group, pairs.place, pairs.come, awaited)
-        self.groups[group].insert(pairs.place, pairs.come, slots)

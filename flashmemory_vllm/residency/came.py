@@ -15,11 +15,23 @@ class Came:
 
     Args:
         num_groups: G.
+
+    Attributes:
+        nums: how many blocks there are of each group.
     """
 
     def __init__(self, num_groups: int) -> None:
-        # Per group, for each list int32 `[3, m]` places, positions, epochs
-        self._parts: list[list[IntArray]] = [[] for _ in range(num_groups)]
+        # Per group int32 `[3, m]` places, positions, epochs
+        self._came: list[IntArray] = [np.empty((3, 64), np.int32) for _ in range(num_groups)]
+        self.nums = [0] * num_groups
+
+    def with_room(self, group: int, num_more: int) -> IntArray:
+        """Places, positions and tenants of a group's blocks, int32 `[3, m]`, live, with room for so many more."""
+        came, num = self._came[group], self.nums[group]
+        if num + num_more > came.shape[1]:
+            self._came[group] = np.empty((3, 2 * (num + num_more)), np.int32)
+            self._came[group][:, :num] = came[:, :num]
+        return self._came[group]
 
     def add(self, pairs: Sequence[Pairs], epoch: IntArray) -> None:
         """Lists have brought blocks.
@@ -28,10 +40,12 @@ class Came:
             pairs: per group what they have changed, for tenants that are there.
             epoch: int32 `[P]` tenants that each place has had.
         """
-        for parts, of_group in zip(self._parts, pairs, strict=True):
-            place = of_group.place
-            came = np.stack((place, of_group.come, epoch[place]))
-            parts.append(came[:, of_group.come != NOBODY])
+        for group, of_group in enumerate(pairs):
+            comes = of_group.come != NOBODY
+            place = of_group.place[comes]
+            num, room = self.nums[group], self.with_room(group, place.size)
+            self.nums[group] += place.size
+            room[:, num : num + place.size] = place, of_group.come[comes], epoch[place]
 
     def take(self, place: IntArray, epoch: IntArray) -> Sequence[IntArray]:
         """What came into the sets of places, int32 `[n]`, since the last call for them.
@@ -42,9 +56,10 @@ class Came:
         is_asked: BoolArray = np.zeros(epoch.size, np.bool_)
         is_asked[place] = True
         taken = []
-        for group, parts in enumerate(self._parts):
-            came = np.concatenate(parts, axis=1) if parts else np.empty((3, 0), np.int32)
+        for group, num in enumerate(self.nums):
+            came = self._came[group][:, :num]
             is_there, is_taken = came[2] == epoch[came[0]], is_asked[came[0]]
-            self._parts[group] = [came[:, is_there & ~is_taken]]
             taken.append(came[:2, is_there & is_taken])
+            kept = came[:, is_there & ~is_taken]
+            self._came[group][:, : kept.shape[1]], self.nums[group] = kept, kept.shape[1]
         return taken

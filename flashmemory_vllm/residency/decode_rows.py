@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 
@@ -10,11 +11,11 @@ from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import cdiv
-from flashmemory_vllm.residency.came import Came
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.entries import NO_ENTRY
 from flashmemory_vllm.residency.fallback import DenseFallback
-from flashmemory_vllm.residency.lists import COMES, GOES, HEADER, NOBODY, WORTH, Chosen, FirstSet
+from flashmemory_vllm.residency.lists import COMES, HEADER, NOBODY, Chosen, FirstSet
+from flashmemory_vllm.residency.noting import ListNotes
 from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRequest, ScheduledRows
 from flashmemory_vllm.residency.slots import SlotTable
@@ -31,7 +32,7 @@ class DecodeRows:
         counters: take what is done.
         fallback: lets requests keep all their blocks. Default: None, it never does.
         max_fetches: most blocks that one step brings to requests that fall back, in each group.
-        lacks_chosen: bool `[P]`, see `Asking`.
+        notes: take what lists tell.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class DecodeRows:
         counters: Counters,
         fallback: DenseFallback | None,
         max_fetches: int,
-        lacks_chosen: BoolArray,
+        notes: ListNotes,
     ) -> None:
         self._slots = slots
         self._books = books
@@ -50,11 +51,7 @@ class DecodeRows:
         self._counters = counters
         self._fallback = fallback
         self._max_fetches = max_fetches
-        self._lacks_chosen = lacks_chosen
-        # The last tenant of each place that was selected for; who falls back; what came into sets since then
-        self._selected: IntArray = np.full(books.epoch.size, NOBODY, np.int32)
-        self._falls_back: BoolArray = np.zeros(books.epoch.size, np.bool_)
-        self._came = Came(len(books.groups))
+        self._notes = notes
 
     def settle(self, step: int, rows: ScheduledRows, lists: Sequence[Chosen]) -> tuple[str, ...]:
         """Change the tables of a step's rows. Nothing takes a slot before `Books.settle`.
@@ -92,7 +89,11 @@ class DecodeRows:
 
     def _apply(self, chosen: Chosen) -> list[str]:
         """Bring a list into force; the requests that it selects for."""
-        asked, rows = chosen.asked, chosen.rows
+        asked, rows, notes = chosen.asked, chosen.rows, self._notes
+        if self._fallback is None and not chosen.at_once:
+            changes = self._books.apply_quickly(chosen.step, rows, asked.fields)
+            if changes is not None:
+                return [*compress(asked.req_ids, notes.note_quickly(chosen, changes).tolist())]
         of_asked = np.empty((len(asked), 1, COMES), np.int32)
         of_asked[:, 0, :2], of_asked[:, 0, 2] = asked.fields[:, : Ask.EPOCH + 1], chosen.step
         if (rows[:, :, :COMES] != of_asked).any():
@@ -101,34 +102,23 @@ class DecodeRows:
                 f"asked were {of_asked[:, 0].tolist()}"
             )
         is_mine, is_new = asked.epoch == self._books.epoch[asked.place], asked.is_new
-        num_selected = np.count_nonzero(is_mine & chosen.is_selected)
-        if num_selected:
-            self._counters.selection_latency_seconds.observe(np.full(num_selected, chosen.seconds))
+        notes.latency(chosen, int(np.count_nonzero(is_mine & chosen.is_selected)))
         is_entering = is_new & is_mine
         for index in np.flatnonzero(is_entering).tolist():
             far = [_who_comes(line) for line in rows[index]]
             is_selected = bool(chosen.is_selected[index])
             self._state_of(asked.req_ids[index]).first_set = FirstSet(asked[index], far, is_selected)
-        self._note_selections(chosen, is_entering & chosen.is_selected)
+        notes.selections(chosen, is_entering & chosen.is_selected)
         is_changed = is_mine & ~is_new
         if not is_changed.any():
             return []
         is_selected = is_changed & chosen.is_selected
-        self._note_selections(chosen, is_selected)
+        notes.selections(chosen, is_selected)
         pairs = self._books.apply(chosen.step, rows[is_changed], at_once=chosen.at_once)
-        self._judge(asked.place[is_selected])
-        self._came.add(pairs, self._books.epoch)
+        notes.changes(asked.place[is_selected], pairs)
         if not chosen.at_once:
-            self._note_full(asked.fields[is_changed], rows[is_changed])
+            notes.full(asked.fields[is_changed], rows[is_changed])
         return [asked.req_ids[index] for index in np.flatnonzero(is_selected).tolist()]
-
-    def _note_full(self, fields: IntArray, rows: IntArray) -> None:
-        """Note which lists have left out blocks that were chosen, for lack of room: of rows that may fetch."""
-        fetching = fields[:, Ask.CAP] > 0
-        longest, caps = (rows.shape[2] - HEADER) // 2, fields[fetching, Ask.CAP]
-        comes, goes = rows[fetching, :, COMES], rows[fetching, :, GOES]
-        is_full = (comes >= np.minimum(caps, longest)[:, None]) | (goes >= longest)
-        self._lacks_chosen[fields[fetching, Ask.PLACE]] = is_full.any(1)
 
     def _state_of(self, req_id: str) -> RequestState:
         state = self._known.get(req_id)
@@ -224,50 +214,6 @@ class DecodeRows:
                 left[group] -= brought.size
                 lacking.append(np.concatenate((absent[has_slot], brought)))
             self._books.widen(row.state.place, lacking)
-
-    def _note_selections(self, chosen: Chosen, is_selected: BoolArray) -> None:
-        """Count what selections found worth a slot and chose, and find out which requests fall back for it.
-
-        Args:
-            chosen: the list.
-            is_selected: bool `[n]` rows of it that are selections of requests that are there.
-        """
-        at = np.flatnonzero(is_selected)
-        if not at.size:
-            return
-        fields, num_groups = chosen.asked.fields[at], len(self._books.groups)
-        place, num_candidates = fields[:, Ask.PLACE], num_groups * chosen.asked.num_candidates[at]
-        worth, comes = chosen.rows[at, :, WORTH], chosen.rows[at, :, COMES].sum(1)
-        is_counted = np.ones(at.size, np.bool_)
-        for index, row in enumerate(at.tolist() if self._fallback is not None else ()):
-            state = self._state_of(chosen.asked.req_ids[row])
-            state.selection = self._counters.selections + index + 1
-            self._learn(state, int(worth[index].sum()), int(num_candidates[index]))
-            is_counted[index] = not state.falls_back
-        num_chosen = np.minimum(worth, fields[:, Ask.WANT, None]).sum(1)
-        is_again = is_counted & (self._selected[place] == fields[:, Ask.EPOCH])
-        self._selected[place] = fields[:, Ask.EPOCH]
-        counters = self._counters
-        counters.selections += at.size
-        counters.selection_candidates += int(num_candidates @ is_counted)
-        counters.selected_blocks += int(num_chosen @ is_counted)
-        num_again = int(num_chosen @ is_again)
-        counters.reselected_blocks += num_again
-        counters.reselected_resident_blocks += num_again - int(comes @ is_again)
-
-    def _learn(self, state: RequestState, num_worth: int, num_candidates: int) -> None:
-        assert self._fallback is not None  # it is asked for only then
-        self._fallback.learn(state, num_worth, num_candidates)
-        self._falls_back[state.place] = state.falls_back
-
-    def _judge(self, place: IntArray) -> None:
-        """Count what became of the blocks that came since the selections before, by what these leave in the sets."""
-        for group, came in enumerate(self._came.take(place, self._books.epoch)):
-            entries = self._books.groups[group]
-            of_place, position = came if self._fallback is None else came[:, ~self._falls_back[came[0]]]
-            is_chosen = (entries.entry[of_place, position] != NO_ENTRY) & ~entries.is_extra[of_place, position]
-            self._counters.judged_prefetches += position.size
-            self._counters.useful_prefetches += int(np.count_nonzero(is_chosen))
 
 
 def _who_comes(line: IntArray) -> IntArray:

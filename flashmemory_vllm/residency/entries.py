@@ -46,6 +46,11 @@ class Entries:
         self.is_extra: BoolArray = np.zeros((num_places, width), np.bool_)
         self._edited: list[tuple[IntArray, IntArray]] = []
 
+    @property
+    def arrays(self) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, BoolArray]:
+        """The attributes as `TableArrays` names them."""
+        return self.entry, self.position, self.slot, self.count, self.sink, self.recent, self.is_extra
+
     def positions_of(self, place: int) -> IntArray:
         """int32 `[count]` positions in the order of the table, a view."""
         return self.position[place, : self.count[place]]
@@ -92,7 +97,7 @@ class Entries:
         self.position[place, :count], self.slot[place, :count] = positions, slots
         self.entry[place, positions] = np.arange(count)
         self.count[place], self.sink[place], self.recent[place] = count, sink, recent
-        self._note(np.full(count, place, np.int32), np.arange(count, dtype=np.int32))
+        self.note(np.full(count, place, np.int32), np.arange(count, dtype=np.int32))
 
     def clear(self, place: int) -> None:
         """A place becomes free."""
@@ -144,7 +149,7 @@ class Entries:
         self.position[place, at], self.slot[place, at], self.entry[place, position] = position, slots, at
         self.count[place] += 1
         self.recent[place] = recent
-        self._note(place, at)
+        self.note(place, at)
 
     def replace(self, place: IntArray, come: IntArray, go: IntArray, slots: IntArray) -> None:
         """Each block that comes takes the entry of one that goes; places may repeat."""
@@ -152,7 +157,7 @@ class Entries:
         self.position[place, at], self.slot[place, at] = come, slots
         self.entry[place, go] = NO_ENTRY
         self.entry[place, come] = at
-        self._note(place, at)
+        self.note(place, at)
 
     def insert(self, place: IntArray, come: IntArray, slots: IntArray) -> None:
         """One more far block for each of the places, all of them different, in front of the recent ones."""
@@ -161,7 +166,7 @@ class Entries:
         first = at[:, 0]
         self.position[place, first], self.slot[place, first], self.entry[place, come] = come, slots, first
         self.count[place] += 1
-        self._note(place, first)
+        self.note(place, first)
 
     def remove(self, place: IntArray, go: IntArray) -> None:
         """One far block less for each of the places, all of them different: the last far one takes its entry."""
@@ -172,7 +177,7 @@ class Entries:
         self.entry[place, go] = NO_ENTRY
         self._move(place, at, mask, -1)
         self.count[place] -= 1
-        self._note(place, gap)
+        self.note(place, gap)
 
     def take_edits(self) -> IntArray:
         """The entries that changed since the last call, int32 `[n, 3]` of place, entry and slot; some may repeat."""
@@ -214,7 +219,8 @@ class Entries:
         position, slot = self.position[row, source], self.slot[row, source]
         self.position[row, source + by], self.slot[row, source + by] = position, slot
         self.entry[row, position] = source + by
-        self._note(row, source + by)
+        self.note(row, source + by)
 
-    def _note(self, place: IntArray, at: IntArray) -> None:
+    def note(self, place: IntArray, at: IntArray) -> None:
+        """Entries of tables have changed, int32 `[n]` each: see `take_edits`."""
         self._edited.append((place, at))

@@ -29,6 +29,7 @@ from flashmemory_vllm.residency.decode_rows import DecodeRows
 from flashmemory_vllm.residency.fallback import DenseFallback
 from flashmemory_vllm.residency.integrity import check_requests
 from flashmemory_vllm.residency.lists import Chosen
+from flashmemory_vllm.residency.noting import ListNotes
 from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.prefill_rows import PrefillRows
 from flashmemory_vllm.residency.registry import RequestRegistry
@@ -58,6 +59,8 @@ class StepPlanner:
             Default: all that are wanted.
         fallback_share: selected share above which a request keeps all its blocks while there are slots. Default: never.
         opening_steps: first decode steps of a request that each end with a selection of their own. Default: none.
+        is_quick: most of what a step does is done by loops that are compiled, which takes seconds if they never were.
+            Default: False.
 
     Raises:
         ConfigError: `tau` or `max_prefetches` is below 1, or geometry and policy disagree on the block size.
@@ -71,6 +74,8 @@ class StepPlanner:
         max_prefetches: int | None = None,
         fallback_share: float | None = None,
         opening_steps: int = 0,
+        *,
+        is_quick: bool = False,
     ) -> None:
         for name, given in (("tau", tau), ("max_prefetches", max_prefetches)):
             if given is not None and given < 1:
@@ -81,7 +86,8 @@ class StepPlanner:
         self._slots = SlotTable(geometry)
         self._counters = Counters(self._slots.lifetime_steps, self._slots.idle_steps)
         # One block more than the longest request has: the scheduler may give it ahead
-        self._books = Books(
+        books_of, notes_of = _quick() if is_quick else (Books, ListNotes)
+        self._books = books_of(
             geometry, self._slots, geometry.num_places, cdiv(policy.max_model_len, policy.block_size) + 1
         )
         self._requests = RequestRegistry(geometry, self._slots, self._books, policy)
@@ -90,9 +96,8 @@ class StepPlanner:
             fallback = DenseFallback(fallback_share, geometry.num_slots, self._requests, self._counters)
         most = geometry.num_slots if max_prefetches is None else max_prefetches
         self._asking = Asking(tau, opening_steps, most, self._requests, self._books)
-        self._decode_rows = DecodeRows(
-            self._slots, self._books, self._requests, self._counters, fallback, most, self._asking.lacks_chosen
-        )
+        notes = notes_of(self._books, self._requests, self._counters, fallback, self._asking.lacks_chosen)
+        self._decode_rows = DecodeRows(self._slots, self._books, self._requests, self._counters, fallback, most, notes)
         self._prefill_rows = PrefillRows(self._slots, geometry.num_groups)
         self._open: StepPlan | None = None
         self._lut_view = self._slots.lut.view()
@@ -277,3 +282,10 @@ class StepPlanner:
         counters.evictions += plan.evicted
         counters.recalled_blocks += sum(copies.blocks.size for copies in plan.recalls)
         counters.prefetched_blocks += sum(copies.blocks.size for copies in plan.prefetches)
+
+
+def _quick() -> tuple[type[Books], type[ListNotes]]:
+    from flashmemory_vllm.residency.quick import QuickBooks
+    from flashmemory_vllm.residency.quick_notes import QuickNotes
+
+    return QuickBooks, QuickNotes

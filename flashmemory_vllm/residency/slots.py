@@ -27,12 +27,9 @@ import numpy as np
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.counters import STEP_BOUNDS, Histogram
 from flashmemory_vllm.residency.idle_queue import IdleQueue
-from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, distinct
-
-NOT_RESIDENT = -1
-NO_OWNER = -1
-NULL_BLOCK = 0
-NULL_SLOT = 0
+from flashmemory_vllm.residency.loop_arrays import NO_OWNER, NOT_RESIDENT, NULL_BLOCK, NULL_SLOT, SlotArrays
+from flashmemory_vllm.residency.slot_checks import check_group
+from flashmemory_vllm.residency.types import BoolArray, Copies, DoubleArray, Geometry, IntArray, distinct
 
 
 class SlotTable:
@@ -47,6 +44,7 @@ class SlotTable:
         last_read: int64 `[G, S]` the newest step whose kernels use a slot that has no pin.
         num_evictions: slots taken from a block since the last `clear`.
         num_on_host: blocks with a valid host copy.
+        clock: number of the step.
         lifetime_steps: of evicted blocks, steps from getting the slot to losing it.
         idle_steps: of evicted blocks, steps since a request last read them.
     """
@@ -62,9 +60,9 @@ class SlotTable:
         self._held_since = np.empty((groups, slots), np.int64)
         self._idle = [IdleQueue(slots) for _ in range(groups)]
         # Counted as they change: they are asked for in every step, and the tables are long.
-        self._num_used = [0] * groups
-        self._num_pinned = [0] * groups
-        self._clock = 0
+        self._counts = np.zeros((groups, 2), np.int64)
+        self._num_used, self._num_pinned = self._counts.T
+        self.clock = 0
         self.lifetime_steps, self.idle_steps = Histogram(STEP_BOUNDS), Histogram(STEP_BOUNDS)
         self.clear()
 
@@ -74,18 +72,24 @@ class SlotTable:
         self.lut[:, NULL_BLOCK] = NULL_SLOT
         self.host_valid[:] = False
         self.pins[:] = 0
-        self.last_read[:] = self._clock
+        self.last_read[:] = self.clock
         self._owner[:] = NO_OWNER
         for idle in self._idle:
             idle.fill()
-        self._num_used = [0] * self._geometry.num_groups
-        self._num_pinned = [0] * self._geometry.num_groups
+        self._counts[:] = 0
         self.num_evictions = 0
         self.num_on_host = 0
 
+    def arrays(self, group: int) -> SlotArrays:
+        """What is known of a group, live; for loops that do what methods do."""
+        tables = (self.lut, self.pins, self.last_read, self._owner, self._held_since, self._counts)
+        lut, pins, last_read, owner, held_since, counts = (table[group] for table in tables)
+        queued = self._idle[group].arrays
+        return SlotArrays(lut, self.host_valid, pins, last_read, owner, held_since, counts, *queued)
+
     def begin_step(self) -> None:
         """Advance the clock, which tells how long a slot has rested."""
-        self._clock += 1
+        self.clock += 1
 
     def is_resident(self, group: int, blocks: IntArray) -> BoolArray:
         """Which of the blocks have a slot, where this step may read them; bool `[n]`."""
@@ -94,11 +98,11 @@ class SlotTable:
 
     def spare(self, group: int) -> int:
         """Slots that are free or hold an unpinned block."""
-        return self._geometry.num_slots - 1 - self._num_pinned[group]
+        return int(self._geometry.num_slots - 1 - self._num_pinned[group])
 
     def used(self, group: int) -> int:
         """Slots that hold a block."""
-        return self._num_used[group]
+        return int(self._num_used[group])
 
     def free(self, group: int) -> IntArray:
         """int32 `[num_free]` slots that hold no block, in ascending order."""
@@ -129,13 +133,13 @@ class SlotTable:
             raise IntegrityError(f"group {group}: blocks {blocks[left < 0]} have no pin to give up")
         idle, last_read = distinct(slots[left == 0]), self.last_read[group]
         self._num_pinned[group] -= idle.size
-        last_read[idle] = np.maximum(last_read[idle], self._clock - 1)
+        last_read[idle] = np.maximum(last_read[idle], self.clock - 1)
         self._idle[group].add(idle)
 
     def touch(self, group: int, blocks: IntArray) -> None:
         """Note that this step reads resident blocks: they are the last to be evicted, the first given first."""
         slots = self._slots_of(group, blocks)
-        self.last_read[group, slots] = self._clock
+        self.last_read[group, slots] = self.clock
         self._idle[group].add(slots[self.pins[group, slots] == 0])
 
     def hold_fresh(self, group: int, blocks: IntArray) -> Copies:
@@ -214,7 +218,7 @@ class SlotTable:
             IntegrityError: with the group and the numbers that do not add up.
         """
         for group in range(self._geometry.num_groups):
-            self._check_group(group)
+            check_group(group, self.arrays(group), self._idle[group].live())
         resident_in = (self.lut[:, 1:] != NOT_RESIDENT).sum(axis=0)
         partial = ~self.host_valid[1:] & (resident_in % self._geometry.num_groups != 0)
         if partial.any():
@@ -226,33 +230,6 @@ class SlotTable:
         num_on_host = np.count_nonzero(self.host_valid)
         if num_on_host != self.num_on_host:
             raise IntegrityError(f"{num_on_host} blocks have a host copy, {self.num_on_host} are counted")
-
-    def _check_group(self, group: int) -> None:
-        lut, owner, idle = self.lut[group], self._owner[group], self._idle[group].live()
-        used, is_idle = np.flatnonzero(owner != NO_OWNER), np.zeros(owner.size, np.bool_)
-        if used.size != self._num_used[group]:
-            raise IntegrityError(f"group {group}: {used.size} slots are used, {self._num_used[group]} are counted")
-        if owner[NULL_SLOT] != NO_OWNER or lut[NULL_BLOCK] != NULL_SLOT:
-            raise IntegrityError(
-                f"group {group}: null slot owned by {owner[NULL_SLOT]}, null block in {lut[NULL_BLOCK]}"
-            )
-        resident = np.flatnonzero(lut[1:] != NOT_RESIDENT) + 1
-        if resident.size != used.size or (owner[lut[resident]] != resident).any():
-            raise IntegrityError(
-                f"group {group}: {resident.size} resident blocks and {used.size} owned slots "
-                "are not each other's inverse"
-            )
-        if self.pins[group].min() < 0 or self.pins[group, owner == NO_OWNER].any():
-            raise IntegrityError(f"group {group}: a pin count is negative, or a slot without a block is pinned")
-        is_idle[idle] = True
-        if np.unique(idle).size != idle.size or (is_idle[1:] == (self.pins[group, 1:] > 0)).any() or is_idle[NULL_SLOT]:
-            raise IntegrityError(f"group {group}: {idle.size} slots are queued, but not each that has no pin once")
-        num_pinned = np.count_nonzero(self.pins[group])
-        if num_pinned != self._num_pinned[group]:
-            raise IntegrityError(f"group {group}: {num_pinned} slots are pinned, {self._num_pinned[group]} are counted")
-        loose = ~self.host_valid[owner[used]] & (self.pins[group, used] == 0)
-        if loose.any():
-            raise IntegrityError(f"group {group}: blocks {owner[used[loose]]} have no host copy and are not pinned")
 
     def _slots_of(self, group: int, blocks: IntArray) -> IntArray:
         slots: IntArray = self.lut[group, blocks]
@@ -266,14 +243,14 @@ class SlotTable:
             self.pin(group, blocks[self.lut[group, blocks] != NOT_RESIDENT])
         slots = self._take(group, missing.size)
         # Newest step whose kernels may still use one of them; this one's come later in any case
-        last_read = min(int(self.last_read[group, slots].max(initial=0)), self._clock - 1)
+        last_read = min(int(self.last_read[group, slots].max(initial=0)), self.clock - 1)
         self._owner[group, slots] = missing
-        self._held_since[group, slots] = self._clock
+        self._held_since[group, slots] = self.clock
         self.lut[group, missing] = slots
         self.pins[group, slots] = 1
         self._num_pinned[group] += missing.size
         self._num_used[group] += missing.size
-        return Copies(group, missing, slots, self._clock - 1 - last_read)
+        return Copies(group, missing, slots, self.clock - 1 - last_read)
 
     def _take(self, group: int, count: int) -> IntArray:
         """Slots that have rested longest, out of the queue; what they held is evicted."""
@@ -287,11 +264,16 @@ class SlotTable:
         evicted = slots[self._owner[group, slots] != NO_OWNER]
         if evicted.size:
             self.require_host_copy(self._owner[group, evicted])
-            self.idle_steps.observe((self._clock - self.last_read[group, evicted]).astype(np.float64))
-            self.lifetime_steps.observe((self._clock - self._held_since[group, evicted]).astype(np.float64))
+            ages = (self.clock - self.last_read[group, evicted], self.clock - self._held_since[group, evicted])
+            self.note_evicted(*(of_each.astype(np.float64) for of_each in ages))
             self._release(group, evicted)
-            self.num_evictions += evicted.size
         return slots
+
+    def note_evicted(self, idle: DoubleArray, lifetime: DoubleArray) -> None:
+        """Blocks have lost their slots: float64 `[n]` steps since each was read, and since it got its slot."""
+        self.idle_steps.observe(idle)
+        self.lifetime_steps.observe(lifetime)
+        self.num_evictions += idle.size
 
     def _release(self, group: int, slots: IntArray) -> None:
         self.lut[group, self._owner[group, slots]] = NOT_RESIDENT

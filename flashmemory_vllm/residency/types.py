@@ -19,7 +19,9 @@ import numpy.typing as npt
 from flashmemory_vllm.errors import ConfigError
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
+LongArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
+DoubleArray: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 NOTHING: IntArray = np.empty(0, np.int32)

@@ -1,5 +1,7 @@
 """Puts a worker's runtime together from its configuration and its allocated KV cache."""
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,9 @@ from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
 from flashmemory_vllm.transfer.layout import PageLayout
 from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
+
+# Below vLLM's logger, which alone has handlers
+logger = logging.getLogger("vllm.flashmemory")
 
 # Most blocks of a request that come with one list, unless it is in force at once
 MOST_LISTED = 64
@@ -118,18 +123,29 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
 
 
 def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfig, layout: PageLayout) -> StepPlanner:
+    # Late, as only workers need it
+    from flashmemory_vllm.residency.compiled import IS_COMPILED
+
     geometry = Geometry(
         sizes.num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size, sizes.max_num_seqs
     )
     group_bytes = max(sum(layout.layer_bytes(layer) for layer in group) for group in layout.groups)
-    return StepPlanner(
+    started = time.perf_counter()
+    planner = StepPlanner(
         geometry,
         budget,
         tau_steps(config),
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
         fallback_share=config.dense_fallback_share,
         opening_steps=opening_steps(config),
+        is_quick=IS_COMPILED,
     )
+    seconds = time.perf_counter() - started
+    if seconds > 1:
+        logger.info("flashmemory: what settles lists was compiled in %.1f s", seconds)
+    if not IS_COMPILED:
+        logger.info("flashmemory: numba is not there, so settling lists takes the host longer")
+    return planner
 
 
 def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy, buffers: StepBuffers) -> ChoiceQueue:
