@@ -118,12 +118,13 @@ def exactness_table(folder: Path) -> str:
     path, all_rows = _load(folder, EXACTNESS)
     rows = [row for row in all_rows if row["case"] != "sparse"]
     header = (
-        *("device", "decode", "dtype", "runner", "load", "equal texts"),
+        *("model", "device", "decode", "dtype", "runner", "load", "equal texts"),
         *("slots", "logical blocks", "evictions", "recalls", "preemptions"),
     )
     names = ("slots", "logical_blocks", "evictions", "recalls", "preemptions")
     cells = (
         (
+            row.get("model", "llama"),
             *(str(row[name]) for name in ("device", "mode", "dtype", "runner", "case")),
             f"{row['identical']} of {row['texts']}",
             *(f"{row[name]:,}" for name in names),

@@ -12,6 +12,8 @@ The batch that a token is computed in changes the last bits of its logits. The t
 be the same where both engines run the same batches, or where fp32 keeps those bits far from any decision. vLLM's
 FlashAttention has no fp32: on a GPU the preempting case reports how far the texts agree.
 
+`--only hybrids` measures models with windows or states beside full attention, whose other layers stay vLLM's own.
+
 Then come the regimes of `tests/gpu/sparse.py`, in which only some blocks are resident.
 """
 
@@ -25,60 +27,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from flashmemory_vllm.evaluation.provenance import Provenance
+from tests.gpu.regimes import HYBRID_REGIMES, REGIMES, Case, Regime
 from tests.gpu.sparse import SPARSE_REGIMES, SparseRow, make_work, measure_sparse
 from tests.helpers.engine import EngineResult, EngineRun, run_engine
-from tests.helpers.tiny_model import VOCABULARY, save_tiny_llama
+from tests.helpers.tiny_model import VOCABULARY
 
 NUM_PROMPTS = 16
 PROMPT_LENS = (180, 420)
 NUM_LOGICAL_BLOCKS = 1024
 MAX_MODEL_LEN = 2048
 BLOCK_SIZE = 32
-
-Case = Literal["steady", "preempting"]
-CASES: tuple[Case, ...] = ("steady", "preempting")
-
-
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """Where and how both engines run.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        mode: "eager", "piecewise" for compiled layers in CUDA graphs with attention between them, or "graphs" for
-            vLLM's default: whole decode steps in one graph, the others piecewise.
-        dtype: dtype of weights, activations and KV cache.
-        num_tokens: tokens generated for each prompt.
-        runner: vLLM's model runner.
-    """
-
-    device: str
-    mode: Literal["eager", "piecewise", "graphs"]
-    dtype: Literal["float32", "float16", "bfloat16"]
-    num_tokens: int
-    runner: Literal["v1", "v2"] = "v2"
-
-    def __str__(self) -> str:
-        return f"{self.device}-{self.runner}-{self.mode}-{self.dtype}"
-
-    def must_agree(self, case: Case) -> bool:
-        """Whether the texts have to be the same, rather than merely compared."""
-        return case == "steady" or self.dtype == "float32"
-
-
-REGIMES = (
-    Regime("cpu", "eager", "float32", 48, "v1"),
-    Regime("cuda", "eager", "bfloat16", 200),
-    Regime("cuda", "piecewise", "bfloat16", 200),
-    Regime("cuda", "graphs", "bfloat16", 200),
-    Regime("cuda", "graphs", "bfloat16", 200, "v1"),
-    Regime("cuda", "graphs", "float16", 200),
-)
+# A text of fewer different tokens hides what it was computed from
+LEAST_DISTINCT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +51,11 @@ class ExactnessRow:
     """One case in one regime.
 
     Attributes:
-        device: see `Regime`, as are mode, dtype and runner.
+        device: see `Regime`, as are mode, dtype, runner and model.
         mode: eager, piecewise or graphs.
         dtype: of the model.
         runner: v1 or v2.
+        model: of which kind.
         case: see the module.
         prompts: prompts that run at once.
         rounds: times that as many prompts ran.
@@ -97,12 +63,14 @@ class ExactnessRow:
         texts: texts compared.
         identical: texts that are the same in every token.
         first_divergence: earliest token at which any two differ, None if none do.
+        distinct: different tokens of the text that has fewest of them.
         must_agree: whether a difference is an error.
         slots: device slots of our engine, the null slot included.
-        logical_blocks: blocks of both schedulers.
+        logical_blocks: blocks of both schedulers; of hybrids those of our layers.
         evictions: blocks that gave up a slot.
         recalls: blocks copied from host to device.
         prefix_hits: prompt tokens found in the prefix cache.
+        stock_prefix_hits: the same of vLLM's own backend.
         preemptions: requests preempted by our engine.
         stock_preemptions: the same of vLLM's own backend.
         command: see `Provenance`, as are commit, gpu and versions.
@@ -115,6 +83,7 @@ class ExactnessRow:
     mode: str
     dtype: str
     runner: str
+    model: str
     case: Case
     prompts: int
     rounds: int
@@ -122,12 +91,14 @@ class ExactnessRow:
     texts: int
     identical: int
     first_divergence: int | None
+    distinct: int
     must_agree: bool
     slots: int
     logical_blocks: int
     evictions: int
     recalls: int
     prefix_hits: int
+    stock_prefix_hits: int
     preemptions: int
     stock_preemptions: int
     command: str
@@ -138,8 +109,9 @@ class ExactnessRow:
     def __str__(self) -> str:
         place = "" if self.first_divergence is None else f" (first at token {self.first_divergence})"
         return (
-            f"{self.device} {self.runner} {self.mode} {self.dtype} {self.case}: {self.identical} of {self.texts} texts "
-            f"identical{place}; {self.evictions} evictions, {self.recalls} recalls, {self.prefix_hits} prefix hits, "
+            f"{self.model} {self.device} {self.runner} {self.mode} {self.dtype} {self.case}: {self.identical} of "
+            f"{self.texts} texts identical{place}, {self.distinct} different tokens or more; "
+            f"{self.evictions} evictions, {self.recalls} recalls, {self.prefix_hits} prefix hits, "
             f"{self.preemptions} preemptions: {'; '.join(self.problems()) or 'as expected'}"
         )
 
@@ -147,10 +119,12 @@ class ExactnessRow:
         """What this row shows to be wrong, with the machinery or with the measurement."""
         steady = self.case == "steady"
         expected = {
+            "a text says little": self.distinct > LEAST_DISTINCT,
             "texts differ": not self.must_agree or self.identical == self.texts,
             "no block was evicted": self.evictions > 0,
             "no block was recalled": self.recalls > 0,
             "no prefix was found": self.prefix_hits > 0,
+            "prefix hits are shorter than vLLM's own": self.prefix_hits >= self.stock_prefix_hits,
             "vLLM's own engine preempted": self.stock_preemptions == 0,
             "a request was preempted": self.preemptions == 0 or not steady,
             "no request was preempted": self.preemptions > 0 or steady,
@@ -191,13 +165,18 @@ def make_run(regime: Regime, case: Case | None, model: Path, rounds: list[list[l
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": NUM_PROMPTS,
         "max_num_batched_tokens": MAX_MODEL_LEN,
-        "num_gpu_blocks_override": NUM_LOGICAL_BLOCKS,
         "kv_cache_memory_bytes": 1 << 28,
         "enable_prefix_caching": True,
         "enforce_eager": regime.mode == "eager",
     }
+    if not regime.is_hybrid:
+        # With windows or states these are the blocks of those alone
+        engine["num_gpu_blocks_override"] = NUM_LOGICAL_BLOCKS
     if regime.device == "cuda":
-        engine["gpu_memory_utilization"] = 0.2
+        engine["gpu_memory_utilization"] = 0.1
+    if regime.device == "cuda" and regime.model == "qwen3-next":
+        # vLLM's default on Hopper is compiled when it is first used
+        engine["gdn_prefill_backend"] = "triton"
     if regime.mode == "piecewise":
         engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     env = {}
@@ -239,6 +218,7 @@ def compare(
         mode=regime.mode,
         dtype=regime.dtype,
         runner=regime.runner,
+        model=regime.model,
         case=case,
         prompts=len(stock.tokens[0]),
         rounds=len(stock.tokens),
@@ -246,12 +226,14 @@ def compare(
         texts=len(pairs),
         identical=len(pairs) - len(diverged),
         first_divergence=min(diverged, default=None),
+        distinct=min(len(set(text)) for text, _ in pairs),
         must_agree=regime.must_agree(case),
         slots=slots,
-        logical_blocks=NUM_LOGICAL_BLOCKS,
+        logical_blocks=int(counted["host_blocks_total"]),
         evictions=int(counted["evictions_total"]),
         recalls=int(counted["recalled_blocks_total"]),
         prefix_hits=int(ours.metrics["prefix_cache_hits"]),
+        stock_prefix_hits=int(stock.metrics["prefix_cache_hits"]),
         preemptions=int(ours.metrics["preemptions"]),
         stock_preemptions=int(stock.metrics["preemptions"]),
         **asdict(provenance),
@@ -268,15 +250,13 @@ def measure(regime: Regime, provenance: Provenance, folder: Path, jobs: int = 1)
         jobs: engines that run at once.
     """
     rounds = make_rounds()
-    model = folder / regime.dtype
-    if not model.exists():
-        save_tiny_llama(model, dtype=getattr(torch, regime.dtype))
-    runs = [make_run(regime, case, model, rounds) for case in (None, *CASES)]
+    model = regime.save_model(folder)
+    runs = [make_run(regime, case, model, rounds) for case in (None, *regime.cases)]
     with ThreadPoolExecutor(jobs) as pool:
         stock, *ours = pool.map(run_engine, runs)
     return [
         compare(regime, case, count_slots(case, regime.num_tokens, rounds), stock, result, provenance)
-        for case, result in zip(CASES, ours, strict=True)
+        for case, result in zip(regime.cases, ours, strict=True)
     ]
 
 
@@ -308,6 +288,12 @@ def _measure_all(device: str, only: str, jobs: int, provenance: Provenance) -> I
         for regime in REGIMES:
             if regime.device == device and only in str(regime):
                 yield from measure(regime, provenance, Path(folder), jobs)
+        hybrids = [regime for regime in HYBRID_REGIMES if regime.device == device and only in str(regime)]
+        for regime in hybrids:
+            regime.save_model(Path(folder))
+        with ThreadPoolExecutor(jobs) as pool:
+            for rows in pool.map(partial(measure, provenance=provenance, folder=Path(folder)), hybrids):
+                yield from rows
         sparse = [regime for regime in SPARSE_REGIMES if regime.device == device and only in str(regime)]
         works = [make_work(regime, Path(folder)) for regime in sparse]
         with ThreadPoolExecutor(jobs) as pool:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from flashmemory_vllm.evaluation.provenance import Provenance
-from tests.gpu.exactness import REGIMES, Regime, measure
+from tests.gpu.exactness import measure
+from tests.gpu.regimes import HYBRID_REGIMES, REGIMES, Regime
 from tests.gpu.sparse import SPARSE_REGIMES, SparseRegime, make_work, measure_sparse
 
-ON_GPU = [regime for regime in REGIMES if regime.device == "cuda"]
+ON_GPU = [regime for regime in (*REGIMES, *HYBRID_REGIMES) if regime.device == "cuda"]
 SPARSE_ON_GPU = [regime for regime in SPARSE_REGIMES if regime.device == "cuda"]
 
 

@@ -127,11 +127,12 @@ def save_tiny_nemotron_h(folder: Path) -> Path:
     return folder
 
 
-def save_tiny_qwen3_next(folder: Path) -> Path:
+def save_tiny_qwen3_next(folder: Path, **changes: int) -> Path:
     """Write a seeded random Qwen3-Next: three layers with a gated delta net, one of full attention; experts.
 
     Args:
         folder: where to; created.
+        changes: fields of its configuration that replace those here.
 
     Returns:
         The folder.
@@ -145,9 +146,7 @@ def save_tiny_qwen3_next(folder: Path) -> Path:
         num_hidden_layers=4,
         intermediate_size=256,
         shared_expert_intermediate_size=128,
-        **heads,
-        **experts,
-        **of_all,
+        **(heads | experts | of_all | changes),
     )
     Qwen3NextForCausalLM(config).save_pretrained(folder)
     return folder

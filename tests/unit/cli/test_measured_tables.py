@@ -54,7 +54,7 @@ def test_a_new_file_of_rows_is_shown(folder: Path) -> None:
 
 def test_texts_that_differ_are_counted(folder: Path) -> None:
     change(folder, "exactness", identical=7, texts=9, mode="eager", runner="v2", case="steady")
-    assert "| cuda | eager | bfloat16 | v2 | steady | 7 of 9 |" in measured_tables.exactness_table(folder)
+    assert "| llama | cuda | eager | bfloat16 | v2 | steady | 7 of 9 |" in measured_tables.exactness_table(folder)
 
 
 def test_only_copies_of_many_pages_and_kernels_as_they_are_served_are_shown(folder: Path) -> None:
