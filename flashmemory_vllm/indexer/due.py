@@ -55,14 +55,12 @@ def due_rows(requests: Sequence[DueRequest], device: torch.device, *, is_enterin
     fill_first_tiles(torch.from_numpy(fields), TILE)
     on_device = torch.from_numpy(fields.copy()).to(device)
     fields[:, Due.NUM_KNOWN] = -(fields[:, Due.NUM_KNOWN] > 0).astype(np.int32)
-    selections = np.array([request.selections for request in requests], np.int32)
-    prompt_lens = np.array([request.prompt_len for request in requests], np.int32)
+    told = np.array([[one.selections for one in requests], [one.prompt_len for one in requests]], np.int32)
     return DueRows(
         fields,
         on_device,
         tuple(request.req_id for request in requests),
-        selections,
-        torch.from_numpy(selections.copy()).to(device),
-        torch.from_numpy(prompt_lens).to(device),
+        told[0],
+        torch.from_numpy(told.copy()).to(device),
         is_entering,
     )

@@ -62,8 +62,7 @@ class DueRows:
         on_device: int32 `[n, len(Due)]`, the same with NUM_KNOWN as it is.
         req_ids: vLLM's request ids.
         selections: int32 `[n]` selections each request had before, those before a preemption included.
-        selections_on_device: the same.
-        prompt_lens: int32 `[n]` on the device, tokens of each prompt; 0 if nobody tells.
+        told: int32 `[2, n]` on the device, the same, and tokens of each prompt; 0 if nobody tells.
         is_entering: whether these requests have no set yet: the newest prompt tokens speak for all that follows.
     """
 
@@ -71,12 +70,21 @@ class DueRows:
     on_device: torch.Tensor
     req_ids: tuple[str, ...]
     selections: IntArray
-    selections_on_device: torch.Tensor
-    prompt_lens: torch.Tensor
+    told: torch.Tensor
     is_entering: bool
 
     def __len__(self) -> int:
         return len(self.req_ids)
+
+    @property
+    def selections_on_device(self) -> torch.Tensor:
+        """int32 `[n]` selections each request had before."""
+        return self.told[0]
+
+    @property
+    def prompt_lens(self) -> torch.Tensor:
+        """int32 `[n]` on the device, tokens of each prompt."""
+        return self.told[1]
 
     @property
     def places(self) -> torch.Tensor:

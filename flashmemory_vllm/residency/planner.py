@@ -86,7 +86,7 @@ class StepPlanner:
         self._slots = SlotTable(geometry)
         self._counters = Counters(self._slots.lifetime_steps, self._slots.idle_steps)
         # One block more than the longest request has: the scheduler may give it ahead
-        books_of, notes_of = _quick() if is_quick else (Books, ListNotes)
+        books_of, notes_of, asking_of = _quick() if is_quick else (Books, ListNotes, Asking)
         self._books = books_of(
             geometry, self._slots, geometry.num_places, cdiv(policy.max_model_len, policy.block_size) + 1
         )
@@ -95,7 +95,7 @@ class StepPlanner:
         if fallback_share is not None:
             fallback = DenseFallback(fallback_share, geometry.num_slots, self._requests, self._counters)
         most = geometry.num_slots if max_prefetches is None else max_prefetches
-        self._asking = Asking(tau, opening_steps, most, self._requests, self._books)
+        self._asking = asking_of(tau, opening_steps, most, self._requests, self._books)
         notes = notes_of(self._books, self._requests, self._counters, fallback, self._asking.lacks_chosen)
         self._decode_rows = DecodeRows(self._slots, self._books, self._requests, self._counters, fallback, most, notes)
         self._prefill_rows = PrefillRows(self._slots, geometry.num_groups)
@@ -284,8 +284,9 @@ class StepPlanner:
         counters.prefetched_blocks += sum(copies.blocks.size for copies in plan.prefetches)
 
 
-def _quick() -> tuple[type[Books], type[ListNotes]]:
+def _quick() -> tuple[type[Books], type[ListNotes], type[Asking]]:
     from flashmemory_vllm.residency.quick import QuickBooks
+    from flashmemory_vllm.residency.quick_asking import QuickAsking
     from flashmemory_vllm.residency.quick_notes import QuickNotes
 
-    return QuickBooks, QuickNotes
+    return QuickBooks, QuickNotes, QuickAsking

@@ -171,6 +171,11 @@ class ScheduledRows:
         self.num_full = after // block_size
         self.end = -(-after // block_size)
 
+    @classmethod
+    def none(cls, block_size: int) -> ScheduledRows:
+        """Of no request."""
+        return cls([], NOTHING.copy(), NOTHING.copy(), NOTHING.copy(), np.zeros(0, np.bool_), block_size)
+
     def __len__(self) -> int:
         return len(self.states)
 

@@ -123,9 +123,6 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
 
 
 def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfig, layout: PageLayout) -> StepPlanner:
-    # Late, as only workers need it
-    from flashmemory_vllm.residency.compiled import IS_COMPILED
-
     geometry = Geometry(
         sizes.num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size, sizes.max_num_seqs
     )
@@ -138,14 +135,21 @@ def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfi
         max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
         fallback_share=config.dense_fallback_share,
         opening_steps=opening_steps(config),
-        is_quick=IS_COMPILED,
+        is_quick=_is_quick(),
     )
     seconds = time.perf_counter() - started
     if seconds > 1:
         logger.info("flashmemory: what settles lists was compiled in %.1f s", seconds)
-    if not IS_COMPILED:
+    if not _is_quick():
         logger.info("flashmemory: numba is not there, so settling lists takes the host longer")
     return planner
+
+
+def _is_quick() -> bool:
+    """Whether loops can be compiled."""
+    from flashmemory_vllm.residency.compiled import IS_COMPILED  # late, as only workers need it
+
+    return IS_COMPILED
 
 
 def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy, buffers: StepBuffers) -> ChoiceQueue:
@@ -154,7 +158,7 @@ def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy
     policy = ChoicePolicy(kind.combine, config.own.successor_share, hysteresis(config), threshold or 0.0)
     sizes = choice_sizes(config, budget, kind, tables.sizes.num_places)
     state = ChoiceState(sizes, buffers.queries.by_place, tables.block_ids, kind, policy)
-    return ChoiceQueue(selector, state, SideStream(selector.geometry.device))
+    return ChoiceQueue(selector, state, SideStream(selector.geometry.device), is_quick=_is_quick())
 
 
 def choice_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, kind: MemoryKind, max_num_seqs: int) -> ChoiceSizes:

@@ -33,6 +33,7 @@ class ChoiceWork:
         questions: of each row without a set, queries `[q, A, Hq, D]` of its question.
         long_size: elements of the long list.
         scored: the rows that are scored: without a set, and with one.
+        packed: what is uploaded, if the fields lie in it already and are complete. Default: None, it is to be made.
     """
 
     asked: Asked
@@ -41,6 +42,7 @@ class ChoiceWork:
     questions: Sequence[torch.Tensor | None]
     long_size: int
     scored: tuple[slice, slice]
+    packed: IntArray | None = None
 
     @property
     def num_new(self) -> int:
@@ -53,7 +55,7 @@ class ChoiceWork:
         new, others = self.scored
         return slice(new.stop, self.num_new), slice(others.stop, len(self.fields))
 
-    def fill_tiles(self) -> None:
+    def _fill_tiles(self) -> None:
         """Say where the log-masses of each row begin, among those that are scored together: see `fill_first_tiles`."""
         for part in self.scored:
             tiles = -(-self.fields[part, Due.NUM_BLOCKS] // TILE)
@@ -68,8 +70,12 @@ class ChoiceWork:
         Returns:
             Int32 `[n, len(Due)]`, and `[2, n]` of selections before and tokens of the prompts; until the next call.
         """
-        told = (self.selections, self.asked.fields[:, Ask.PROMPT_LEN])
-        packed = ring.upload(np.concatenate((self.fields.reshape(-1), *told)))
+        given = self.packed
+        if given is None:
+            self._fill_tiles()
+            told = (self.selections, self.asked.fields[:, Ask.PROMPT_LEN])
+            given = np.concatenate((self.fields.reshape(-1), *told))
+        packed = ring.upload(given)
         return packed[: self.fields.size].view(self.fields.shape), packed[self.fields.size :].view(2, -1)
 
     def due(self, on_device: torch.Tensor, told: torch.Tensor) -> Iterator[tuple[slice, DueRows]]:
@@ -79,7 +85,6 @@ class ChoiceWork:
             on_device: int32 `[n, len(Due)]` all rows, looked up.
             told: int32 `[2, n]` on the device.
         """
-        selections, prompt_lens = told
         for part in self.scored:
             if part.start < part.stop:
                 due = DueRows(
@@ -87,8 +92,7 @@ class ChoiceWork:
                     on_device[part],
                     self.asked.req_ids[part],
                     self.selections[part],
-                    selections[part],
-                    prompt_lens[part],
+                    told[:, part],
                     part.start == 0 and self.num_new > 0,
                 )
                 yield part, due

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from flashmemory_vllm.runtime.selector_guard import SelectorGuard
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.uploads import UploadRing
 
+if TYPE_CHECKING:
+    from flashmemory_vllm.runtime.quick_choice import QuickChoice
+
 
 class ChoiceQueue:
     """Scores and chooses on a stream of its own; lists are waited for when they are used.
@@ -36,9 +40,12 @@ class ChoiceQueue:
         selector: says what blocks are worth.
         state: memory and sets.
         side_stream: where they change.
+        is_quick: most steps are prepared by a loop that is compiled. Default: False.
     """
 
-    def __init__(self, selector: Selector, state: ChoiceState, side_stream: SideStream) -> None:
+    def __init__(
+        self, selector: Selector, state: ChoiceState, side_stream: SideStream, *, is_quick: bool = False
+    ) -> None:
         self._state, self._side_stream = state, side_stream
         self._kind, self._block_size = selector.memory_kind, selector.geometry.block_size
         self.guard = SelectorGuard(selector)
@@ -51,6 +58,7 @@ class ChoiceQueue:
         self._known: IntArray = np.zeros(state.sizes.num_places, np.int32)
         self._parked = ParkedMemories(state)
         self._ring = UploadRing(state.sizes.max_rows * NUM_UPLOADED, state.known.device)
+        self._quick = self._make_quick() if is_quick else None
 
     @property
     def failures(self) -> Mapping[str, int]:
@@ -77,7 +85,17 @@ class ChoiceQueue:
         """
         if not asked:
             return
-        asked = self._in_order(self._scored_if_possible(asked))
+        asked = self._scored_if_possible(asked)
+        work = None if self._quick is None else self._quick.work(step, asked)
+        if work is None:
+            work = self._work(step, self._in_order(asked), earlier)
+        inputs = [one for one in work.questions if one is not None]
+        arrival = self._side_stream.fetch(lambda: self._choose(work), *inputs)
+        num_at_once = int(np.count_nonzero(work.asked.at_once)) if work.packed is None else 0
+        self._pending.append(PendingList(step, work.asked, num_at_once, work.fields, arrival, time.perf_counter()))
+
+    def _work(self, step: int, asked: Asked, earlier: Mapping[str, torch.Tensor]) -> ChoiceWork:
+        """What is chosen for rows in order."""
         num_new, num_at_once = int(np.count_nonzero(asked.is_new)), int(np.count_nonzero(asked.at_once))
         names = asked.req_ids[:num_new]
         questions = [earlier.get(req_id) for req_id in names]
@@ -89,10 +107,7 @@ class ChoiceQueue:
         num_scored_new = int(np.count_nonzero(is_scored[:num_new]))
         num_scored = int(np.count_nonzero(is_scored)) - num_scored_new
         scored = slice(0, num_scored_new), slice(num_new, num_new + num_scored)
-        work = ChoiceWork(asked, fields, selections, questions, int(spans.sum()), scored)
-        inputs = [one for one in questions if one is not None]
-        arrival = self._side_stream.fetch(lambda: self._choose(work), *inputs)
-        self._pending.append(PendingList(step, asked, num_at_once, fields, arrival, time.perf_counter()))
+        return ChoiceWork(asked, fields, selections, questions, int(spans.sum()), scored)
 
     def take(self, step: int) -> list[Chosen]:
         """What comes into force in a step, waited for if it has to be; what is due later is not waited for.
@@ -199,6 +214,14 @@ class ChoiceQueue:
         fields[lacking, Ask.IS_SCORED], fields[lacking, Ask.AT_ONCE] = 0, fields[lacking, Ask.IS_NEW]
         return replace(asked, fields=fields)
 
+    def _make_quick(self) -> QuickChoice:
+        from flashmemory_vllm.runtime.choice_loops import AccountArrays
+        from flashmemory_vllm.runtime.quick_choice import QuickChoice, rule_of
+
+        account = AccountArrays(self._remembered_at, self._known, self._selections.counts)
+        num_kept = self._state.places.queries.shape[2] - 1
+        return QuickChoice(account, rule_of(self._kind.num_queries, num_kept, GOES_ON, is_finite=self._is_finite))
+
     @staticmethod
     def _in_order(asked: Asked) -> Asked:
         """Those without a set first, of both kinds those that are scored, of these those in force at once."""
@@ -245,9 +268,8 @@ class ChoiceQueue:
     def _choose(self, work: ChoiceWork) -> torch.Tensor:
         """Do the work of a step; int32, what `ChoiceState.choose` returns and the long list behind it."""
         state, device, failed = self._state, self._state.known.device, None
-        for req_id, place in zip(work.asked.req_ids[: work.num_new], work.asked.place.tolist(), strict=False):
-            self._parked.bring_back(req_id, place)
-        work.fill_tiles()
+        for row in range(work.num_new):
+            self._parked.bring_back(work.asked.req_ids[row], int(work.asked.place[row]))
         rows, told = work.upload(self._ring)
         if not self._is_finite:
             state.look_up(rows, work.unscored)

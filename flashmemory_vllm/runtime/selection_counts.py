@@ -14,10 +14,13 @@ class SelectionCounts:
 
     Args:
         num_places: P.
+
+    Attributes:
+        counts: int32 `[P]` selections of each place's request, live.
     """
 
     def __init__(self, num_places: int) -> None:
-        self._counts: IntArray = np.zeros(num_places, np.int32)
+        self.counts: IntArray = np.zeros(num_places, np.int32)
         self._place_of: dict[str, int] = {}
         self._name_at: dict[int, str] = {}
         self._elsewhere: dict[str, int] = {}
@@ -25,7 +28,7 @@ class SelectionCounts:
     def of(self, req_id: str) -> int:
         """Selections of a request."""
         place = self._place_of.get(req_id)
-        return self._elsewhere.get(req_id, 0) if place is None else int(self._counts[place])
+        return self._elsewhere.get(req_id, 0) if place is None else int(self.counts[place])
 
     def before(self, place: IntArray, new: Sequence[str]) -> IntArray:
         """Selections that requests had so far.
@@ -36,11 +39,11 @@ class SelectionCounts:
         """
         for req_id, own in zip(new, place.tolist(), strict=False):
             self._move(req_id, own)
-        return self._counts[place]
+        return self.counts[place]
 
     def count(self, place: IntArray) -> None:
         """One more for each of the places, all of them different."""
-        self._counts[place] += 1
+        self.counts[place] += 1
 
     def names(self) -> list[str]:
         """Everybody who is counted."""
@@ -61,4 +64,4 @@ class SelectionCounts:
         if before is not None:
             self._elsewhere[before] = self.of(before)
             del self._place_of[before]
-        self._place_of[req_id], self._name_at[place], self._counts[place] = place, req_id, num_selections
+        self._place_of[req_id], self._name_at[place], self.counts[place] = place, req_id, num_selections

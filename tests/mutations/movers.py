@@ -377,4 +377,11 @@ MOVERS = (
         "(far | coming | forced)",
         "tests/kernels/test_choose_sets.py::test_one_row_at_a_time",
     ),
+    Mutation(
+        "the quick way: blocks newer than the scoring count as known",
+        f"{_RUNTIME}choice_loops.py",
+        "after = num_full if is_scored or not rule.is_finite else min(num_full, before)",
+        "after = num_full",
+        f"{_RUNTIME_TEST}test_quick_choice.py::test_both_ways_ask_for_the_same",
+    ),
 )

@@ -300,4 +300,11 @@ PAGER = (
         "lacks_chosen[place] = False",
         f"{_TEST}test_quick.py::test_both_ways_make_the_same_plans",
     ),
+    Mutation(
+        "the quick way: growth without its go",
+        f"{_DIR}asking_loops.py",
+        "if not (is_opening or fetches or begins):",
+        "if not (is_opening or fetches):",
+        f"{_TEST}test_quick.py::test_both_ways_make_the_same_plans",
+    ),
 )

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency import compiled, list_loops, loops, slot_loops
+from flashmemory_vllm.residency import (
+    asking_loops,
+    compiled,
+    entries,
+    list_loops,
+    lists,
+    loop_arrays,
+    loops,
+    slot_loops,
+)
+from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from flashmemory_vllm.residency.compiled import IS_COMPILED, loop, plain
 from flashmemory_vllm.residency.lists import Chosen
@@ -24,7 +34,7 @@ from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, StepInp
 from tests.unit.residency.test_books import ids, listed
 from tests.unit.residency.test_histories import History, World, worlds
 
-MODULES = (loops, slot_loops, list_loops)
+MODULES = (loops, slot_loops, list_loops, asking_loops)
 needs_numba = pytest.mark.skipif(not IS_COMPILED, reason="numba is not there")
 
 
@@ -87,10 +97,10 @@ class Pair(StepPlanner):
     def _compare(self) -> None:
         mine, other = self._books, self.quick._books
         assert (mine.epoch == other.epoch).all()
-        for entries, of_quick in zip(mine.groups, other.groups, strict=True):
-            for table, of_other in zip(entries.arrays, of_quick.arrays, strict=True):
-                if table.shape == entries.position.shape:  # behind its entries a table says nothing
-                    used = np.arange(table.shape[1]) < entries.count[:, None]
+        for of_mine, of_quick in zip(mine.groups, other.groups, strict=True):
+            for table, of_other in zip(of_mine.arrays, of_quick.arrays, strict=True):
+                if table.shape == of_mine.position.shape:  # behind its entries a table says nothing
+                    used = np.arange(table.shape[1]) < of_mine.count[:, None]
                     assert (table[used] == of_other[used]).all()
                 else:
                     assert (table == of_other).all()
@@ -226,3 +236,17 @@ def test_without_numba_a_loop_is_python(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(compiled, "IS_COMPILED", False)
     assert loop(one) is one
     assert plain(one) is one
+
+
+def test_loops_know_the_columns() -> None:
+    """They are told again there, for code on disk does not follow other files."""
+    for module in (asking_loops, list_loops, loops):
+        for ask in Ask:
+            assert getattr(module, ask.name, ask) == ask, (module, ask)
+    for name in ("COMES", "GOES", "WORTH", "HEADER", "NOBODY"):
+        assert getattr(list_loops, name) == getattr(lists, name)
+    assert (loops.HEADER, loops.NOBODY, loops.NOT_RESIDENT) == (lists.HEADER, lists.NOBODY, loop_arrays.NOT_RESIDENT)
+    assert (loops.NULL_SLOT, loops.NO_ENTRY) == (loop_arrays.NULL_SLOT, entries.NO_ENTRY)
+    assert (loops.NOT_DONE, loops.BROKEN) == (slot_loops.NOT_DONE, slot_loops.BROKEN)
+    assert asking_loops.NOT_DONE == loops.NOT_DONE
+    assert slot_loops.NO_OWNER == loop_arrays.NO_OWNER

@@ -56,7 +56,7 @@ class Asker:
         unscored = np.flatnonzero(fields[:, Due.NUM_QUERIES] == 0).tolist()
         self.state.look_up(rows, [slice(row, row + 1) for row in unscored])
         on_device = torch.from_numpy(nothing)
-        due = DueRows(fields, rows, ("",) * len(given), nothing, on_device, on_device, is_entering=False)
+        due = DueRows(fields, rows, ("",) * len(given), nothing, torch.stack((on_device, on_device)), is_entering=False)
         index = KeyIndex(self.index, None, torch.zeros(1, dtype=torch.int32), SHAPE.softmax_scale)
         remember_rows(due, self.state.places, index, self._channels)
         out = self.state.choose(rows, None, torch.zeros(0, dtype=torch.int32))[len(given) :]
