@@ -169,6 +169,16 @@ class BudgetPolicy:
         """
         return self._slots_until(num_tokens, prefill_end, self.growth_reserve_tokens)
 
+    def same_until(self, num_tokens: int) -> int:
+        """Of a request that decodes: up to how many tokens `need` and `reserve` say the same at least."""
+        size, growth = self.block_size, self.growth_reserve_tokens
+        until = min(cdiv(num_tokens, size) * size, cdiv(num_tokens + growth, size) * size - growth)
+        # Where it turns sparse, and where what is reserved for it does
+        for ahead in (0, growth):
+            if num_tokens + ahead < self.min_sparse_tokens:
+                until = min(until, self.min_sparse_tokens - 1 - ahead)
+        return until
+
     def worst_case(self) -> int:
         """The largest reserve of any request that is not longer than `max_model_len`."""
         return max(self._largest_decode_budget(1, self.max_model_len), self._largest_chunk(self.max_model_len))

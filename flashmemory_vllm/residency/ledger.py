@@ -18,12 +18,18 @@ class Reservation:
         num_tokens: its tokens after the last step that scheduled it.
         prefill_len: tokens that dense prefill computes.
         num_slots: slots reserved.
+        until: up to how many tokens it needs and reserves as many; 0 if that is not known.
     """
 
     policy: BudgetPolicy
     num_tokens: int
     prefill_len: int
     num_slots: int
+    until: int = 0
+
+    def holds_for(self, num_tokens: int, prefill_len: int) -> bool:
+        """Whether with so many tokens it stays as it is, whatever others have reserved."""
+        return self.num_tokens <= num_tokens <= self.until and prefill_len == self.prefill_len
 
 
 class SlotLedger:
@@ -79,6 +85,8 @@ class SlotLedger:
         preempted for growth that may never come.
         """
         mine = self._reservations.get(req_id)
+        if mine is not None and mine.holds_for(num_tokens, prefill_end):
+            return True
         if mine is None:
             policy = self._modes.preview(prefill_end, self._reservations.values())
             fits = policy.reserve(num_tokens, prefill_end) <= self._room_beside(mine)
@@ -94,6 +102,8 @@ class SlotLedger:
             IntegrityError: the request does not fit; `can_admit` was not asked or its answer not heeded.
         """
         mine = self._reservations.get(req_id)
+        if mine is not None and mine.holds_for(num_tokens, prefill_end):
+            return
         policy = mine.policy if mine else self._modes.choose(prefill_end, self._reservations.values())
         need, room = policy.need(num_tokens, prefill_end), self._room_beside(mine)
         if need > room:
@@ -101,9 +111,12 @@ class SlotLedger:
                 f"request {req_id} needs {need} slots next to {self._capacity - room} of other requests, "
                 f"but there are {self._capacity}"
             )
-        reserve = min(room, policy.reserve(num_tokens, prefill_end))
+        whole = policy.reserve(num_tokens, prefill_end)
+        reserve = min(room, whole)
         self._reserved = self._capacity - room + reserve
-        self._reservations[req_id] = Reservation(policy, num_tokens, prefill_end, reserve)
+        # One that is not whole may grow in the next step; one that prefills needs another number then
+        until = policy.same_until(num_tokens) if reserve == whole and num_tokens > prefill_end else 0
+        self._reservations[req_id] = Reservation(policy, num_tokens, prefill_end, reserve, until)
 
     def release(self, req_id: str) -> None:
         """Return what the request has reserved; a request that never reserved has nothing to return."""

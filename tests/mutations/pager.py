@@ -307,4 +307,11 @@ PAGER = (
         "if not (is_opening or fetches):",
         f"{_TEST}test_quick.py::test_both_ways_make_the_same_plans",
     ),
+    Mutation(
+        "admission remembers its answer for a token too long",
+        f"{_DIR}budget.py",
+        "        return until\n",
+        "        return until + 1\n",
+        f"{_TEST}test_ledger.py::test_what_is_remembered_is_what_would_be_answered",
+    ),
 )

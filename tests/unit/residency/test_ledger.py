@@ -1,9 +1,16 @@
 """The ledger: the books always balance, and nobody waits for ever."""
 
+import random
+from dataclasses import replace
+from unittest import mock
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
-from flashmemory_vllm.residency.ledger import SlotLedger
+from flashmemory_vllm.residency.budget import Mode
+from flashmemory_vllm.residency.ledger import Reservation, SlotLedger
 from tests.unit.residency.test_budget import make_policy
 
 
@@ -59,3 +66,62 @@ def test_a_running_request_is_not_refused_for_growth_that_may_never_come() -> No
     ledger.commit("a", longer, 16)
     assert ledger.reserved == ledger.capacity
     ledger.check_integrity()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    growth=st.sampled_from([0, 64, 1024, 1000, 7]),
+    mode=st.sampled_from(["always", "pressure"]),
+    min_sparse=st.sampled_from([0, 100, 400, 403]),
+)
+def test_what_is_remembered_is_what_would_be_answered(seed: int, growth: int, mode: Mode, min_sparse: int) -> None:
+    """Requests come, grow by a token a step and end; one ledger remembers, another one works out all anew."""
+    numbers = random.Random(seed)
+    policy = make_policy(
+        min_sparse_tokens=min_sparse, max_num_batched_tokens=128, max_model_len=1200, growth_reserve_tokens=growth
+    )
+    policy = replace(policy, mode=mode)
+    num_slots = numbers.randint(policy.worst_case() + 1, 300)
+    remembers, asks = SlotLedger(num_slots, policy), SlotLedger(num_slots, policy)
+    length, prompt = dict[str, int](), dict[str, int]()
+
+    def both(req_id: str, num_tokens: int) -> bool:
+        arguments = req_id, num_tokens, prompt[req_id]
+        with mock.patch.object(Reservation, "holds_for", return_value=False):
+            may = asks.can_admit(*arguments)
+            if may:
+                asks.commit(*arguments)
+        assert remembers.can_admit(*arguments) == may
+        if may:
+            remembers.commit(*arguments)
+        assert remembers.reserved == asks.reserved
+        return may
+
+    for step in range(100):
+        if numbers.random() < 0.2:
+            prompt[f"r{step}"] = numbers.randint(1, 600)
+            if both(f"r{step}", min(128, prompt[f"r{step}"])):
+                length[f"r{step}"] = min(128, prompt[f"r{step}"])
+        for req_id, before in [*length.items()]:
+            after = min(before + 128, prompt[req_id]) if before < prompt[req_id] else before + 1
+            if after < 1200 and numbers.random() > 0.01 and both(req_id, after):
+                length[req_id] = after
+                continue
+            del length[req_id]
+            for ledger in (remembers, asks):
+                ledger.release(req_id)
+        remembers.check_integrity()
+
+
+def test_a_decode_step_within_a_block_is_not_worked_out_again() -> None:
+    policy = make_policy(max_model_len=4096)
+    ledger = SlotLedger(policy.worst_case() + 1, policy)
+    ledger.commit("a", 16, 16)
+    ledger.commit("a", 17, 16)
+    with mock.patch.object(type(policy), "need", side_effect=AssertionError):
+        for num_tokens in range(18, 33):
+            assert ledger.can_admit("a", num_tokens, 16)
+            ledger.commit("a", num_tokens, 16)
+        with pytest.raises(AssertionError):
+            ledger.can_admit("a", 33, 16)
