@@ -91,7 +91,8 @@ class FlashMemoryConfig(BaseModel):
     )
     anchor_layers: LayerIndices | None = Field(
         default=None,
-        description="Layers whose queries and keys feed the selector. Unset: three, at 1/3, 1/2 and 2/3 of the depth.",
+        description="Layers whose queries and keys feed the selector, of full attention each, by their index among all "
+        "layers of the model. Unset: three, at 1/3, 1/2 and 2/3 of the depth.",
     )
     query_window: int | None = Field(
         default=None,

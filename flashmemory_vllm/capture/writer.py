@@ -6,7 +6,7 @@ index.json               the shards; written last, so a folder that has it is co
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ GIB = 1 << 30
 # Room for the header of a shard, which names every tensor, and for one document's part of it.
 _HEADER_BYTES = 4096
 _DOCUMENT_HEADER_BYTES = 2048
+# Fields that older folders lack, and what they mean
+_LATER: dict[str, Any] = {"layer_indices": []}
 _META, _INDEX, _SHARDS = "meta.json", "index.json", "shard-*.safetensors"
 
 
@@ -32,14 +34,15 @@ class ModelShape:
     """The model's part of `meta.json`.
 
     Attributes:
-        num_layers: attention layers.
+        num_layers: layers of full attention.
         num_query_heads: query heads.
         num_kv_heads: KV heads.
         head_dim: elements of a key.
         block_size: tokens in a block.
-        anchor_layers: layers whose queries and pooled keys are recorded.
+        anchor_layers: layers whose queries and pooled keys are recorded, counted among those.
         softmax_scale: factor on `q . k`.
         dtype: dtype of the model's keys.
+        layer_indices: of the layers of full attention, among all layers of the model; empty if it has no others.
     """
 
     num_layers: int
@@ -50,6 +53,12 @@ class ModelShape:
     anchor_layers: tuple[int, ...]
     softmax_scale: float
     dtype: str
+    layer_indices: tuple[int, ...] = ()
+
+    def places(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Layers of the model, counted among those of full attention; ascending, -1 for one that is none of them."""
+        known = list(self.layer_indices or range(self.num_layers))
+        return tuple(sorted({known.index(layer) if layer in known else -1 for layer in layers}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +228,7 @@ class CaptureWriter:
 def _read_meta(folder: Path) -> dict[str, Any]:
     """The object of `meta.json`, with all that it has to have."""
     path = folder / _META
-    needed = {"model_type", "provenance", "documents", *(field.name for field in fields(ModelShape))}
+    needed = {"model_type", "provenance", "documents", *(field.name for field in fields(ModelShape))} - {*_LATER}
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         wrong = None if isinstance(found, dict) and needed <= found.keys() else "fields are missing"
@@ -227,7 +236,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         wrong = str(error)
     if wrong is not None:
         raise ConfigError(f"--out: {path} does not say what was recorded ({wrong}); allowed is another folder")
-    return dict(found)
+    return {**_LATER, **found}
 
 
 def _identity(meta: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--anchor-layers",
         type=int,
         nargs="+",
-        help="layers to keep queries and keys of. Default: three, by a first look",
+        help="layers of full attention to keep queries and keys of, by their index among all layers of the model. "
+        "Default: three, by a first look",
     )
     parser.add_argument(
         "--chunk-size", type=int, default=4, help="tokens that keys are pooled over; divides the block size. Default: 4"
@@ -91,7 +92,7 @@ def check_complete(args: argparse.Namespace) -> None:
     from flashmemory_vllm.capture.writer import differences, recorded_shape
 
     model_type, shape = recorded_shape(args.out)
-    anchors = shape.anchor_layers if args.anchor_layers is None else tuple(args.anchor_layers)
+    anchors = shape.anchor_layers if args.anchor_layers is None else shape.places(args.anchor_layers)
     asked = replace(shape, block_size=block_size_of(args), anchor_layers=anchors)
     prompts, _ = make_prompts(args)
     if differing := differences(args.out, _meta(args, asked, model_type, prompts, {})):
@@ -116,8 +117,9 @@ def run_here(args: argparse.Namespace) -> int:
     engine = CaptureEngine(args.model, arguments, anchors, longest, stop_token_ids, args.host_memory_gib)
     with closing(engine):
         choices = Choices(**{field.name: getattr(args, field.name) for field in fields(Choices)})
-        chosen = anchors or begun_anchors(args.out)
-        if chosen is None:
+        # Those asked for the engine has already
+        chosen = None if anchors else begun_anchors(args.out)
+        if chosen is None and not anchors:
             shape = engine.record(replace(choices, layer_mass=True))
             chosen = choose_anchors(look(engine, first_look(prompts)), shape.block_size)
         shape = engine.record(choices, chosen)

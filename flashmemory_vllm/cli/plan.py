@@ -143,7 +143,7 @@ def model_sizes(
         raise ConfigError(f"--model: its dtype is {dtype}, allowed: {', '.join(DTYPES[1:])}")
     heads = fields["num_attention_heads"]
     return ModelSizes(
-        num_layers=kinds.num_full,
+        layers=kinds.full,
         num_query_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,

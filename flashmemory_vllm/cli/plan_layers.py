@@ -36,14 +36,14 @@ class LayerKinds(NamedTuple):
     """How many layers keep what.
 
     Attributes:
-        num_full: those of full attention, which are managed.
+        full: indices of those of full attention, which are managed.
         num_windows: those with a sliding window.
         window: tokens that such a layer attends to.
         num_states: those with a state.
         state: of such a layer.
     """
 
-    num_full: int
+    full: tuple[int, ...]
     num_windows: int = 0
     window: int = 0
     num_states: int = 0
@@ -77,14 +77,14 @@ def layer_kinds(fields: dict[str, Any], context: int | None = None) -> LayerKind
     of_state = next((names for names in (MAMBA, DELTA) if all(fields.get(name) for name in names[:-1])), None)
     has_states = of_state is not None and bool(STATES & set(names))
     found = LayerKinds(
-        num_full=sum(name in FULL for name in names),
+        full=tuple(index for index, name in enumerate(names) if name in FULL),
         num_windows=names.count(WINDOW),
         window=window if WINDOW in names else 0,
         num_states=sum(name in STATES for name in names) if has_states else 0,
         state=_state(fields, of_state) if of_state is not None and has_states else None,
     )
     unknown = set(names) - FULL - {WINDOW} - (STATES if has_states else set()) - (NOTHING if is_nemotron else set())
-    if unknown or fields.get("kv_lora_rank") or not found.num_full:
+    if unknown or fields.get("kv_lora_rank") or not found.full:
         of = sorted(unknown) or (["latent attention"] if fields.get("kv_lora_rank") else sorted(set(names)))
         raise ConfigError(
             f"--model: it has layers of {', '.join(of)}; allowed is full attention, alone or beside sliding windows or "

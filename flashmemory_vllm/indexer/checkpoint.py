@@ -255,6 +255,8 @@ def _spec_of(given: Mapping[str, Any]) -> IndexerSpec:
         raise ValueError(f"aggregate is {spec.aggregate!r}")
     if spec.reach < 0 or not spec.serves(spec.block_size):
         raise ValueError(f"chunk_size is {spec.chunk_size} and reach {spec.reach} at the block size {spec.block_size}")
+    if not all(0 <= layer < spec.num_layers for layer in spec.anchor_layers):
+        raise ValueError(f"anchor_layers are {list(spec.anchor_layers)}, num_layers is {spec.num_layers}")
     if not all(0 <= decay <= 1 for decay in spec.memory_decays):
         raise ValueError(f"memory_decays are {list(spec.memory_decays)}")
     return spec

@@ -37,7 +37,7 @@ class IndexerSpec:
         reach: chunks at the end of a block that speak for the block after it, too.
         query_window: newest tokens of a prompt that a request's first selection is made with.
         opening_steps: decode steps of a request that each end with a selection of their own, as trained.
-        anchor_layers: attention-layer indices that it reads (A of them).
+        anchor_layers: those that it reads (A of them), counted among its layers of full attention.
         rank: width R of the bottleneck between queries and index heads.
         num_heads: index heads, H.
         dim: elements E of a chunk's code.

@@ -45,7 +45,7 @@ class CaptureEngine(_StepByStep):
     Args:
         model: folder or Hugging Face id of the model.
         engine_args: further arguments of `vllm.LLM`.
-        anchor_layers: layers whose queries and pooled keys are recorded. None for our default.
+        anchor_layers: layers whose queries and pooled keys are recorded, among all of the model. None for our default.
         max_output_tokens: most tokens of an answer.
         stop_token_ids: tokens that end an answer, beside the model's own.
         host_memory_gib: host memory for KV. Default: our default.
@@ -80,7 +80,8 @@ class CaptureEngine(_StepByStep):
 
         Args:
             choices: what to keep.
-            anchor_layers: layers to keep queries and keys of. Default: those of the engine.
+            anchor_layers: layers to keep queries and keys of, counted among those of full attention. Default: those of
+                the engine.
         """
         told = self._llm.collective_rpc("flashmemory_record", args=(choices, anchor_layers))
         shape: ModelShape = told[0]

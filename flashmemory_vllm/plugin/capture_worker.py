@@ -133,7 +133,8 @@ class CaptureExtension:
 
         Args:
             choices: what to keep.
-            anchor_layers: layers to keep queries and keys of, ascending. Default: those of the runtime.
+            anchor_layers: layers to keep queries and keys of, ascending, counted among those of full attention.
+                Default: those of the runtime.
 
         Returns:
             Sizes of the model.
@@ -171,6 +172,7 @@ class CaptureExtension:
             anchor_layers=anchors,
             softmax_scale=shape.softmax_scale,
             dtype=str(shape.dtype).removeprefix("torch."),
+            layer_indices=() if shape.model_layers == tuple(range(shape.num_layers)) else shape.model_layers,
         )
 
     def flashmemory_record_along(self: "WorkerBase", req_id: str, prompt_len: int) -> None:

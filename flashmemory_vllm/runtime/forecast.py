@@ -55,7 +55,7 @@ class ModelSizes:
     """The sizes of a model that decide about memory; filled from its configuration.
 
     Attributes:
-        num_layers: layers of full attention.
+        layers: indices of those of full attention, among all layers.
         num_query_heads: query heads.
         num_kv_heads: KV heads.
         head_dim: elements of a key.
@@ -67,7 +67,7 @@ class ModelSizes:
         state: of such a layer.
     """
 
-    num_layers: int
+    layers: tuple[int, ...]
     num_query_heads: int
     num_kv_heads: int
     head_dim: int
@@ -77,6 +77,11 @@ class ModelSizes:
     window: int = 0
     num_state_layers: int = 0
     state: StateSizes | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of full attention."""
+        return len(self.layers)
 
     def of_rank(self, num_ranks: int) -> "ModelSizes":
         """The heads that one tensor-parallel rank has; fewer KV heads than ranks are replicated, as in vLLM.
@@ -110,7 +115,7 @@ class ModelSizes:
     def shape(self, block_size: int) -> AttentionShape:
         """The attention layers; nothing is allocated, so that any device does."""
         return AttentionShape(
-            layer_names=tuple(str(layer) for layer in range(self.num_layers)),
+            layer_names=tuple(map(str, self.layers)),
             num_query_heads=self.num_query_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

@@ -58,27 +58,41 @@ class AttentionShape:
         bounds = [self.num_layers * group // num_groups for group in range(num_groups + 1)]
         return tuple(tuple(range(start, stop)) for start, stop in pairwise(bounds))
 
+    @property
+    def model_layers(self) -> tuple[int, ...]:
+        """The index of each layer among all layers of the model, as its name says; where names do not, its place."""
+        found = [next((int(part) for part in name.split(".") if part.isdigit()), None) for name in self.layer_names]
+        known = tuple(index for index in found if index is not None)
+        return known if len(set(known)) == self.num_layers else tuple(range(self.num_layers))
+
     def anchor_layers(self, given: tuple[int, ...] | None, groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """The layers whose queries and keys feed the selector.
 
         Args:
-            given: indices asked for, or None for the default: three a group, at 1/3, 1/2 and 2/3 of its depth, where
-                models that were looked into keep the heads that retrieve.
+            given: indices among all layers of the model, or None for the default: three a group, at 1/3, 1/2 and 2/3
+                of its depth, where models that were looked into keep the heads that retrieve.
             groups: layer indices of each layer group.
 
+        Returns:
+            Indices among the attention layers, ascending.
+
         Raises:
-            ConfigError: an index is no attention layer, or a group is left without an anchor.
+            ConfigError: an index is no layer of ours, or a group is left without an anchor.
         """
         if given is None:
             chosen = {group[len(group) * sixth // 6] for group in groups for sixth in (2, 3, 4)}
             return tuple(sorted(chosen))
-        outside = [layer for layer in given if not 0 <= layer < self.num_layers]
-        if outside:
-            raise ConfigError(f"flashmemory.anchor_layers: {outside} given, allowed: 0 to {self.num_layers - 1}")
+        known = self.model_layers
+        if outside := [layer for layer in given if layer not in known]:
+            allowed = f"0 to {self.num_layers - 1}"
+            if known != tuple(range(self.num_layers)):
+                allowed = f"{', '.join(map(str, known))}, the layers of full attention"
+            raise ConfigError(f"flashmemory.anchor_layers: {outside} given, allowed: {allowed}")
+        places = {known.index(layer) for layer in given}
         for index, group in enumerate(groups):
-            if not set(group) & set(given):
+            if not set(group) & places:
                 raise ConfigError(
                     f"flashmemory.anchor_layers: {list(given)} given, but layer group {index} "
-                    f"(layers {group[0]} to {group[-1]}) needs at least one"
+                    f"(layers {known[group[0]]} to {known[group[-1]]}) needs at least one"
                 )
-        return tuple(sorted(set(given)))
+        return tuple(sorted(places))

@@ -22,7 +22,7 @@ def anchor_layers(config: FlashMemoryConfig, shape: AttentionShape) -> tuple[int
                 f"{SECTION}.indexer: {config.indexer!r} was trained for a model of {spec.num_layers} attention layers, "
                 f"this one has {shape.num_layers}"
             )
-        given = spec.anchor_layers if given is None else given
+        given = tuple(shape.model_layers[place] for place in spec.anchor_layers) if given is None else given
     return shape.anchor_layers(given, shape.layer_groups(config.layer_groups))
 
 

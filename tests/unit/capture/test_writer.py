@@ -1,6 +1,7 @@
 """The folder: whole shards, whole documents, and a second run that goes on where the first one ended."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flashmemory_vllm.capture.document import Array
-from flashmemory_vllm.capture.writer import CaptureWriter, begun_anchors, is_complete
+from flashmemory_vllm.capture.writer import CaptureWriter, begun_anchors, differences, is_complete, recorded_shape
 from flashmemory_vllm.errors import ConfigError, StorageError
 from tests.helpers.disk import full_disk
 from tests.unit.capture.documents import BLOCK_SIZE, make_document, make_meta
@@ -65,6 +66,23 @@ def test_a_capture_that_was_begun_names_its_anchors_or_is_refused(tmp_path: Path
             CaptureWriter(tmp_path, make_meta(), PLENTY)
 
 
+def test_an_older_folder_is_of_a_model_without_other_layers(tmp_path: Path) -> None:
+    CaptureWriter(tmp_path, make_meta(), PLENTY)
+    path = tmp_path / "meta.json"
+    older = json.loads(path.read_text())
+    del older["layer_indices"]
+    path.write_text(json.dumps(older))
+    assert differences(tmp_path, make_meta()) == []
+    assert list(recorded_shape(tmp_path)[1].layer_indices) == []
+
+
+def test_layers_are_counted_among_those_of_full_attention() -> None:
+    shape = replace(make_meta().shape, layer_indices=(5, 11, 17))
+    assert shape.places([17, 5, 17]) == (0, 2)
+    assert shape.places([4, 11]) == (-1, 1)
+    assert make_meta().shape.places([2, 0]) == (0, 2)
+
+
 def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
     CaptureWriter(tmp_path, make_meta(seed=3), PLENTY).finish()
     assert json.loads((tmp_path / "meta.json").read_text()) == {
@@ -81,6 +99,7 @@ def test_meta_is_what_a_trainer_reads(tmp_path: Path) -> None:
         "anchor_layers": [0, 2],
         "softmax_scale": 0.5,
         "dtype": "float32",
+        "layer_indices": [],
         "window": 16,
         "delay": 1,
         "documents": 0,

@@ -15,6 +15,7 @@ from flashmemory_vllm.reference import reference_model_path
 
 GIB = 1 << 30
 SHAPE = ("--shape", "llama-8b", "--context", "131072")
+BYTES = ("--kv-cache-memory-bytes", str(8 << 30), "--host-memory-gib", "28")
 LLAMA = (*SHAPE, "--gpu-memory-gib", "80", "--host-memory-gib", "128")
 
 
@@ -41,6 +42,16 @@ def test_weights_are_estimated_and_said_to_be(capsys: pytest.CaptureFixture[str]
     assert made["device_weights_bytes"] == pytest.approx(2 * 8.03e9, rel=0.001)
     assert app.main(["plan", *LLAMA]) == 0
     assert "estimated weights 14.96" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["gpt-oss-20b", "qwen3-next"])
+def test_hybrids_of_the_benchmark_run_as_many_requests_as_it_says(
+    shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """See `configs/bench/hybrids.yaml`."""
+    given = ("--shape", shape, *SHAPE[2:], *BYTES, "--max-num-seqs", "8")
+    made = plan_json(capsys, *given)
+    assert (made["num_requests"], made["dense_num_requests"]) == (8, 2)
 
 
 def test_the_estimate_is_the_size_of_the_reference_model() -> None:
@@ -149,6 +160,10 @@ def test_weights_that_cannot_be_estimated_are_asked_for(changes: dict[str, Any])
         ((*LLAMA, "--options", "[]"), "--options is '[]': allowed is a JSON object"),
         ((*LLAMA, "--options", '{"tau": 3}'), "closest is flashmemory.tau_steps"),
         ((*LLAMA, "--options", '{"host_memory_gib": 1.0}'), "both given"),
+        (
+            (*SHAPE[:1], "gpt-oss-20b", *SHAPE[2:], *BYTES, "--options", '{"anchor_layers": [3, 4]}'),
+            "anchor_layers: [4] given, allowed: 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, the layers of full",
+        ),
         ((*SHAPE, "--gpu-memory-gib", "80"), "neither given"),
         ((*SHAPE, "--gpu-memory-gib", "10", "--host-memory-gib", "128"), "14.96 GiB (estimated)"),
         ((*SHAPE, "--gpu-memory-gib", "nan", "--host-memory-gib", "128"), "--gpu-memory-gib is nan"),

@@ -132,6 +132,7 @@ def test_other_weights_are_refused(path: Path) -> None:
         (_metadata(aggregate="sum"), "aggregate is 'sum'"),
         (_metadata(chunk_size=3), "chunk_size is 3 and reach 1 at the block size 8"),
         (_metadata(memory_decays=[0.5, 2]), r"memory_decays are \[0.5, 2\]"),
+        (_metadata(anchor_layers=[0, 1, 99]), r"anchor_layers are \[0, 1, 99\], num_layers is"),
         (_metadata(reach=3), "chunk_size is 4 and reach 3 at the block size 8"),
     ],
 )

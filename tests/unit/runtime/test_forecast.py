@@ -11,7 +11,7 @@ from flashmemory_vllm.runtime.capacity import GIB
 from flashmemory_vllm.runtime.forecast import Forecast, ModelSizes, ServerSizes, forecast
 
 # 64 KiB a block of 16 tokens; a request of 32,768 tokens has 2,048 of them and 128 MiB
-MODEL = ModelSizes(4, 8, 4, 64, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
+MODEL = ModelSizes((0, 1, 2, 3), 8, 4, 64, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
 REQUEST_BYTES = 1 << 27
 RATIO = 0.135
 

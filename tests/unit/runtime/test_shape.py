@@ -50,3 +50,31 @@ def test_an_anchor_that_is_no_layer_is_refused() -> None:
 def test_a_group_without_an_anchor_is_refused() -> None:
     with pytest.raises(ConfigError, match="layer group 1"):
         shape().anchor_layers((0,), shape().layer_groups(2))
+
+
+def hybrid() -> AttentionShape:
+    """Layers 5, 11 and 17 of a model, of which the others have windows."""
+    names = tuple(f"language_model.model.layers.{layer}.self_attn.attn" for layer in (5, 11, 17))
+    return AttentionShape(names, 4, 2, 64, 0.125, 16, torch.bfloat16, torch.device("cpu"))
+
+
+def test_layers_are_known_by_their_index_in_the_model() -> None:
+    assert hybrid().model_layers == (5, 11, 17)
+    assert shape(3).model_layers == (0, 1, 2)
+    for names in (("a", "b"), ("a.0", "b"), ("a.1", "b.1")):
+        unknown = AttentionShape(names, 4, 2, 64, 0.125, 16, torch.bfloat16, torch.device("cpu"))
+        assert unknown.model_layers == (0, 1)
+
+
+def test_anchors_are_asked_for_by_their_index_in_the_model() -> None:
+    model = hybrid()
+    assert model.anchor_layers((17, 5), model.layer_groups(1)) == (0, 2)
+    assert set(model.anchor_layers(None, model.layer_groups(1))) <= {0, 1, 2}
+
+
+def test_an_anchor_that_has_a_window_is_refused() -> None:
+    allowed = r"\[1, 6\] given, allowed: 5, 11, 17, the layers of full attention"
+    with pytest.raises(ConfigError, match=f"anchor_layers: {allowed}"):
+        hybrid().anchor_layers((1, 5, 6), hybrid().layer_groups(1))
+    with pytest.raises(ConfigError, match=r"\[5\] given, but layer group 1 \(layers 11 to 17\)"):
+        hybrid().anchor_layers((5,), hybrid().layer_groups(2))

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from flashmemory_vllm.config import FlashMemoryConfig
-from flashmemory_vllm.runtime.trained import hysteresis, num_kept, opening_steps, query_window, tau_steps
+from flashmemory_vllm.runtime.shape import AttentionShape
+from flashmemory_vllm.runtime.trained import anchor_layers, hysteresis, num_kept, opening_steps, query_window, tau_steps
 from tests.helpers.indexers import save_untrained
 
 
@@ -47,3 +50,12 @@ def test_queries_are_kept_for_a_selection_and_the_running_step() -> None:
     assert num_kept(FlashMemoryConfig(selector="exact", tau_steps=9)) == 10
     assert num_kept(FlashMemoryConfig(selector="exact", tau_steps=9, memory_decay=0.0)) == 2
     assert num_kept(FlashMemoryConfig(selector="h2o", tau_steps=9)) == 2
+
+
+def test_anchors_of_an_indexer_are_counted_among_the_layers_of_full_attention(tmp_path: Path) -> None:
+    """Those that are asked for are named by their index in the model."""
+    trained = {"indexer": str(save_untrained(tmp_path / "toy.safetensors", num_layers=3, anchor_layers=(0, 2)))}
+    names = tuple(f"model.layers.{layer}.self_attn.attn" for layer in (5, 11, 17))
+    shape = AttentionShape(names, 4, 2, 16, 1.0, 32, torch.bfloat16, torch.device("cpu"))
+    assert anchor_layers(FlashMemoryConfig.model_validate(trained), shape) == (0, 2)
+    assert anchor_layers(FlashMemoryConfig.model_validate({**trained, "anchor_layers": [11]}), shape) == (1,)
