@@ -127,9 +127,11 @@ class FlashMemoryManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """As vLLM's, or more blocks than there are when the request's slots do not fit now."""
-        if not self._ledger.can_admit(request_id, num_tokens, self._prefill_len(request_id, num_tokens, prefill_end)):
-            self._count_refusal(request_id)
-            return int(self.block_pool.num_gpu_blocks) + 1
+        if not self._ledger.covers(request_id, num_tokens):
+            prefill_len = self._prefill_len(request_id, num_tokens, prefill_end)
+            if not self._ledger.can_admit(request_id, num_tokens, prefill_len):
+                self._count_refusal(request_id)
+                return int(self.block_pool.num_gpu_blocks) + 1
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -143,11 +145,12 @@ class FlashMemoryManager(FullAttentionManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As vLLM's; the request's slot budget is reserved from here on."""
-        is_new = not self._ledger.is_admitted(request_id)
-        self._ledger.commit(request_id, num_tokens, self._prefill_lens[request_id])
-        self._refused.discard(request_id)
-        if is_new:
-            self._count_admission(request_id)
+        if not self._ledger.covers(request_id, num_tokens):
+            is_new = not self._ledger.is_admitted(request_id)
+            self._ledger.commit(request_id, num_tokens, self._prefill_lens[request_id])
+            self._refused.discard(request_id)
+            if is_new:
+                self._count_admission(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def new_step_starts(self) -> None:
@@ -163,8 +166,11 @@ class FlashMemoryManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; remembers which blocks can be hit because of the step that is being scheduled."""
+        before = self.num_cached_block.get(request.request_id, 0)
+        if num_tokens // self.block_size <= before and self.block_size == self.block_pool.hash_block_size:
+            return  # no block is full that was not: vLLM finds the same, later
         if self._hittable_before is not None:
-            self._hittable_before.setdefault(request.request_id, self.num_cached_block.get(request.request_id, 0))
+            self._hittable_before.setdefault(request.request_id, before)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

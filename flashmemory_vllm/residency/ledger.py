@@ -15,7 +15,7 @@ class Reservation:
 
     Attributes:
         policy: what it was admitted with.
-        num_tokens: its tokens after the last step that scheduled it.
+        num_tokens: its tokens after the step that reserved the slots.
         prefill_len: tokens that dense prefill computes.
         num_slots: slots reserved.
         until: up to how many tokens it needs and reserves as many; 0 if that is not known.
@@ -26,10 +26,6 @@ class Reservation:
     prefill_len: int
     num_slots: int
     until: int = 0
-
-    def holds_for(self, num_tokens: int, prefill_len: int) -> bool:
-        """Whether with so many tokens it stays as it is, whatever others have reserved."""
-        return self.num_tokens <= num_tokens <= self.until and prefill_len == self.prefill_len
 
 
 class SlotLedger:
@@ -78,6 +74,15 @@ class SlotLedger:
         """What an admitted request was admitted with."""
         return self._reservations[req_id].policy
 
+    def covers(self, req_id: str, num_tokens: int) -> bool:
+        """Whether a request that decodes needs and reserves with so many tokens what it does already.
+
+        `can_admit` would say yes then, whatever others have reserved, and `commit` would change nothing. This is asked
+        for each running request in each step, and true but where the request begins a block.
+        """
+        mine = self._reservations.get(req_id)
+        return mine is not None and mine.num_tokens <= num_tokens <= mine.until
+
     def can_admit(self, req_id: str, num_tokens: int, prefill_end: int) -> bool:
         """Whether the request fits; what it has reserved already counts as free.
 
@@ -85,8 +90,6 @@ class SlotLedger:
         preempted for growth that may never come.
         """
         mine = self._reservations.get(req_id)
-        if mine is not None and mine.holds_for(num_tokens, prefill_end):
-            return True
         if mine is None:
             policy = self._modes.preview(prefill_end, self._reservations.values())
             fits = policy.reserve(num_tokens, prefill_end) <= self._room_beside(mine)
@@ -102,8 +105,6 @@ class SlotLedger:
             IntegrityError: the request does not fit; `can_admit` was not asked or its answer not heeded.
         """
         mine = self._reservations.get(req_id)
-        if mine is not None and mine.holds_for(num_tokens, prefill_end):
-            return
         policy = mine.policy if mine else self._modes.choose(prefill_end, self._reservations.values())
         need, room = policy.need(num_tokens, prefill_end), self._room_beside(mine)
         if need > room:

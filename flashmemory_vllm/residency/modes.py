@@ -29,7 +29,7 @@ class Admitted(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens after the last step that scheduled it."""
+        """Tokens after the last step that scheduled it, or as many as reserve the same."""
 
     @property
     def prefill_len(self) -> int:

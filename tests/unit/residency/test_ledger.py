@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashmemory_vllm.errors import ConfigError, IntegrityError
 from flashmemory_vllm.residency.budget import Mode
-from flashmemory_vllm.residency.ledger import Reservation, SlotLedger
+from flashmemory_vllm.residency.ledger import SlotLedger
 from tests.unit.residency.test_budget import make_policy
 
 
@@ -88,12 +87,12 @@ def test_what_is_remembered_is_what_would_be_answered(seed: int, growth: int, mo
 
     def both(req_id: str, num_tokens: int) -> bool:
         arguments = req_id, num_tokens, prompt[req_id]
-        with mock.patch.object(Reservation, "holds_for", return_value=False):
-            may = asks.can_admit(*arguments)
-            if may:
-                asks.commit(*arguments)
-        assert remembers.can_admit(*arguments) == may
+        may = asks.can_admit(*arguments)
         if may:
+            asks.commit(*arguments)
+        is_covered = remembers.covers(req_id, num_tokens)
+        assert (is_covered or remembers.can_admit(*arguments)) == may
+        if may and not is_covered:
             remembers.commit(*arguments)
         assert remembers.reserved == asks.reserved
         return may
@@ -114,14 +113,13 @@ def test_what_is_remembered_is_what_would_be_answered(seed: int, growth: int, mo
         remembers.check_integrity()
 
 
-def test_a_decode_step_within_a_block_is_not_worked_out_again() -> None:
-    policy = make_policy(max_model_len=4096)
+def test_a_row_is_covered_until_it_begins_a_block() -> None:
+    policy = make_policy(min_sparse_tokens=0)
     ledger = SlotLedger(policy.worst_case() + 1, policy)
     ledger.commit("a", 16, 16)
+    assert not ledger.covers("a", 16), "it prefills"
     ledger.commit("a", 17, 16)
-    with mock.patch.object(type(policy), "need", side_effect=AssertionError):
-        for num_tokens in range(18, 33):
-            assert ledger.can_admit("a", num_tokens, 16)
-            ledger.commit("a", num_tokens, 16)
-        with pytest.raises(AssertionError):
-            ledger.can_admit("a", 33, 16)
+    assert all(ledger.covers("a", num_tokens) for num_tokens in range(17, 33))
+    assert not ledger.covers("a", 33)
+    assert not ledger.covers("a", 16)
+    assert not ledger.covers("b", 17)
