@@ -8,6 +8,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     NemotronHConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -53,6 +54,16 @@ _PUBLISHED = {
         conv_kernel=4,
     ),
     "qwen3-next-80b": Qwen3NextConfig(),
+    "qwen3.5-27b": Qwen3_5TextConfig(
+        num_hidden_layers=64,
+        hidden_size=5120,
+        intermediate_size=17408,
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        head_dim=256,
+        linear_num_value_heads=48,
+        mamba_ssm_dtype="float32",
+    ),
     "llama-3.1-8b": LlamaConfig(
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336, vocab_size=128256
     ),

@@ -26,7 +26,7 @@ def parser() -> FlexibleArgumentParser:
 
 
 GIB = 1 << 30
-HYBRIDS = {"gemma-3-27b", "gpt-oss-120b", "gpt-oss-20b", "nemotron-3-nano"}
+HYBRIDS = {"gemma-3-27b", "gpt-oss-120b", "gpt-oss-20b", "nemotron-3-nano", "qwen3-next-80b", "qwen3.5-27b"}
 # GiB that the weights leave for KV on each GPU that a file is for
 ROOM = {
     "gemma-3-27b": 17,
@@ -38,6 +38,8 @@ ROOM = {
     "nemotron-3-nano": 10,
     "qwen3-32b": 8,
     "qwen3-8b": 15,
+    "qwen3-next-80b": 38,
+    "qwen3.5-27b": 17,
 }
 
 
