@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,12 +10,13 @@ from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import cdiv
 from flashmemory_vllm.residency.entries import Entries
+from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.requests import RequestState
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
 
-def check_requests(known: Iterable[RequestState], slots: SlotTable, books: Books, unwritten: IntArray) -> None:
+def check_requests(known: RequestRegistry, slots: SlotTable, books: Books, unwritten: IntArray) -> None:
     """Check pins, content and resident sets of all known requests; costs a pass over all their blocks.
 
     Args:
@@ -28,6 +29,9 @@ def check_requests(known: Iterable[RequestState], slots: SlotTable, books: Books
         IntegrityError: with the request or group and the numbers that do not add up.
     """
     states = list(known)
+    num_blocks = sum(cdiv(state.num_tokens, state.policy.block_size) for state in states)
+    if num_blocks != known.num_blocks:
+        raise IntegrityError(f"requests have {num_blocks} blocks with tokens, {known.num_blocks} are counted")
     _check_extras(states, slots.pins.shape[1] - 1)
     books.check_integrity()
     pins = books.pins()

@@ -185,18 +185,14 @@ class StepPlanner:
         """The state of memory now."""
         groups = range(self._geometry.num_groups)
         capacity = self._geometry.num_slots - 1
-        held, total_blocks = sum(int(entries.count.sum()) for entries in self._books.groups), 0
-        block_size = self._geometry.block_size
-        for state in self._requests:
-            total_blocks += -(-state.num_tokens // block_size)
-            if not state.is_decoding:
-                held += sum(held.size for held in state.held)
+        held = sum(int(entries.count.sum()) for entries in self._books.groups)
+        held += sum(own.size for state in self._requests if not state.is_decoding for own in state.held)
         return Usage(
             num_slots=capacity,
             slots_used=max(self._slots.used(group) for group in groups),
             slots_pinned=max(capacity - self._slots.spare(group) for group in groups),
             resident_blocks=held / self._geometry.num_groups,
-            total_blocks=total_blocks,
+            total_blocks=self._requests.num_blocks,
             host_blocks=self._slots.num_on_host,
             num_requests=len(self._requests),
         )

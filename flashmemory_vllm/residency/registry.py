@@ -24,6 +24,7 @@ class RequestRegistry:
 
     Attributes:
         frames: of requests under the configured policy, by their number of tokens.
+        num_blocks: blocks of all requests that hold tokens.
     """
 
     def __init__(self, geometry: Geometry, slots: SlotTable, books: Books, policy: BudgetPolicy) -> None:
@@ -34,6 +35,7 @@ class RequestRegistry:
         self._policy = policy
         self._modes = Modes(policy, geometry.num_slots)
         self._states: dict[str, RequestState] = {}
+        self.num_blocks = 0
         self.frames = policy.frames(np.arange(books.ids.shape[1] * policy.block_size + 1, dtype=np.int32))
 
     @property
@@ -54,6 +56,7 @@ class RequestRegistry:
     def clear(self) -> None:
         """Forget all requests; their slots and tables are the caller's business."""
         self._states.clear()
+        self.num_blocks = 0
         self._places.clear()
 
     def schedule(self, step_input: StepInput) -> ScheduledRows:
@@ -79,26 +82,32 @@ class RequestRegistry:
         computed = {new.req_id: new.num_computed_tokens for new in step_input.new}
         computed |= {running.req_id: running.num_computed_tokens for running in step_input.running}
         new_ids = {new.req_id for new in step_input.new}
-        states, before, block_size = list[RequestState](), list[int](), self._geometry.block_size
+        # One pass without calls: there are as many rows as requests, in every step
+        states, before, places, is_prefill = list[RequestState](), list[int](), list[int](), list[bool]()
+        known_states, block_size = self._states, self._geometry.block_size
         for req_id, num_tokens in step_input.num_scheduled_tokens.items():
-            state = self._known(req_id)
+            state = known_states.get(req_id) or self._known(req_id)
             if req_id in new_ids:
                 self._choose_policy(state, new_ids)
                 new_ids.remove(req_id)
             known = state.num_tokens
-            if computed.get(req_id) != known or not 0 < num_tokens <= len(state.blocks) * block_size - known:
+            if computed.get(req_id) != known or not 0 < num_tokens <= state.blocks.size * block_size - known:
                 self._refuse(state, num_tokens, computed.get(req_id))
             state.num_tokens = known + num_tokens
             before.append(known)
+            places.append(state.place)
+            is_prefill.append(known < state.prefill_len)
             states.append(state)
-        return ScheduledRows(
+        rows = ScheduledRows(
             states,
-            np.array([state.place for state in states], np.int32),
+            np.array(places, np.int32),
             np.array(before, np.int32),
             np.array([*step_input.num_scheduled_tokens.values()], np.int32),
-            np.array([computed < state.prefill_len for computed, state in zip(before, states, strict=True)], np.bool_),
+            np.array(is_prefill, np.bool_),
             block_size,
         )
+        self.num_blocks += int((rows.end - rows.first_fresh).sum())
+        return rows
 
     def _choose_policy(self, state: RequestState, undecided: Collection[str]) -> None:
         """Choose as the scheduler did, which has admitted the running requests before, and others later."""
@@ -116,6 +125,7 @@ class RequestRegistry:
         self._places.leave([req_id])
         # Full blocks stay, as cache for whoever hits them; a partial one can never be hit.
         num_full, rest = divmod(state.num_tokens, self._geometry.block_size)
+        self.num_blocks -= num_full + (rest > 0)
         if rest:
             self._slots.drop(ids[num_full : num_full + 1])
 
@@ -128,6 +138,7 @@ class RequestRegistry:
             )
         state = RequestState.begin(new, self._policy, self._geometry.num_groups, self._places.of(new.req_id))
         self._states[new.req_id] = state
+        self.num_blocks += num_hits
         return self._append(state, new.block_ids)[num_hits:]
 
     def _append(self, state: RequestState, block_ids: Sequence[int]) -> IntArray:
@@ -136,7 +147,7 @@ class RequestRegistry:
                 f"request {state.req_id}: blocks {min(block_ids)} to {max(block_ids)} are given, "
                 f"allowed are {NULL_BLOCK + 1} to {self._geometry.num_logical_blocks - 1}"
             )
-        start = len(state.blocks)
+        start = state.blocks.size
         state.blocks.extend(block_ids)
         self._books.know_blocks(state.place, start, block_ids)
         return state.blocks.ids[start:]
@@ -156,5 +167,5 @@ class RequestRegistry:
             )
         raise IntegrityError(
             f"request {state.req_id}: {before} + {num_tokens} tokens do not fit "
-            f"its {len(state.blocks)} blocks of {block_size}, or none are scheduled"
+            f"its {state.blocks.size} blocks of {block_size}, or none are scheduled"
         )

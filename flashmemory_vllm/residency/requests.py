@@ -14,29 +14,30 @@ from flashmemory_vllm.residency.types import NOTHING, BoolArray, IntArray, NewRe
 
 
 class BlockList:
-    """A request's logical blocks by position; appending is cheap, reading gives views."""
+    """A request's logical blocks by position; appending is cheap, reading gives views.
+
+    Attributes:
+        size: how many there are.
+    """
 
     def __init__(self) -> None:
         self._ids: IntArray = np.empty(16, np.int32)
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
+        self.size = 0
 
     @property
     def ids(self) -> IntArray:
         """int32 `[num_blocks]` logical blocks."""
-        return self._ids[: self._size]
+        return self._ids[: self.size]
 
     def extend(self, ids: Sequence[int]) -> None:
         """Append logical blocks."""
-        size = self._size + len(ids)
+        size = self.size + len(ids)
         if size > self._ids.size:
             grown = np.empty(max(size, 2 * self._ids.size), np.int32)
-            grown[: self._size] = self.ids
+            grown[: self.size] = self.ids
             self._ids = grown
-        self._ids[self._size : size] = ids
-        self._size = size
+        self._ids[self.size : size] = ids
+        self.size = size
 
 
 @dataclass(slots=True, eq=False)

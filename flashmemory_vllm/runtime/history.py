@@ -15,6 +15,7 @@ from flashmemory_vllm.residency.types import Copies, IntArray
 MAX_SELECTIONS = 16
 # Fences whose selections are remembered until it is known whether they waited.
 MAX_FENCES = 8
+FORGET_STEPS = 32
 
 
 class Fences(Protocol):
@@ -159,7 +160,8 @@ class SelectionHistory:
         self.step = plan.step
         new = self._begin(plan) if plan.selected else None
         self._note_fence(new if plan.recalls or plan.prefetches else None)
-        if new is not None or len(self._latest) > len(self._planner.requests):
+        # Who is gone is forgotten at once if nobody has come since, and within some steps in any case
+        if len(self._latest) > len(self._planner.requests) or (new is not None and plan.step % FORGET_STEPS == 0):
             get = self._planner.requests.get
             self._latest = {req_id: cycle for req_id, cycle in self._latest.items() if get(req_id) is cycle.state}
 

@@ -63,7 +63,7 @@ def _expect_index(queries: torch.Tensor, index: torch.Tensor, scales: torch.Tens
         raise ValueError(f"index: expected rows of {head_dim} or {2 * head_dim} elements, got {index.shape[4]}")
     if num_heads % index.shape[2]:
         raise ValueError(f"index: expected a number of heads that divides {num_heads}, got {index.shape[2]}")
-    if not index[0, 0, 0].is_contiguous():
+    if index.stride(4) != 1 or (index.shape[3] > 1 and index.stride(3) != index.shape[4]):
         raise ValueError(f"index: expected contiguous rows, got strides {index.stride()}")
     if (index.dtype == CODE_DTYPE) != (scales is not None):
         raise ValueError(f"scales: expected with an index of {CODE_DTYPE} and with no other, got one of {index.dtype}")
