@@ -13,7 +13,7 @@ from typing import Any, Self
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
@@ -58,11 +58,14 @@ class FlashMemorySpec(FullAttentionSpec):
             UnsupportedError: the layer is not plain full attention over an unquantised cache, or its keys and values
                 differ in size.
         """
-        if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
+        is_latent = type(spec) is MLAAttentionSpec
+        is_plain = is_latent or type(spec) is FullAttentionSpec
+        if not is_plain or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
             raise UnsupportedError(
-                f"model: a layer has KV cache spec {spec}; allowed: FullAttentionSpec, causal, no window"
+                f"model: a layer has KV cache spec {spec}; "
+                "allowed: FullAttentionSpec or MLAAttentionSpec, causal, no window"
             )
-        if spec.head_size_v != spec.head_size:
+        if spec.head_size_v != (0 if is_latent else spec.head_size):
             raise UnsupportedError(
                 f"model: a layer has keys of {spec.head_size} elements and values of {spec.head_size_v}; "
                 "allowed with --attention-backend flashmemory: equal sizes"
@@ -71,7 +74,8 @@ class FlashMemorySpec(FullAttentionSpec):
             raise UnsupportedError(
                 f"--kv-cache-dtype: quantised KV ({spec.kv_quant_mode!r}) is not supported; allowed: auto"
             )
-        stock = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        # Of latents, too: their own fields tell apart what is not served
+        stock = {field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)}
         return cls(**stock, budget=budget, counters_dir=str(counters_dir), query_window=query_window)
 
     @classmethod

@@ -7,9 +7,9 @@ from flashmemory_vllm.capture.prompts import Prompt, prompt_digest
 from flashmemory_vllm.capture.recorder import Choices
 from flashmemory_vllm.capture.writer import ModelShape
 from flashmemory_vllm.indexer.oracle import Future, OracleSelector
+from flashmemory_vllm.plugin.names import CAPTURE_EXTENSION
 from flashmemory_vllm.plugin.offline import OfflineGenerator
 
-EXTENSION = "flashmemory_vllm.plugin.capture_worker.CaptureExtension"
 ORACLE = OracleSelector.name
 
 
@@ -23,7 +23,7 @@ class _StepByStep(OfflineGenerator):
         options: Mapping[str, object],
         stop_token_ids: Sequence[int] = (),
     ) -> None:
-        super().__init__(model, {**engine_args, "worker_extension_cls": EXTENSION}, options, stop_token_ids)
+        super().__init__(model, {**engine_args, "worker_extension_cls": CAPTURE_EXTENSION}, options, stop_token_ids)
 
     def _begin(self, name: str, ids: Sequence[int], max_tokens: int) -> str:
         """Queue a prompt; returns the id that the worker sees."""

@@ -102,7 +102,7 @@ class RecordedRuntime(WatchedRuntime):
     def attended(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """As the runtime's."""
+        """As the runtime's, of a batch in one run."""
         self._runtime.attended(layer, query, key, value, output)
         if self._runtime.in_step:
             self._recorder.layer(layer, query)
@@ -198,5 +198,5 @@ def _scheduled(step_input: "StepInput") -> "tuple[NewRequest | RunningRequest, .
 
 def _watch(worker: "WorkerBase", layers: Any, watched: WatchedRuntime) -> None:
     for index, layer in enumerate(layers):
-        layer.impl.bind(watched, index, watched.group_of(index))
+        layer.impl.bind(layer, watched, index, watched.group_of(index))
     worker.flashmemory_runtime = watched

@@ -1,5 +1,6 @@
 """What flashmemory refuses, decided on the VllmConfig before any model is loaded."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -12,6 +13,7 @@ from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.compat_outputs import raise_failed_requests
 from flashmemory_vllm.plugin.counter_files import announce_engine
+from flashmemory_vllm.plugin.latent import keep_chunks_and_prefixes, nothing_to_put_right
 from flashmemory_vllm.plugin.machine import tell_engines_of_machine
 from flashmemory_vllm.plugin.models import ignore_windows_that_never_bind
 from flashmemory_vllm.plugin.names import BACKEND_NAME, CPU_WORKER, CUDA_WORKER
@@ -41,24 +43,28 @@ def read_config(vllm_config: "VllmConfig") -> FlashMemoryConfig:
     return FlashMemoryConfig.from_additional_config(additional if isinstance(additional, dict) else {})
 
 
-def prepare_config(vllm_config: "VllmConfig") -> None:
+def prepare_config(vllm_config: "VllmConfig") -> Callable[[], None]:
     """Validate the engine's configuration and choose our worker; does nothing for other backends.
 
     Args:
         vllm_config: vLLM's configuration, in the process that builds it. `parallel_config.worker_cls` is set.
+
+    Returns:
+        What is to be done as soon as the platform has checked the configuration, too.
 
     Raises:
         ConfigError: one of our options, or `--worker-cls`, is wrong.
         UnsupportedError: a combination this plugin does not serve correctly.
     """
     if not is_selected(vllm_config):
-        return
+        return nothing_to_put_right
     check_vllm_version()
     check_seams()
     config = read_config(vllm_config)
     if ignore_windows_that_never_bind(vllm_config):
         logger.info_once("flashmemory: no request is longer than the model's sliding window, which is ignored")
-    take_smallest_blocks(vllm_config.cache_config)
+    is_latent = vllm_config.model_config is not None and vllm_config.model_config.use_mla
+    take_smallest_blocks(vllm_config.cache_config, is_latent=is_latent)
     refuse_unsupported(vllm_config, config)
     _pin_indexer(vllm_config, config)
     _tell_options(vllm_config)
@@ -66,6 +72,7 @@ def prepare_config(vllm_config: "VllmConfig") -> None:
     tell_engines_of_machine(vllm_config)
     raise_failed_requests()
     announce_engine(vllm_config)
+    return keep_chunks_and_prefixes(vllm_config) if is_latent else nothing_to_put_right
 
 
 def check_sizes(vllm_config: "VllmConfig") -> None:
@@ -128,7 +135,7 @@ def _check_indexer(config: FlashMemoryConfig) -> None:
         )
 
 
-def take_smallest_blocks(cache: "CacheConfig") -> None:
+def take_smallest_blocks(cache: "CacheConfig", *, is_latent: bool) -> None:
     """Give blocks the smallest size that the platform's attention takes, unless the user gave one.
 
     A selection keeps or leaves whole blocks. vLLM's default is the smallest on CUDA, which it checks itself; on a CPU
@@ -136,6 +143,7 @@ def take_smallest_blocks(cache: "CacheConfig") -> None:
 
     Args:
         cache: vLLM's configuration of its cache; changed on a CPU.
+        is_latent: the model's attention is latent.
 
     Raises:
         ConfigError: the size given is not one that a CPU's attention takes.
@@ -143,14 +151,16 @@ def take_smallest_blocks(cache: "CacheConfig") -> None:
     if not current_platform.is_cpu():
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-    sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()
-    smallest = min(getattr(size, "base", size) for size in sizes)
+    backend = CPUMLABackend if is_latent else CPUAttentionBackend
+    smallest = min(getattr(size, "base", size) for size in backend.get_supported_kernel_block_sizes())
     if not cache.user_specified_block_size:
         # Else vLLM puts its own default there
         cache.block_size, cache.user_specified_block_size = smallest, True
-    elif not CPUAttentionBackend.supports_block_size(cache.block_size):
-        raise ConfigError(f"--block-size is {cache.block_size}: allowed on a CPU are multiples of {smallest}")
+    elif not backend.supports_block_size(cache.block_size):
+        allowed = f"with latent attention is {smallest}" if is_latent else f"are multiples of {smallest}"
+        raise ConfigError(f"--block-size is {cache.block_size}: allowed on a CPU {allowed}")
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:

@@ -2,7 +2,7 @@
 
 Each docstring names the symptom that made the change necessary, why it works, and when it can go.
 No vLLM file is edited and no vLLM class loses a method: the patches are one wrapped platform hook, one
-instance attribute on an enum member, one official backend override (CPU only), two wrapped bound methods
+instance attribute on an enum member, the official override of three backends (CPU only), two wrapped bound methods
 on our own worker's model runner, two wrapped methods of the scheduler that change nothing for other engines,
 the interpreter's hook for uncaught errors once one of ours is raised, and four wrapped methods that make an error
 of broken KV (`compat_outputs.py`), of which the scheduler's `_handle_invalid_blocks` is private.
@@ -45,6 +45,7 @@ Overrides stand in the classes of ours that need them. Those that go further tha
   so that the scheduler has N blocks; goes when a worker can report blocks instead of bytes.
 - `plugin/workers/physical.py` `physical_config`: makes vLLM's KV cache configuration again for S
   slots, with its private `_pool_bytes_per_block`; goes when vLLM tells logical from physical blocks.
+- `plugin/latent.py` `keep_chunks_and_prefixes`: puts options back that a CPU's platform switches off for latents.
 - `plugin/workers/physical.py` `without_block_override`: hides `--num-gpu-blocks-override`
   meanwhile, which counts logical blocks; goes with the one above.
 - `plugin/workers/common.py` `ResidencyWorker.compile_or_warm_up_model`: takes the runtime away while vLLM warms
@@ -61,7 +62,7 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from flashmemory_vllm.errors import FlashMemoryError, RefusedError, UnsupportedError
-from flashmemory_vllm.plugin.names import CPU_BACKEND
+from flashmemory_vllm.plugin.names import CPU_BACKEND, CPU_LATENT_BACKEND
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,6 +73,8 @@ SUPPORTED_VLLM = "0.32."
 
 SetBatch = Callable[[list[str], torch.Tensor, torch.Tensor], None]
 ConfigHook = Callable[["VllmConfig"], None]
+# Returns what is to be done as soon as the platform has checked
+BeforeHook = Callable[["VllmConfig"], Callable[[], None]]
 
 
 def check_vllm_version() -> None:
@@ -97,7 +100,7 @@ def make_enum_member_picklable(member: AttentionBackendEnum, recreate: Callable[
     member.__reduce_ex__ = lambda _protocol: (recreate, ())
 
 
-def wrap_platform_config_check(before: ConfigHook, after: ConfigHook) -> None:
+def wrap_platform_config_check(before: BeforeHook, after: ConfigHook) -> None:
     """Validate our configuration and choose our worker around the platform's own check.
 
     Symptom: there is no plugin hook between parsing and executor creation, so `--attention-backend
@@ -106,7 +109,7 @@ def wrap_platform_config_check(before: ConfigHook, after: ConfigHook) -> None:
     Remove when vLLM lets an attention backend validate a VllmConfig and name a worker class.
 
     Args:
-        before: called first, when nothing of the platform is decided yet.
+        before: called first, when nothing of the platform is decided yet; what it returns right after the platform.
         after: called last, when the platform has chosen, say, the block size.
     """
     # Not with the module: it may be imported while vLLM looks for its platform
@@ -120,8 +123,9 @@ def wrap_platform_config_check(before: ConfigHook, after: ConfigHook) -> None:
     @functools.wraps(original)
     def check_and_update_config(cls: type, vllm_config: "VllmConfig") -> None:
         with _refusing():
-            before(vllm_config)
+            put_right = before(vllm_config)
         original(cls, vllm_config)
+        put_right()
         with _refusing():
             after(vllm_config)
 
@@ -163,13 +167,15 @@ def _print_refusals_as_one_line() -> None:
 
 
 def override_cpu_backend() -> None:
-    """Make CPU attention layers of this worker process use our backend.
+    """Make CPU attention layers of this worker process use our backends.
 
     Symptom: vLLM's CPU platform ignores the selected backend ("Cannot use ... on CPU") and always returns
-    CPU_ATTN. Cure: vLLM's own override of that member, in our worker process only.
+    CPU_ATTN, for latents CPU_MLA or AMX_MLA. Cure: vLLM's own override of these members, in our worker process only.
     Remove when the CPU platform honours `--attention-backend`.
     """
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    register_backend(AttentionBackendEnum.CPU_MLA, CPU_LATENT_BACKEND)
+    register_backend(AttentionBackendEnum.AMX_MLA, CPU_LATENT_BACKEND)
 
 
 def install_slot_translation(runner: Any, set_batch: SetBatch, managed: int) -> None:

@@ -12,7 +12,9 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
+    SparseCacheRole,
     iter_layer_specs,
 )
 
@@ -72,7 +74,9 @@ def split_layers(specs: Mapping[str, KVCacheSpec], asked_block_size: int) -> Lay
     Raises:
         UnsupportedError: no layer is ours, a layer can be neither, or a managed block does not divide the native ones.
     """
-    managed = {name: spec for name, spec in specs.items() if _is_plain(spec)}
+    # Latents are not served beside other layers
+    is_ours = _is_latent if all(map(_is_latent, specs.values())) else _is_plain
+    managed = {name: spec for name, spec in specs.items() if is_ours(spec)}
     native = {name: spec for name, spec in specs.items() if name not in managed}
     for name, spec in native.items():
         if not managed or type(spec) not in NATIVE_SPECS:
@@ -106,6 +110,10 @@ def _is_plain(spec: KVCacheSpec) -> bool:
         and spec.attention_chunk_size is None
         and not spec.non_causal
     )
+
+
+def _is_latent(spec: KVCacheSpec) -> bool:
+    return type(spec) is MLAAttentionSpec and spec.cache_role is SparseCacheRole.SPARSE
 
 
 def find_managed(groups: Sequence[KVCacheGroupSpec], ours: type[KVCacheSpec]) -> int:

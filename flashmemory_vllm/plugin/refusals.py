@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import UnsupportedError
+from flashmemory_vllm.plugin.latent import unserved_latents
 from flashmemory_vllm.plugin.models import (
     describe_differences,
     is_state_beside_full_attention,
     is_window_beside_full_attention,
     layer_sizes,
 )
+from flashmemory_vllm.plugin.names import CAPTURE_EXTENSION
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -61,6 +64,7 @@ def _refusals(vllm_config: "VllmConfig", config: FlashMemoryConfig) -> Iterator[
     model = vllm_config.model_config
     if model is not None:
         yield from _model_refusals(model)
+        yield from _latent_refusals(vllm_config, config, model)
         disabled = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         beside = is_window_beside_full_attention(model) or is_state_beside_full_attention(model)
         one_for_all = bool(disabled) and beside
@@ -142,12 +146,27 @@ def _more_than_one(option: str, size: int) -> Refusal:
     return Refusal(size > 1, option, size, "1")
 
 
+def _latent_refusals(vllm_config: "VllmConfig", config: FlashMemoryConfig, model: "ModelConfig") -> Iterator[Refusal]:
+    """What is not served of models with latent attention, on the platform at hand."""
+    kind, allowed = unserved_latents(model, is_cpu=current_platform.is_cpu()) or ("", "")
+    yield Refusal(bool(kind), "model", f"{model.model} ({kind})", allowed)
+    if not model.use_mla:
+        return
+    ranks, indexer = vllm_config.parallel_config.tensor_parallel_size, config.indexer
+    # Each would keep all latents in host memory of its own
+    yield Refusal(ranks > 1, "--tensor-parallel-size", f"{ranks} with latent attention", "1")
+    given = f"{indexer} with latent attention"
+    yield Refusal(indexer is not None, "flashmemory.indexer", given, "unset: no indexer was trained for latents")
+    # A recorder wants the queries and keys of a whole batch
+    is_recorded = vllm_config.parallel_config.worker_extension_cls == CAPTURE_EXTENSION
+    yield Refusal(is_recorded, "model", f"{model.model} (latent attention, to be recorded)", "plain full attention")
+
+
 def _model_refusals(model: "ModelConfig") -> Iterator[Refusal]:
     window, chunk = model.get_sliding_window(), model.attention_chunk_size
     yield Refusal(model.runner_type != "generate", "--runner", model.runner_type, "generate")
     unnamed = model.is_hybrid and not is_state_beside_full_attention(model)
     kinds = {
-        "multi-head latent attention": model.use_mla,
         "states beside attention, in layers whose kinds it does not tell": unnamed,
         "no attention": model.is_attention_free,
         "encoder-decoder": model.is_encoder_decoder,

@@ -5,6 +5,7 @@ command line is parsed), the engine core, each worker, and the model-inspection 
 therefore be idempotent and cheap: no model code is imported, no device is touched.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -30,10 +31,10 @@ def backend_member() -> AttentionBackendEnum:
     return AttentionBackendEnum[BACKEND_NAME]
 
 
-def _prepare_config(vllm_config: "VllmConfig") -> None:
+def _prepare_config(vllm_config: "VllmConfig") -> Callable[[], None]:
     from flashmemory_vllm.plugin.checks import prepare_config
 
-    prepare_config(vllm_config)
+    return prepare_config(vllm_config)
 
 
 def _check_sizes(vllm_config: "VllmConfig") -> None:

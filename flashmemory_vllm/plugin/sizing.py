@@ -3,12 +3,12 @@
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from flashmemory_kernels.partial_attention import partial_attention as naive_partial_attention
 from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
@@ -16,7 +16,7 @@ from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError, UnsupportedError
 from flashmemory_vllm.host_memory import available_host_bytes
 from flashmemory_vllm.kinds.base import PageKind, PartialAttention
-from flashmemory_vllm.kinds.pages import CpuAmxPages, CpuVectorPages, InterleavedPages, PageFormat
+from flashmemory_vllm.kinds.pages import CpuAmxPages, CpuVectorPages, InterleavedPages, LatentPages, PageFormat
 from flashmemory_vllm.plugin.layers import LayerSplit
 from flashmemory_vllm.plugin.machine import engines_of_machine
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes
@@ -28,6 +28,8 @@ from flashmemory_vllm.runtime.shape import AttentionShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+AnyAttention: TypeAlias = Attention | MLAAttention
 
 # Share of the free host memory that the pool takes when flashmemory.host_memory_gib is not given.
 DEFAULT_HOST_SHARE = 0.5
@@ -62,7 +64,7 @@ def plan(
     Raises:
         ConfigError: the sizes asked for do not fit.
     """
-    shape = attention_shape(attention_layers(vllm_config, list(split.managed)), split.block_size, device)
+    shape = attention_shape(attention_layers(vllm_config, list(split.managed)), split, device)
     return _plan(vllm_config, config, shape, budget_policy(vllm_config, config, split.block_size), device_bytes)
 
 
@@ -127,17 +129,18 @@ def _host_bytes(config: FlashMemoryConfig, num_engines: int) -> int:
     return asked
 
 
-def attention_layers(vllm_config: "VllmConfig", names: list[str]) -> dict[str, Attention]:
+def attention_layers(vllm_config: "VllmConfig", names: list[str]) -> dict[str, AnyAttention]:
     """The attention layers in depth order (the order in which the model created them)."""
-    return get_layers_from_vllm_config(vllm_config, Attention, names)
+    layers: dict[str, AnyAttention] = get_layers_from_vllm_config(vllm_config, Attention, names)
+    return layers or get_layers_from_vllm_config(vllm_config, MLAAttention, names)
 
 
-def attention_shape(layers: Mapping[str, Attention], block_size: int, device: torch.device) -> AttentionShape:
+def attention_shape(layers: Mapping[str, AnyAttention], split: LayerSplit, device: torch.device) -> AttentionShape:
     """Sizes shared by all managed layers.
 
     Args:
         layers: the managed layers in depth order.
-        block_size: tokens in a block of theirs.
+        split: the model's layers.
         device: the worker's device.
 
     Raises:
@@ -151,16 +154,17 @@ def attention_shape(layers: Mapping[str, Attention], block_size: int, device: to
         raise UnsupportedError(
             f"model: {differences}; allowed with --attention-backend flashmemory: the same in every attention layer"
         )
-    first = next(iter(layers.values()))
+    first, spec = next(iter(layers.values())), next(iter(split.managed.values()))
     return AttentionShape(
         layer_names=tuple(layers),
         num_query_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,
         softmax_scale=float(first.impl.scale),
-        block_size=block_size,
-        dtype=first.kv_cache_torch_dtype,
+        block_size=split.block_size,
+        dtype=spec.dtype,
         device=device,
+        page_dim=first.head_size if isinstance(first, MLAAttention) else None,
     )
 
 
@@ -184,22 +188,26 @@ def _announced_shape(vllm_config: "VllmConfig") -> AttentionShape:
         block_size=vllm_config.cache_config.block_size,
         dtype=kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model),
         device=torch.device(current_platform.device_type),
+        page_dim=first.head_dim if model.use_mla else None,
     )
 
 
-def page_kind(layers: Mapping[str, Attention], shape: AttentionShape) -> PageKind:
+def page_kind(layers: Mapping[str, AnyAttention], shape: AttentionShape) -> PageKind:
     """What the pages of the managed layers mean."""
     found = {index: getattr(layer.impl, "sinks", None) for index, layer in enumerate(layers.values())}
     sinks = {index: sink for index, sink in found.items() if sink is not None}
     return PageKind(_page_format(layers, shape), shape.softmax_scale, _partial_attention(shape.device), sinks)
 
 
-def _page_format(layers: Mapping[str, Attention], shape: AttentionShape) -> PageFormat:
+def _page_format(layers: Mapping[str, AnyAttention], shape: AttentionShape) -> PageFormat:
     """How the platform's kernel lays out keys and values inside a page."""
     sizes = (shape.num_kv_heads, shape.block_size, shape.head_dim)
+    first = next(iter(layers.values()))
+    if isinstance(first, MLAAttention):
+        return LatentPages(*sizes, first.kv_lora_rank)
     if shape.device.type == "cuda":
         return InterleavedPages(*sizes)
-    isa = getattr(next(iter(layers.values())), "isa", "vec")
+    isa = getattr(first, "isa", "vec")
     if isa not in {"vec", "vec16", "amx"}:
         raise ConfigError(f"cpu: vLLM chose the attention kernel {isa}; allowed: vec, vec16, amx (x86)")
     return CpuAmxPages(*sizes) if isa == "amx" else CpuVectorPages(*sizes)

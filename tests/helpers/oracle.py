@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from flashmemory_vllm.plugin.backends.common import CompactedBuilder, ResidentImpl, runtime_of
+from flashmemory_vllm.plugin.backends.latent import LatentImpl
 from flashmemory_vllm.residency.types import Phase, Row
 from flashmemory_vllm.runtime.runtime import ResidencyRuntime
 
@@ -89,6 +90,9 @@ class AttentionOracle:
         _watch(CompactedBuilder, "build", before=self.see_batch)
         _watch(ResidentImpl, "do_kv_cache_update", before=self.see_keys)
         _watch(ResidentImpl, "forward", after=self.check)
+        _watch(LatentImpl, "do_kv_cache_update", before=self.see_latents)
+        _watch(LatentImpl, "forward_mha", after=self.check_expanded)
+        _watch(LatentImpl, "forward_mqa", after=self.check_absorbed)
 
     def see_slots(self, call: Call) -> None:
         """Keep vLLM's slot mapping, which is still logical."""
@@ -116,33 +120,71 @@ class AttentionOracle:
 
     def see_keys(self, call: Call) -> None:
         """Keep the keys and values [T, Hkv, D] of a layer."""
-        impl = call.self
-        if not _in_step(impl):
-            return
-        both = torch.stack((call.key, call.value), dim=1)
-        # On a GPU either may be padded
-        num_tokens = min(len(both), len(self._is_token))
-        both = both[:num_tokens][self._is_token[:num_tokens]]
-        if impl.layer_index not in self._history:
-            size = impl.runtime.num_logical_blocks * self._batch.block_size
-            # Whatever was never written is NaN, so that reading it shows
-            self._history[impl.layer_index] = torch.full((size, *both.shape[1:]), torch.nan, device=both.device)
-        self._history[impl.layer_index][self._slots] = both.float()
+        self._keep(call.self, torch.stack((call.key, call.value), dim=1))
+
+    def see_latents(self, call: Call) -> None:
+        """Keep the latents [T, latent + rope] of a layer."""
+        self._keep(call.self, torch.cat((call.kv_c_normed, call.k_pe.squeeze(1)), dim=-1))
 
     def check(self, call: Call) -> None:
         """Compare a layer's output, row by row."""
-        impl, query = call.self, call.query
+        self._check(call.self, call.query, call.output, lambda kept: (kept[:, 0], kept[:, 1]), sinks=call.self.sinks)
+
+    def check_expanded(self, call: Call) -> None:
+        """Compare what rows in prefill got, whose keys and values are made of latents."""
+        impl = call.self
+        dims = (impl.num_heads, impl.qk_nope_head_dim + impl.v_head_dim)
+
+        def expand(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            made = latents[:, : impl.kv_lora_rank].double() @ impl.kv_b_proj.weight.double().T
+            nope, value = made.view(-1, *dims).split([impl.qk_nope_head_dim, impl.v_head_dim], dim=-1)
+            rope = latents[:, None, impl.kv_lora_rank :].expand(-1, impl.num_heads, -1)
+            return torch.cat((nope, rope), dim=-1), value
+
+        self._check(impl, call.q, call.output, expand, call.attn_metadata.num_decode_tokens)
+
+    def check_absorbed(self, call: Call) -> None:
+        """Compare what other rows got: latents, of which values are still to be made."""
+        query = torch.cat(call.q, dim=-1) if isinstance(call.q, tuple) else call.q
+        rank = call.self.kv_lora_rank
+        self._check(call.self, query, call.result[0], lambda kept: (kept[:, None], kept[:, None, :rank]))
+
+    def _keep(self, impl: Any, tokens: torch.Tensor) -> None:
+        """Keep what a layer writes of each token [T, ...]."""
         if not _in_step(impl):
             return
-        outputs = call.output.reshape(query.shape)
+        # On a GPU it may be padded, or the slot mapping
+        num_tokens = min(len(tokens), len(self._is_token))
+        tokens = tokens[:num_tokens][self._is_token[:num_tokens]]
+        if impl.layer_index not in self._history:
+            size = impl.runtime.num_logical_blocks * self._batch.block_size
+            # Whatever was never written is NaN, so that reading it shows
+            self._history[impl.layer_index] = torch.full((size, *tokens.shape[1:]), torch.nan, device=tokens.device)
+        self._history[impl.layer_index][self._slots] = tokens.float()
+
+    def _check(
+        self,
+        impl: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        read: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        first_token: int = 0,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """Compare the outputs of a run of the batch, row by row; `read` makes keys and values of what was kept."""
+        if not _in_step(impl):
+            return
+        outputs = output.reshape(*query.shape[:2], -1)
         for index, row in enumerate(self._rows):
-            start, stop = self._batch.token_bounds[index : index + 2]
+            start, stop = (bound - first_token for bound in self._batch.token_bounds[index : index + 2])
+            if not 0 <= start < len(query):
+                continue
             seq_len = self._batch.seq_lens[index]
             positions = self._positions(index, row, impl.group)
-            history = self._history[impl.layer_index][self._logical_slots(index, positions)]
+            key, value = read(self._history[impl.layer_index][self._logical_slots(index, positions)])
             asking = torch.arange(seq_len - (stop - start), seq_len, device=positions.device)
             hidden = positions[None, :] > asking[:, None]
-            expected = _attention(query[start:stop], history[:, 0], history[:, 1], hidden, impl.scale, impl.sinks)
+            expected = _attention(query[start:stop], key, value, hidden, impl.scale, sinks)
             error = float((outputs[start:stop].double() - expected).abs().max() / expected.abs().max())
             checked = self.checked.setdefault(self._kind(index, row, impl.group), Checked())
             checked.add(error, is_first_layer=impl.layer_index == 0)
@@ -182,7 +224,9 @@ def _attention(
     scale: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Softmax attention in float64: [T, Hq, D] over [K, Hkv, D]; `hidden` [T, K] is what a query must not see.
+    """Softmax attention in float64: [T, Hq, D] over keys [K, Hkv, D] and values [K, Hkv, Dv].
+
+    What a query must not see is `hidden` [T, K].
 
     Sinks [Hq] are logits of one key more, which has no value.
 
@@ -201,8 +245,8 @@ def _attention(
         if sinks is not None:
             total += (sinks.double().view(key.shape[1], -1)[group].unsqueeze(-1) - top).exp()
         weights /= total
-        outputs.append((weights.view(-1, len(key)) @ value[:, group].double()).view(num_queries, -1, head_dim))
-    return torch.stack(outputs, dim=1).reshape(num_queries, num_heads, head_dim)
+        outputs.append((weights.view(-1, len(key)) @ value[:, group].double()).view(num_queries, -1, value.shape[-1]))
+    return torch.stack(outputs, dim=1).reshape(num_queries, num_heads, -1)
 
 
 def _watch(
@@ -222,6 +266,7 @@ def _watch(
             before(call)
         result = original(*args, **kwargs)
         if after is not None:
+            call.result = result
             after(call)
         return result
 

@@ -155,7 +155,8 @@ def save_tiny_qwen3_next(folder: Path, **changes: int) -> Path:
 def save_tiny_deepseek_v3(folder: Path) -> Path:
     """Write a seeded random DeepSeek-V3: latent attention in four layers, the last two with experts.
 
-    Latents have the size of the real model's, for which alone vLLM's CPU kernel is compiled.
+    Latents have the size of the real model's, for which alone vLLM's CPU kernel is compiled. Positions are scaled as
+    its are: on a CPU vLLM's plain rotary embedding takes queries that are a part of a wider tensor for whole ones.
 
     Args:
         folder: where to; created.
@@ -166,6 +167,7 @@ def save_tiny_deepseek_v3(folder: Path) -> Path:
     torch.manual_seed(0)
     latents = {"q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 2048, "mscale": 1.0, "mscale_all_dim": 1.0}
     config = DeepseekV3Config(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -181,6 +183,7 @@ def save_tiny_deepseek_v3(folder: Path) -> Path:
         bos_token_id=0,
         eos_token_id=1,
         topk_method="noaux_tc",
+        rope_scaling={"rope_type": "yarn", "rope_theta": 1e4, "beta_fast": 32, "beta_slow": 1, **scaling},
         **latents,
         **experts,
     )

@@ -18,6 +18,7 @@ from flashmemory_vllm.errors import UnsupportedError
 from flashmemory_vllm.plugin import checks, sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.checks import read_config
+from flashmemory_vllm.plugin.layers import LayerSplit
 from flashmemory_vllm.plugin.models import LayerSizes, describe_differences, layer_sizes, managed_layers
 from tests.integration.configurations import LLAMA, configure, refusal
 
@@ -134,7 +135,7 @@ def test_a_worker_refuses_layers_of_different_sizes_too() -> None:
         for name, heads in (("a", 2), ("b", 4))
     }
     with pytest.raises(UnsupportedError, match=r"^model: 4 query heads, 2 KV heads, .* in layers 0; 4 .* in layers 1;"):
-        sizing.attention_shape(layers, 32, torch.device("cpu"))
+        sizing.attention_shape(layers, LayerSplit({}, {}), torch.device("cpu"))
 
 
 def test_a_worker_refuses_values_of_another_size_than_keys(llama: Path) -> None:

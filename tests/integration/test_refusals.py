@@ -25,7 +25,6 @@ from flashmemory_vllm.plugin.checks import prepare_config, read_config
 from tests.helpers.indexers import save_untrained, spoil
 from tests.integration.configurations import configure, refusal
 
-LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 # By a name of ours: architecture, model type, what differs from SIZES, the reason we give
 OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "sliding window": ("MistralForCausalLM", "mistral", {"sliding_window": 1024}, "sliding window of 1024 tokens"),
@@ -40,12 +39,6 @@ OTHER_MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "llama4_text",
         {"attention_chunk_size": 512, "num_local_experts": 2, "intermediate_size_mlp": 128},
         "attention in chunks of 512 tokens",
-    ),
-    "latent attention": (
-        "DeepseekV2ForCausalLM",
-        "deepseek_v2",
-        LATENT | {"num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4},
-        "multi-head latent attention",
     ),
     "state space": ("MambaForCausalLM", "mamba", {"state_size": 16}, "no attention"),
     "states of which nothing is told": (

@@ -16,9 +16,23 @@ BORDER = (
     Mutation(
         "wrong group: keys and values of every group go to the first one's slots",
         f"{_DIR}backends/common.py",
-        "slot_mapping = self.runtime.slot_mapping(self.group, len(slot_mapping))",
+        "return self.runtime.slot_mapping(self.group, len(slot_mapping))",
         "pass",
         f"{_TEST}test_backends.py::test_a_layer_attends_and_writes_with_its_own_group",
+    ),
+    Mutation(
+        "latents: rows in prefill are taken for the first ones of their batch",
+        f"{_DIR}backends/latent.py",
+        "first = attn_metadata.num_decode_tokens",
+        "first = 0",
+        f"{_TEST}test_latent_backend.py::test_rows_in_prefill_are_told_of_as_decode_rows_are",
+    ),
+    Mutation(
+        "latents: a chunk of a prompt is attended to over a resident set, as decode rows are",
+        f"{_DIR}backends/latent.py",
+        "reorder_batch_threshold: int = 1",
+        "reorder_batch_threshold: int = 512",
+        f"{_TEST}test_latent_backend.py::test_each_group_has_a_backend_of_prefill_and_one_token_alone_is_decode",
     ),
     Mutation(
         "logical block ids reach attention",

@@ -88,8 +88,8 @@ def _tables(runtime: "ResidencyRuntime", common: "CommonAttentionMetadata") -> "
     return runtime.physical_tables(common.block_table_tensor, common.seq_lens, common.slot_mapping, common.max_seq_len)
 
 
-class ResidentImpl:
-    """Mixin before an attention implementation: feeds the runtime and picks the layer group's metadata.
+class BoundImpl:
+    """What implementations of every kind of attention share: the runtime, and which layer and group of it this one is.
 
     A layer that is never bound to a runtime is a native one, and does what the platform's does.
     """
@@ -97,6 +97,36 @@ class ResidentImpl:
     runtime: "ResidencyRuntime | None" = None
     layer_index: int = -1
     group: int = 0
+
+    def bind(self, layer: torch.nn.Module, runtime: "ResidencyRuntime", layer_index: int, group: int) -> None:  # noqa: ARG002
+        """Attach this layer to the worker's runtime.
+
+        Args:
+            layer: vLLM's, whose implementation this is.
+            runtime: the worker's.
+            layer_index: its place among the managed layers.
+            group: its layer group.
+        """
+        self.runtime, self.layer_index, self.group = runtime, layer_index, group
+
+    def is_watched(self, attn_metadata: Any) -> bool:
+        """Whether the runtime is to know what this layer attends to: it has built the metadata."""
+        return self.runtime is not None and hasattr(attn_metadata, STEP_METADATA)
+
+    def own_metadata(self, attn_metadata: Any) -> Any:
+        """The platform's metadata for this layer's group, of what vLLM hands to all layers."""
+        step: StepMetadata | None = getattr(attn_metadata, STEP_METADATA, None)
+        return attn_metadata if step is None else step.groups[self.group]
+
+    def own_slots(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """The slot mapping [T] of this layer's group, of what vLLM hands to all layers: that of group 0."""
+        if self.runtime is not None and self.group:
+            return self.runtime.slot_mapping(self.group, len(slot_mapping))
+        return slot_mapping
+
+
+class ResidentImpl(BoundImpl):
+    """Mixin before an attention implementation: feeds the runtime and picks the layer group's metadata."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As the platform's implementation; refuses what compaction would silently get wrong.
@@ -121,10 +151,6 @@ class ResidentImpl:
                     "allowed with --attention-backend flashmemory: causal full attention"
                 )
 
-    def bind(self, runtime: "ResidencyRuntime", layer_index: int, group: int) -> None:
-        """Attach this layer to the worker's runtime."""
-        self.runtime, self.layer_index, self.group = runtime, layer_index, group
-
     def forward(  # noqa: PLR0913, PLR0917 - vLLM's signature
         self,
         layer: torch.nn.Module,
@@ -138,12 +164,12 @@ class ResidentImpl:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the platform's, over the layer group's resident blocks; streamed rows are completed afterwards."""
-        step: StepMetadata | None = getattr(attn_metadata, STEP_METADATA, None)
-        metadata = attn_metadata if step is None else step.groups[self.group]
+        metadata = self.own_metadata(attn_metadata)
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
         )
-        if self.runtime is not None and step is not None:
+        if self.is_watched(attn_metadata):
+            assert self.runtime is not None
             self.runtime.attended(self.layer_index, query, key, value, output)
         return result
 
@@ -156,9 +182,7 @@ class ResidentImpl:
         slot_mapping: torch.Tensor,
     ) -> None:
         """As the platform's, into the slots of this layer's group."""
-        if self.runtime is not None and self.group:
-            slot_mapping = self.runtime.slot_mapping(self.group, len(slot_mapping))
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
+        super().do_kv_cache_update(layer, key, value, kv_cache, self.own_slots(slot_mapping))  # type: ignore[misc]
 
 
 def runtime_of(vllm_config: "VllmConfig", layer_name: str) -> "ResidencyRuntime | None":

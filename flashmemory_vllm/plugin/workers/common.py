@@ -122,7 +122,7 @@ class ResidencyWorker:
             super().initialize_from_config(physical_config(self.vllm_config, kv_cache_config, sizes.num_slots))  # type: ignore[misc]
         self._counters = self._open_counters(sizes)
         modules = sizing.attention_layers(self.vllm_config, list(layers.managed))
-        shape = sizing.attention_shape(modules, layers.block_size, self.device)
+        shape = sizing.attention_shape(modules, layers, self.device)
         self._attach_runtime(self._build_runtime(shape, sizes.num_logical_blocks, self.flashmemory_config))
         compat.install_slot_translation(self.model_runner, self._set_batch, self._translator.managed)
         compat.keep_steps_out_of_full_graphs(self.model_runner, self._needs_python)
@@ -285,7 +285,7 @@ class ResidencyWorker:
         """Bind every attention layer to a runtime, and step with it from now on."""
         layers = sizing.attention_layers(self.vllm_config, list(runtime.parts.shape.layer_names))
         for index, layer in enumerate(layers.values()):
-            layer.impl.bind(runtime, index, runtime.group_of(index))
+            layer.impl.bind(layer, runtime, index, runtime.group_of(index))
         self.flashmemory_runtime = runtime
 
     def _open_counters(self, capacity: Capacity) -> CounterWriter:

@@ -110,7 +110,7 @@ def test_before_there_is_a_runtime_nothing_changes() -> None:
 @pytest.mark.parametrize("group", [0, 1])
 def test_a_layer_attends_and_writes_with_its_own_group(group: int) -> None:
     impl, runtime = Impl(), Runtime(in_step=True)
-    impl.bind(runtime, 5, group)  # type: ignore[arg-type]
+    impl.bind(torch.nn.Module(), runtime, 5, group)  # type: ignore[arg-type]
     tokens = torch.zeros(3)
     metadata = SimpleNamespace(**{STEP_METADATA: StepMetadata(["first", "second"])})
     layer: Any = None

@@ -1,0 +1,94 @@
+"""A model with latent attention (DeepSeek-V3: dense layers and experts) on vLLM's reference backend for CPUs, fp32.
+
+With a resident ratio of 1 every text is vLLM's, while blocks come and go and requests are preempted; below it, what
+rows attend to is what the oracle says, and first tokens are vLLM's: prefill is dense. Chunks of prompts end where a
+block ends, before and after.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.engine import V1_RUNNER, EngineResult, EngineRun, run_engine
+from tests.helpers.tiny_model import random_prompts, save_tiny_deepseek_v3
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CUDA build has no CPU backend"),
+]
+
+BLOCK_SIZE = 16
+TOLERANCE = 1e-5
+# Two of them are asked again, and are hits but for a token: a row of a prompt that is computed as decode rows are
+FIRST = [random_prompts(1, length, length, seed=length + 1)[0] for length in (193, 209, 160, 230)]
+ROUNDS = [FIRST, [*FIRST[:2], *random_prompts(2, 100, 250, seed=1)]]
+ENGINE: dict[str, Any] = {
+    # Where the CPU has AMX, vLLM would take another one, which knows no fp32
+    "attention_backend": "CPU_MLA",
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 4,
+    # No multiple of a block, and more than one
+    "max_num_batched_tokens": 72,
+    "kv_cache_memory_bytes": 1 << 28,
+}
+OURS = {"growth_reserve_tokens": 0, "host_memory_gib": 0.25, "check_integrity": True, "poison_free_slots": True}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> EngineRun:
+    """The stock engine."""
+    return EngineRun(save_tiny_deepseek_v3(tmp_path_factory.mktemp("model")), ROUNDS, 60, engine=ENGINE)
+
+
+@pytest.fixture(scope="module")
+def stock(run: EngineRun) -> EngineResult:
+    """What it says."""
+    return run_engine(run)
+
+
+def test_texts_are_vllms(run: EngineRun, stock: EngineResult) -> None:
+    """All blocks, but too few slots for those of all requests."""
+    ours = run_engine(replace(run, flashmemory=OURS | {"resident_ratio": 1.0, "device_slots": 40}))
+    assert ours.tokens == stock.tokens
+    assert min(len(set(text)) for texts in ours.tokens for text in texts) >= 20, "texts that say little show little"
+    counted = ours.counters
+    assert counted["slots_total"] < counted["host_blocks_total"]
+    assert counted["evictions_total"] > 0
+    assert counted["recalled_blocks_total"] > 0
+    assert counted["decode_resident_blocks_total"] == counted["decode_context_blocks_total"]
+    assert ours.metrics["preemptions"] > 0
+    # VLLM switches prefix caching off for latents on a CPU
+    assert ours.metrics["prefix_cache_hits"] > stock.metrics["prefix_cache_hits"] == 0
+    assert ours.model_runner == stock.model_runner == V1_RUNNER
+
+
+def test_sparse_attention_is_the_oracles(run: EngineRun, stock: EngineResult) -> None:
+    """Over chosen blocks of latents and over streamed history, with NaN wherever nothing lies."""
+    options = {
+        "resident_ratio": 0.3,
+        "min_sparse_tokens": 0,
+        "sink_tokens": BLOCK_SIZE,
+        "recent_tokens": 2 * BLOCK_SIZE,
+        "selector": "exact",
+        "tau_steps": 8,
+        "staging_blocks": 3,
+        "device_slots": 24,
+        "layer_groups": 2,
+    }
+    result = run_engine(replace(run, flashmemory=OURS | options, oracle=True))
+    for kind, checked in result.checked.items():
+        assert checked.max_error < TOLERANCE, kind
+    assert result.checked["sparse_decode"].rows >= 300
+    assert result.checked["streamed_prefill"].rows > 0
+    counted = result.counters
+    assert counted["decode_resident_blocks_total"] < 0.5 * counted["decode_context_blocks_total"]
+    assert counted["streamed_blocks_total"] > 0
+    assert counted["evictions_total"] > 0
+    assert counted["missing_selections_total"] == 0
+    assert result.metrics["prefix_cache_hits"] > 0
+    for ours, theirs in zip(result.tokens, stock.tokens, strict=True):
+        assert [text[0] for text in ours] == [text[0] for text in theirs]
