@@ -49,7 +49,8 @@ Overrides stand in the classes of ours that need them. Those that go further tha
 - `plugin/workers/physical.py` `without_block_override`: hides `--num-gpu-blocks-override`
   meanwhile, which counts logical blocks; goes with the one above.
 - `plugin/workers/common.py` `ResidencyWorker.compile_or_warm_up_model`: takes the runtime away while vLLM warms
-  up with requests of its own; goes when warm-up batches can be told from real ones.
+  up with requests of its own; goes when warm-up batches can be told from real ones. With `plugin/workers/hybrid.py`
+  `at_most_blocks` they name no block beyond the slots; goes when vLLM counts the blocks of each group.
 """
 
 import functools

@@ -190,8 +190,10 @@ class ResidencyWorker:
         self._runtime().warm_up()
         runtime, self.flashmemory_runtime = self._runtime(), None
         self._last_slot_token = runtime.last_slot_token
+        assert self._capacity is not None
         try:
-            times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
+            with hybrid.at_most_blocks(self.model_runner.kv_cache_config, self._capacity.num_slots):
+                times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
         finally:
             self.flashmemory_runtime = runtime
         return times

@@ -1,6 +1,7 @@
 """The worker's side of a model that has native layers beside managed ones: sizes, and caches in two allocations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -99,6 +100,23 @@ def bind_caches(vllm_config: "VllmConfig", layers: LayerSplit, num_slots: int, d
     layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
     for name, cache in allocate_kv_cache(config, device, layout, [layers.block_size]).items():
         vllm_config.compilation_config.static_forward_context[name].bind_kv_cache(cache)
+
+
+@contextmanager
+def at_most_blocks(config: KVCacheConfig, num_slots: int) -> Iterator[None]:
+    """Let vLLM's own requests, which warm a model up, name no block of any group that S slots do not have.
+
+    They are counted by the blocks of the configuration, those of native layers.
+
+    Args:
+        config: the model runner's.
+        num_slots: S.
+    """
+    num_blocks, config.num_blocks = config.num_blocks, min(config.num_blocks, num_slots)
+    try:
+        yield
+    finally:
+        config.num_blocks = num_blocks
 
 
 def _stock_spec(layers: LayerSplit) -> KVCacheSpec:
