@@ -16,6 +16,7 @@ from flashmemory_vllm.residency.awaited import Awaited, Taken
 from flashmemory_vllm.residency.entries import NO_ENTRY, Entries
 from flashmemory_vllm.residency.lists import NOBODY, Pairs, one_by_one, pairs_of
 from flashmemory_vllm.residency.loop_arrays import NOT_RESIDENT, NULL_SLOT
+from flashmemory_vllm.residency.requests import ScheduledRows
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, has_repeats
 
@@ -44,8 +45,7 @@ class Books:
         self.epoch: IntArray = np.zeros(num_places, np.int32)
         self.groups = [Entries(num_places, width) for _ in range(geometry.num_groups)]
         self._is_wide = np.zeros(num_places, np.bool_)
-        self._recalled = [Awaited() for _ in self.groups]
-        self._prefetched = [Awaited() for _ in self.groups]
+        self._recalled, self._prefetched = ([Awaited() for _ in self.groups] for _ in range(2))
         self._begun, self._applied = Awaited(), -1
 
     def clear(self) -> None:
@@ -161,6 +161,10 @@ class Books:
     def apply_quickly(self, step: int, rows: IntArray, asked: IntArray) -> list[Pairs] | None:  # noqa: ARG002
         """As `apply`, where there is a quicker way for such a list: see `QuickBooks`. None: nothing is changed."""
         return None
+
+    def grow_quickly(self, rows: ScheduledRows, most_recent: IntArray) -> bool:  # noqa: ARG002
+        """As `append` and `keep_recent` for a step's rows: see `QuickBooks`. False: nothing is changed."""
+        return False
 
     def widen(self, place: int, positions: Sequence[IntArray]) -> None:
         """A request reads blocks beside its sets until it narrows; lists go on changing the sets.
@@ -285,11 +289,7 @@ class Books:
                 self.groups[group].remove(one.place, one.go)
 
     def _exchange(self, group: int, pairs: Pairs, is_wide: BoolArray) -> Pairs:
-        """Of places that read blocks beside their sets, what goes stays in the table, and what is there has come.
-
-        Returns:
-            The changes that are left to be made.
-        """
+        """Of places with blocks beside their sets, who goes stays in the table, who is there has come; what is left."""
         entries = self.groups[group]
         goes, comes = is_wide & (pairs.go != NOBODY), is_wide & (pairs.come != NOBODY)
         entries.is_extra[pairs.place[goes], pairs.go[goes]] = True

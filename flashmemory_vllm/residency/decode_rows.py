@@ -183,6 +183,9 @@ class DecodeRows:
         """Rows begin the blocks that they write first in this step, mostly one or none."""
         if not is_growing.any():
             return
+        known = self._known
+        if known.policy.mode == "always" and self._books.grow_quickly(rows, known.frames.recent):
+            return
         growing = rows.take(is_growing)
         for begun in range(int((growing.end - growing.first_fresh).max())):
             position = growing.first_fresh + begun

@@ -10,12 +10,13 @@ import time
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency import loops, slot_loops
+from flashmemory_vllm.residency import growth_loops, loops, slot_loops
 from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.lists import HEADER, Pairs
 from flashmemory_vllm.residency.loop_arrays import TableArrays
 from flashmemory_vllm.residency.loops import BROKEN, NOT_DONE, Scratch
+from flashmemory_vllm.residency.requests import ScheduledRows
 from flashmemory_vllm.residency.slot_loops import Given
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, distinct
@@ -79,6 +80,29 @@ class QuickBooks(Books):
             self._prefetched[group].add(*scratch.awaited[:, :num_awaited].copy())
         return Pairs(*pairs[:, :num])
 
+    def grow_quickly(self, rows: ScheduledRows, most_recent: IntArray) -> bool:
+        """Have rows begin the blocks that they write first, as `append` and `keep_recent`.
+
+        Args:
+            rows: of a step; those without a table are left out.
+            most_recent: int32 `[m]` blocks that keep their order, by the number of tokens.
+
+        Returns:
+            Whether it is done; otherwise nothing is changed.
+        """
+        fields = rows.place, rows.first_fresh, rows.end, rows.num_tokens_after, most_recent
+        nums = [growth_loops.may_grow(*fields, table) for table in self.tables]
+        if NOT_DONE in nums:
+            return False
+        num = nums[0]
+        begun = np.empty((2, num), np.int32)
+        for table, entries in zip(self.tables, self.groups, strict=True):
+            edited = np.empty((2, num), np.int32)
+            growth_loops.grow(*fields, table, begun, edited)
+            entries.note(*edited)
+        self._begun.add(*begun)
+        return True
+
     def _hold_fresh(self, group: int, place: IntArray, position: IntArray) -> Copies:
         blocks = self.ids[place, position]
         copies = self._hold_quickly(group, place, position, blocks, is_fresh=True)
@@ -114,4 +138,7 @@ class QuickBooks(Books):
         self.apply_quickly(0, none, np.empty((0, len(Ask)), np.int32))
         for is_fresh in (True, False):
             self._hold_quickly(0, nowhere, nowhere, nowhere, is_fresh=is_fresh)
+        pairs = np.empty((2, 0), np.int32)
+        growth_loops.grow(nowhere, nowhere, nowhere, nowhere, nowhere, self.tables[0], pairs, pairs)
+        self.grow_quickly(ScheduledRows.none(1), nowhere)
         self._applied = -1

@@ -92,7 +92,8 @@ class ChoiceQueue:
         inputs = [one for one in work.questions if one is not None]
         arrival = self._side_stream.fetch(lambda: self._choose(work), *inputs)
         num_at_once = int(np.count_nonzero(work.asked.at_once)) if work.packed is None else 0
-        self._pending.append(PendingList(step, work.asked, num_at_once, work.fields, arrival, time.perf_counter()))
+        now, is_begun = time.perf_counter(), num_at_once == 0
+        self._pending.append(PendingList(step, work.asked, num_at_once, work.fields, arrival, now, is_begun))
 
     def _work(self, step: int, asked: Asked, earlier: Mapping[str, torch.Tensor]) -> ChoiceWork:
         """What is chosen for rows in order."""
@@ -121,7 +122,7 @@ class ChoiceQueue:
             if pending.num_at_once and is_begun and not pending.is_begun:
                 due.append(self._read(pending, pending.at_once))
             if pending.step + STEPS_TO_FORCE > step:
-                left.append(replace(pending, is_begun=is_begun))
+                left.append(pending if pending.is_begun else replace(pending, is_begun=is_begun))
             elif pending.num_at_once < len(pending.asked):
                 due.append(self._read(pending, pending.later))
         self._pending = left

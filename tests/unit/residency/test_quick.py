@@ -16,6 +16,7 @@ from flashmemory_vllm.residency import (
     asking_loops,
     compiled,
     entries,
+    growth_loops,
     list_loops,
     lists,
     loop_arrays,
@@ -34,7 +35,7 @@ from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, StepInp
 from tests.unit.residency.test_books import ids, listed
 from tests.unit.residency.test_histories import History, World, worlds
 
-MODULES = (loops, slot_loops, list_loops, asking_loops)
+MODULES = (loops, slot_loops, list_loops, asking_loops, growth_loops)
 needs_numba = pytest.mark.skipif(not IS_COMPILED, reason="numba is not there")
 
 
@@ -248,5 +249,6 @@ def test_loops_know_the_columns() -> None:
     assert (loops.HEADER, loops.NOBODY, loops.NOT_RESIDENT) == (lists.HEADER, lists.NOBODY, loop_arrays.NOT_RESIDENT)
     assert (loops.NULL_SLOT, loops.NO_ENTRY) == (loop_arrays.NULL_SLOT, entries.NO_ENTRY)
     assert (loops.NOT_DONE, loops.BROKEN) == (slot_loops.NOT_DONE, slot_loops.BROKEN)
-    assert asking_loops.NOT_DONE == loops.NOT_DONE
+    assert asking_loops.NOT_DONE == growth_loops.NOT_DONE == loops.NOT_DONE
+    assert growth_loops.NULL_SLOT == loops.NULL_SLOT
     assert slot_loops.NO_OWNER == loop_arrays.NO_OWNER
