@@ -7,12 +7,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+from flashmemory_vllm.cli.doctor_model import add_arguments, model_findings
 from flashmemory_vllm.doctor.finding import Finding, as_json, as_table, exit_code
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `doctor` command."""
-    parser = subparsers.add_parser("doctor", help="check vLLM, GPUs, host memory and the link between them")
+    parser = subparsers.add_parser("doctor", help="check vLLM, GPUs, host memory, the link between them, a model")
+    add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON list of the findings")
     parser.set_defaults(run=run)
 
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """
     # vLLM logs to standard output, which is the findings' alone
     with contextlib.redirect_stdout(sys.stderr):
-        findings = list(diagnose())
+        findings = [*diagnose(), *(model_findings(args) if args.model else ())]
     if args.json:
         print(json.dumps(as_json(findings), indent=2))
     else:
