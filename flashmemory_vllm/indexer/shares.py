@@ -54,10 +54,11 @@ def remember_rows(
     """
     most = int(due.fields[:, Due.NUM_QUERIES].max(initial=0))
     tiles = _tiles(due.fields)
+    # As many in each pass, so that kernels are compiled once
+    count = min(PASS_QUERIES, state.queries.shape[2])
     # The oldest queries first: what is remembered of them fades with those behind them
-    for first_age in reversed(range(0, most, PASS_QUERIES)):
-        count = min(PASS_QUERIES, most - first_age)
-        rows = _pass(due.on_device, first_age, count) if most > PASS_QUERIES else due.on_device
+    for first_age in reversed(range(0, most, count)):
+        rows = _pass(due.on_device, first_age, count) if most > count else due.on_device
         for start, stop, first_tile in _portions(tiles, index.rows.shape[0] * state.queries.shape[3] * count):
             own = rows[start:stop]
             if start:

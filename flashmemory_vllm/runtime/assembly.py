@@ -39,6 +39,8 @@ logger = logging.getLogger("vllm.flashmemory")
 
 # Most blocks of a request that come with one list, unless it is in force at once
 MOST_LISTED = 64
+# Elements that tables of blocks are a multiple of: Triton compiles other code for sizes that 16 does not divide
+WIDTH_MULTIPLE = 16
 
 
 def unallocated_selector(config: FlashMemoryConfig, shape: AttentionShape) -> Selector:
@@ -175,8 +177,11 @@ def choice_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, kind: MemoryKi
 
 
 def _width(budget: BudgetPolicy) -> int:
-    """Most blocks of a request: one more than the longest has, for the scheduler may give it ahead."""
-    return cdiv(budget.max_model_len, budget.block_size) + 1
+    """Most blocks of a request: one more than the longest has, for the scheduler may give it ahead, or a few.
+
+    Rows of so many begin where kernels read them fastest, and any number of rows is of the size they are compiled for.
+    """
+    return cdiv(cdiv(budget.max_model_len, budget.block_size) + 1, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def table_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, max_num_seqs: int, max_num_tokens: int) -> TableSizes:

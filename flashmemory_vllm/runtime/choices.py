@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.common.due_rows import Due, padded_rows
 
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.indexer.base import Selector
@@ -188,16 +188,22 @@ class ChoiceQueue:
             self.guard.forget(req_id)
 
     def warm_up(self, earlier: torch.Tensor) -> None:
-        """Choose from the null block for a request that does not exist, the first time and again.
+        """Choose from the null block for requests that do not exist: one, the first time and again, and then for many.
+
+        Kernels are compiled for some numbers of rows: see `padded_rows`. No other is needed afterwards.
 
         Args:
             earlier: [q, A, Hq, D], its question.
         """
         null, no_block = AskedRow("", 0, NOBODY, self._block_size, 1, 1, 0, 1, 1, 1, 1), np.zeros((1, 1), np.int32)
-        for step, is_new in enumerate((True, False)):
-            asked = Asked.of([null._replace(is_new=is_new, at_once=is_new)], no_block)
-            self.choose(step, asked, {"": earlier} if is_new else {})
-        self.take(1 + STEPS_TO_FORCE)
+        self.choose(0, Asked.of([null._replace(is_new=True, at_once=True)], no_block), {"": earlier})
+        most, step, num_rows = self._state.sizes.max_rows, 1, 1
+        while num_rows <= most:
+            rows = [null._replace(place=place) for place in range(num_rows)]
+            self.choose(step, Asked.of(rows, no_block))
+            step, num_rows = step + 1, padded_rows(num_rows) + 1
+        for begun in range(1, step + STEPS_TO_FORCE):
+            self.take(begun)
         self.forget([""])
 
     def reset(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.indexer.places import DueRows, PlaceState
+from flashmemory_vllm.indexer.shares import PASS_QUERIES
 from flashmemory_vllm.runtime.selector_guard import SelectorGuard
 
 # Why a row's memory is what it was before
@@ -51,7 +52,7 @@ class Remembering:
         """
         kept = self._state.queries
         newest = kept[:, due.places, due.on_device[:, Due.POSITION].long() % kept.shape[2]]  # [A, n, Hq, D]
-        most = 1 + max(0 if one is None else len(one) for one in earlier)
+        most = max(PASS_QUERIES, 1 + max(0 if one is None else len(one) for one in earlier))
         queries = kept.new_zeros((kept.shape[0], len(earlier), most, *kept.shape[3:]))
         queries[:, :, most - 1] = newest
         for index, one in enumerate(earlier):

@@ -84,6 +84,14 @@ def fill_first_tiles(rows: torch.Tensor, tile: int) -> int:
     return int(ends[-1]) if len(rows) else 0
 
 
+def padded_rows(num_rows: int) -> int:
+    """Rows that a kernel is compiled for which looks through all of them: 16, 64, 256 and so on, so that few are."""
+    padded = 16
+    while padded < num_rows:
+        padded *= 4
+    return padded
+
+
 def scored_rows(rows: torch.Tensor) -> torch.Tensor:
     """Indices int64 [m] of the rows whose blocks are scored."""
     return torch.nonzero((rows[:, Due.PLACE] >= 0) & (rows[:, Due.NUM_QUERIES] > 0))[:, 0]

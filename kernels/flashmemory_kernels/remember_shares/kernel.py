@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from flashmemory_kernels.common import TileConfig
-from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.common.due_rows import Due, padded_rows
 from flashmemory_kernels.remember_shares.channels import Channels
 
 PLACE, NUM_QUERIES, ELAPSED = (
@@ -55,7 +55,7 @@ def combined_shares(
     return top, total / num_members, tl.sqrt(squares / num_members)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def remember_shares_kernel(
     p_mass, p_lse, p_rows, p_groups, p_decays, p_modes, p_memory,
     num_rows, num_layers, num_queries, stride_channel, stride_group, stride_place,
@@ -128,6 +128,6 @@ def remember_shares_triton(
         mass, lse, rows, groups, channels.decays, channels.modes, memory,
         len(rows), len(groups), num_queries, *memory.stride()[:3],
         H=heads, H_PAD=triton.next_power_of_2(heads), C=num_channels, C_PAD=triton.next_power_of_2(num_channels),
-        N_PAD=triton.next_power_of_2(len(rows)), TILE=tile,
+        N_PAD=padded_rows(len(rows)), TILE=tile,
         num_warps=CONFIG.num_warps,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from flashmemory_kernels.common import TileConfig
-from flashmemory_kernels.common.due_rows import Due
+from flashmemory_kernels.common.due_rows import Due, padded_rows
 from flashmemory_kernels.score_rows.naive import CODE_DTYPE, OnlySets
 
 PLACE, POSITION = tl.constexpr(int(Due.PLACE)), tl.constexpr(int(Due.POSITION))
@@ -82,7 +82,7 @@ def may_gain(p_own_set, i_block, num_blocks, num_known):
     return held | (i_block >= num_known)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_kept"])
 def score_rows_kernel(
     p_queries, p_index, p_scales, p_ids, p_rows, p_mass, p_set, p_groups,
     stride_query_layer, stride_query_place, stride_query_row, stride_query_head,
@@ -182,7 +182,7 @@ def score_rows_triton(
         block_ids.stride(0), *((0, 0) if only is None else only.in_set.stride()[:2]), len(rows), num_kept, scale,
         GROUP=group, QUERIES=num_queries, R=num_index_rows, D=head_dim, E=width,
         COLUMNS=max(MIN_DOT, triton.next_power_of_2(group * num_queries)), R_PAD=rows_padded,
-        E_PAD=max(MIN_DOT, triton.next_power_of_2(width)), N_PAD=triton.next_power_of_2(len(rows)),
+        E_PAD=max(MIN_DOT, triton.next_power_of_2(width)), N_PAD=padded_rows(len(rows)),
         BLOCKS=min(tile, max(1, MIN_DOT // rows_padded, config.tile_rows // rows_padded)), TILE=tile,
         NUM_STAGES=config.num_stages, IS_FP8=is_fp8, HAS_SET=only is not None, DTYPE=dtype,
         num_warps=config.num_warps,

@@ -65,7 +65,8 @@ def test_what_a_forecast_needs_is_counted(tmp_path: Path) -> None:
     # Keys in fp8 with a scale for each head; four channels more, each with a weight, and three queries more in the ring
     keys = forecasting.index_bytes_per_block - without.index_bytes_per_block
     assert keys == 3 * 8 * (16 * 128 + 4)
-    channels, queries = 4 * 4 * (MAX_NUM_SEQS * (32768 // 16 + 1) + 1), 3 * 3 * MAX_NUM_SEQS * 32 * 128 * 2
+    width = 32768 // 16 + 16  # 16 divides it
+    channels, queries = 4 * 4 * (MAX_NUM_SEQS * width + 1), 3 * 3 * MAX_NUM_SEQS * 32 * 128 * 2
     assert forecasting.table_bytes - without.table_bytes == channels + queries
 
 
