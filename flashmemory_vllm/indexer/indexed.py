@@ -68,6 +68,7 @@ class IndexedSelector(Selector):
         dtype = CODE_DTYPE if is_fp8 else geometry.dtype
         self.index = torch.empty(*size, *rows, dtype=dtype, device=geometry.device)
         self.scales = torch.empty(size, device=geometry.device) if is_fp8 else None
+        self._keys = KeyIndex(self.index, self.scales, self._layer_groups, geometry.softmax_scale)
 
     def bytes_per_block(self) -> int:
         """Device bytes of index keys per logical block, all anchor layers together."""
@@ -100,4 +101,4 @@ class IndexedSelector(Selector):
     @property
     def keys(self) -> KeyIndex:
         """The index keys, as shares are made of them."""
-        return KeyIndex(self.index, self.scales, self._layer_groups, self.geometry.softmax_scale)
+        return self._keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from flashmemory_kernels.common.due_rows import Due
@@ -32,12 +32,14 @@ class KeyIndex:
         scales: of rows in fp8, float32 `[A, N, Hkv]`; None of others.
         groups: int32 `[A]`, layer group of each anchor layer.
         softmax_scale: factor on `q . k`.
+        checked: numbers of queries that ops were called with: all that they get comes from one place.
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
     groups: torch.Tensor
     softmax_scale: float
+    checked: set[int] = field(default_factory=set)
 
 
 def remember_rows(
@@ -72,8 +74,8 @@ def only_rows(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     left_out = ~mask.unsqueeze(1)
     changed = rows.clone()
     # Their tiles stay where they are, so they must have no blocks there either
-    for field in (Due.NUM_QUERIES, Due.NUM_BLOCKS):
-        changed[:, field : field + 1].masked_fill_(left_out, 0)
+    for column in (Due.NUM_QUERIES, Due.NUM_BLOCKS):
+        changed[:, column : column + 1].masked_fill_(left_out, 0)
     return changed
 
 
@@ -126,6 +128,11 @@ def _remember(
     heads = index.rows.shape[0] * state.queries.shape[3]
     mass = torch.empty((num_tiles, heads, num_queries, TILE), device=rows.device)
     lse = torch.empty((len(rows), heads, num_queries), device=rows.device)
-    score_rows(state.queries, index.rows, index.scales, state.block_ids, rows, index.softmax_scale, mass, only)
-    row_lse(mass, rows, lse)
-    remember_shares(mass, lse, rows, index.groups, channels, state.memory)
+    known = num_queries in index.checked
+    score_rows(
+        state.queries, index.rows, index.scales, state.block_ids, rows, index.softmax_scale, mass, only,
+        is_checked=known,
+    )  # fmt: skip
+    row_lse(mass, rows, lse, is_checked=known)
+    remember_shares(mass, lse, rows, index.groups, channels, state.memory, is_checked=known)
+    index.checked.add(num_queries)

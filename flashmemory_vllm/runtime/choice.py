@@ -88,7 +88,7 @@ class ChoiceState:
         # Which rows have failed ends where the list begins, and is 0 already where none has
         self._out = torch.full((num_elems,), NOBODY, dtype=torch.int32, device=device)
         self._out[: sizes.max_rows] = 0
-        self._has_failed = False
+        self._has_failed = self._is_checked = False
 
     def look_up(self, rows: torch.Tensor, unscored: Sequence[slice]) -> None:
         """Fill in what only the device knows; not needed where the host keeps account of what memories know.
@@ -129,5 +129,6 @@ class ChoiceState:
             rows[:, Due.NUM_BLOCKS] = torch.where(failed != 0, rows[:, Due.NUM_KNOWN], rows[:, Due.NUM_BLOCKS])
         listed = out[num_rows:].view(num_rows, size.num_groups, size.columns)
         memory, in_set = self.places.memory[self._num_inner :], self.places.in_set
-        choose_sets(memory, in_set, rows, self._weights, self._policy, listed, long_list)
+        choose_sets(memory, in_set, rows, self._weights, self._policy, listed, long_list, is_checked=self._is_checked)
+        self._is_checked = True
         return out

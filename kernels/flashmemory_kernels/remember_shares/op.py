@@ -15,6 +15,8 @@ def remember_shares(
     groups: torch.Tensor,
     channels: Channels,
     memory: torch.Tensor,
+    *,
+    is_checked: bool = False,
 ) -> None:
     """Bring the memory of scored rows up to date with their newest queries; mutates `memory[:, :, place, :num_blocks]`.
 
@@ -30,10 +32,29 @@ def remember_shares(
         groups: int32 [A], layer group of each layer, trusted: each of the G groups has a layer.
         channels: the C channels.
         memory: float32 [C, G, P, W], rows contiguous.
+        is_checked: an earlier call with such arguments was checked, which takes as long as a launch. Default: False.
 
     Raises:
         ValueError: shape, dtype, device or strides do not match.
     """
+    if not is_checked:
+        _expect(mass, lse, rows, groups, channels, memory)
+    if runs_kernel(memory):
+        from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
+
+        remember_shares_triton(mass, lse, rows, groups, channels, memory)
+    else:
+        remember_shares_naive(mass, lse, rows, groups, channels, memory)
+
+
+def _expect(
+    mass: torch.Tensor,
+    lse: torch.Tensor,
+    rows: torch.Tensor,
+    groups: torch.Tensor,
+    channels: Channels,
+    memory: torch.Tensor,
+) -> None:
     expect_shape("rows", rows, (None, len(Due)))
     expect_shape("mass", mass, (None, None, None, None))
     _, num_heads, num_queries, tile = mass.shape
@@ -54,9 +75,3 @@ def remember_shares(
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if memory.stride(3) != 1:
         raise ValueError(f"memory: expected a last dim of stride 1, got strides {memory.stride()}")
-    if runs_kernel(memory):
-        from flashmemory_kernels.remember_shares.kernel import remember_shares_triton
-
-        remember_shares_triton(mass, lse, rows, groups, channels, memory)
-    else:
-        remember_shares_naive(mass, lse, rows, groups, channels, memory)

@@ -10,7 +10,7 @@ from flashmemory_kernels.score_rows.naive import CODE_DTYPE, OnlySets, score_row
 MIN_TILE = 16
 
 
-def score_rows(
+def score_rows(  # noqa: PLR0913 - all that a product reads
     queries: torch.Tensor,
     index: torch.Tensor,
     scales: torch.Tensor | None,
@@ -19,6 +19,8 @@ def score_rows(
     scale: float,
     mass: torch.Tensor,
     only: OnlySets | None = None,
+    *,
+    is_checked: bool = False,
 ) -> None:
     """Log-mass of the blocks of scored rows under their newest queries: `log sum_r exp(scale * q . index[block, r])`.
 
@@ -41,12 +43,14 @@ def score_rows(
         scale: factor on the products.
         mass: float32 [tiles, A * Hq, Qs, TILE], Qs <= Q the most queries of a row; TILE is a power of two, 16 or more.
         only: which blocks gain mass; the others have -inf. Default: all.
+        is_checked: an earlier call with such arguments was checked, which takes as long as a launch. Default: False.
 
     Raises:
         ValueError: shape, dtype, device or strides do not match.
     """
-    _expect_index(queries, index, scales)
-    _expect_rows(queries, block_ids, rows, mass, only)
+    if not is_checked:
+        _expect_index(queries, index, scales)
+        _expect_rows(queries, block_ids, rows, mass, only)
     if runs_kernel(queries):
         from flashmemory_kernels.score_rows.kernel import score_rows_triton
 
