@@ -52,13 +52,17 @@ class StepTranslator:
         new = [self._new(request) for request in scheduled.scheduled_new_reqs]
         new += [
             self._resumed(cached, index)
-            for index, req_id in enumerate(cached.req_ids)
+            for index, req_id in enumerate(cached.req_ids if cached.resumed_req_ids else ())
             if req_id in cached.resumed_req_ids
         ]
+        rows, resumed = (
+            zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True),
+            cached.resumed_req_ids,
+        )
         running = [
-            RunningRequest(req_id, self._ours(cached.new_block_ids[index]), cached.num_computed_tokens[index])
-            for index, req_id in enumerate(cached.req_ids)
-            if req_id not in cached.resumed_req_ids
+            RunningRequest(req_id, self._ours(block_ids) if block_ids else (), num_computed)
+            for req_id, block_ids, num_computed in rows
+            if req_id not in resumed
         ]
         return StepInput(
             step=self._step,

@@ -34,4 +34,6 @@ class Awaited:
     def take(self) -> tuple[IntArray, IntArray]:
         """Places and positions of all of them, int32 `[n]` each; none are left."""
         parts, self._parts = self._parts, []
+        if len(parts) == 1:
+            return parts[0]
         return joined([place for place, _ in parts]), joined([position for _, position in parts])

@@ -42,6 +42,7 @@ class UploadRing:
         if device.type == "cuda":
             like = torch.empty(num_elems, dtype=torch.int32)
             self._buffers = [pinned_like(like) for _ in range(NUM_BUFFERS)]
+            self._arrays = [buffer.numpy() for buffer in self._buffers]
             self._sent = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
             self._target = torch.empty(num_elems, dtype=torch.int32, device=device)
 
@@ -53,11 +54,11 @@ class UploadRing:
         """
         if self._device.type != "cuda" or array.size > self._num_elems:
             return upload(array, self._device)
-        sent, buffer = self._sent[self._next], self._buffers[self._next][: array.size]
-        self._next = (self._next + 1) % NUM_BUFFERS
+        sent, at = self._sent[self._next], self._next
+        self._next = (at + 1) % NUM_BUFFERS
         sent.synchronize()
-        buffer.numpy()[:] = array
+        self._arrays[at][: array.size] = array
         target = self._target[: array.size]
-        target.copy_(buffer, non_blocking=True)
+        target.copy_(self._buffers[at][: array.size], non_blocking=True)
         sent.record()
         return target
