@@ -7,12 +7,15 @@ from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.choices import ChoiceQueue
 from flashmemory_vllm.transfer.engine import TransferEngine
 
+# With so many requests counters are written every so many steps: nobody reads them more often, and it takes the host as
+# long as a dozen rows. When the last request goes they are written in any case.
+MANY_REQUESTS, MANY_STEPS = 16, 8
 # Steps between two writes of the histograms: sorting values into buckets costs more than all other counting
 HISTOGRAM_STEPS = 64
 
 
 class Reporter:
-    """Copies the planner's and the engine's totals to the shared counters: once a step, histograms not as often.
+    """Copies the planner's and the engine's totals to the shared counters: with few requests once a step.
 
     Totals are published as what came on top since the last call, so that a reset of residency (sleep, warm-up)
     never makes a counter go back.
@@ -34,7 +37,7 @@ class Reporter:
         self._published: dict[str, float] = {}
         self._failed = {reason: series("failed_selections_total", reason) for reason in choices.failures}
         self._fallbacks = series("dense_fallbacks_total", "score_share")
-        self._num_published = 0
+        self._num_calls = 0
         counters.set("workers", 1)
         planned = planner.counters
         self._histograms = (
@@ -44,7 +47,10 @@ class Reporter:
         )
 
     def publish(self) -> None:
-        """Write every counter and gauge."""
+        """Write every counter and gauge, if it is time."""
+        self._num_calls += 1
+        if len(self._planner.requests) >= MANY_REQUESTS and self._num_calls % MANY_STEPS:
+            return
         usage, planned, moved = self._planner.usage(), self._planner.counters, self._engine.counters
         totals = {
             "recalled_blocks_total": planned.recalled_blocks + planned.prefetched_blocks,
@@ -79,9 +85,8 @@ class Reporter:
             if growth := total - self._published.get(name, 0):
                 self._counters.add(name, growth)
         self._published = totals
-        self._num_published += 1
         # An idle server has published all
-        if self._num_published % HISTOGRAM_STEPS == 0 or not usage.num_requests:
+        if self._num_calls % HISTOGRAM_STEPS == 0 or not usage.num_requests:
             for histogram in self._histograms:
                 histogram.publish(self._counters)
         self._counters.set("resident_blocks", usage.resident_blocks)

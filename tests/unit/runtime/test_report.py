@@ -13,7 +13,7 @@ from flashmemory_vllm.observability.metrics import SERIES, series
 from flashmemory_vllm.residency.counters import SECOND_BOUNDS, STEP_BOUNDS
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.runtime.choices import ChoiceQueue
-from flashmemory_vllm.runtime.report import HISTOGRAM_STEPS, Reporter
+from flashmemory_vllm.runtime.report import HISTOGRAM_STEPS, MANY_REQUESTS, MANY_STEPS, Reporter
 from flashmemory_vllm.transfer.engine import TransferCounters, TransferEngine
 from tests.unit.residency.driver import Driver
 
@@ -116,3 +116,21 @@ def test_an_idle_server_has_published_all(counters: CounterWriter) -> None:
     driver.step(finished=["a"])
     reporter.publish()
     assert read(counters)["block_idle_steps_count"] == 1
+
+
+def test_with_many_requests_counters_are_written_now_and_then_and_at_the_end(counters: CounterWriter) -> None:
+    driver = Driver(num_slots=300)
+    reporter = report(counters, driver.planner)
+    names = [f"r{index}" for index in range(MANY_REQUESTS)]
+    for index, name in enumerate(names):
+        driver.prefill(name, 1, first_block=1 + 2 * index)
+    written = []
+    for step in range(2 * MANY_STEPS):
+        driver.planner.counters.selections = step + 1
+        reporter.publish()
+        written.append(int(read(counters).get("selections_total", 0)))
+    assert written == [*[0] * (MANY_STEPS - 1), *[MANY_STEPS] * MANY_STEPS, 2 * MANY_STEPS]
+    driver.planner.counters.selections += 1
+    driver.step(finished=names)
+    reporter.publish()
+    assert read(counters)["selections_total"] == 2 * MANY_STEPS + 1
