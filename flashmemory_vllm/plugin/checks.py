@@ -58,12 +58,12 @@ def prepare_config(vllm_config: "VllmConfig") -> Callable[[], None]:
     """
     if not is_selected(vllm_config):
         return nothing_to_put_right
+    is_latent = vllm_config.model_config is not None and vllm_config.model_config.use_mla
     check_vllm_version()
-    check_seams()
+    check_seams(is_latent=is_latent)
     config = read_config(vllm_config)
     if ignore_windows_that_never_bind(vllm_config):
         logger.info_once("flashmemory: no request is longer than the model's sliding window, which is ignored")
-    is_latent = vllm_config.model_config is not None and vllm_config.model_config.use_mla
     take_smallest_blocks(vllm_config.cache_config, is_latent=is_latent)
     refuse_unsupported(vllm_config, config)
     _pin_indexer(vllm_config, config)

@@ -138,14 +138,51 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_seams() -> None:
+# Of models with latent attention alone, on a CPU
+_MLA, _CPU_MLA = "vllm.model_executor.layers.attention.mla_attention", "vllm.v1.attention.backends.mla.cpu_mla"
+LATENT_FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
+    f"{_MLA}:MLACommonMetadataBuilder.__init__": ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+    f"{_MLA}:MLACommonImpl.forward_mha": (
+        "self",
+        "q",
+        "kv_c_normed",
+        "k_pe",
+        "kv_c_and_k_pe_cache",
+        "attn_metadata",
+        "k_scale",
+        "output",
+        "output_scale",
+    ),
+    f"{_CPU_MLA}:CPUMLAImpl.forward_mqa": ("self", "q", "kv_c_and_k_pe_cache", "attn_metadata", "layer"),
+    f"{_CPU_MLA}:CPUMLAImpl.do_kv_cache_update": (
+        "self",
+        "kv_c_normed",
+        "k_pe",
+        "kv_cache",
+        "slot_mapping",
+        "kv_cache_dtype",
+        "k_scale",
+    ),
+}
+LATENT_FIELD_SEAMS: dict[str, tuple[str, ...]] = {
+    f"{_MLA}:MLACommonMetadata": ("num_decode_tokens",),
+    "vllm.v1.kv_cache_interface:MLAAttentionSpec": ("cache_role", "head_size_v"),
+}
+
+
+def check_seams(*, is_latent: bool = False) -> None:
     """Verify every seam.
+
+    Args:
+        is_latent: those of latent attention, too. Default: False.
 
     Raises:
         UnsupportedError: names each seam that is missing or has another shape.
     """
-    problems = [problem for seam, names in FUNCTION_SEAMS.items() for problem in _function_problems(seam, names)]
-    problems += [problem for seam, names in FIELD_SEAMS.items() for problem in _field_problems(seam, names)]
+    functions = FUNCTION_SEAMS | (LATENT_FUNCTION_SEAMS if is_latent else {})
+    fields = FIELD_SEAMS | (LATENT_FIELD_SEAMS if is_latent else {})
+    problems = [problem for seam, names in functions.items() for problem in _function_problems(seam, names)]
+    problems += [problem for seam, names in fields.items() for problem in _field_problems(seam, names)]
     if problems:
         raise UnsupportedError("vllm: this build differs from 0.32 where flashmemory hooks in: " + "; ".join(problems))
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.latent import unserved_latents
 from flashmemory_vllm.plugin.layers import split_layers
 from flashmemory_vllm.plugin.names import CAPTURE_EXTENSION
+from flashmemory_vllm.plugin.seams import check_seams
 from flashmemory_vllm.residency.budget import BudgetPolicy
 from tests.helpers.indexers import save_untrained
 from tests.integration.configurations import configure, refusal
@@ -62,6 +64,19 @@ def test_chunks_and_prefixes_stay_as_asked_for(model: Path) -> None:
     assert config.scheduler_config.max_num_batched_tokens == 1024
     assert config.cache_config.enable_prefix_caching
     assert not configure(model, block_size=None, enable_prefix_caching=False).cache_config.enable_prefix_caching
+
+
+def test_a_seam_that_moved_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not concern other models."""
+
+    def forward_mqa(self: object, q: object) -> None:
+        """Of another shape."""
+
+    monkeypatch.setattr(CPUMLAImpl, "forward_mqa", forward_mqa)
+    message = str(refusal(model, block_size=None))
+    assert message.startswith("vllm: this build differs from 0.32 where flashmemory hooks in: ")
+    assert "CPUMLAImpl.forward_mqa has parameters ['self', 'q'], expected" in message
+    check_seams()
 
 
 def test_one_size_of_blocks(model: Path) -> None:
