@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flashmemory_vllm.cli import measured_tables
+from flashmemory_vllm.cli.host_table import host_table
 from flashmemory_vllm.cli.loss_tables import loss_tables
 from flashmemory_vllm.cli.markdown import table
 from flashmemory_vllm.cli.mutation_table import mutations_table
@@ -48,6 +49,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "results/default.md": measured_tables.default_tables,
     "results/device.md": measured_tables.device_tables,
     "results/exactness.md": measured_tables.exactness_table,
+    "results/host.md": host_table,
     "results/indexer.md": measured_tables.indexer_tables,
     "results/real.md": loss_tables,
     "results/reference.md": measured_tables.equal_bytes_tables,

@@ -68,6 +68,8 @@ class IndexedSelector(Selector):
         dtype = CODE_DTYPE if is_fp8 else geometry.dtype
         self.index = torch.empty(*size, *rows, dtype=dtype, device=geometry.device)
         self.scales = torch.empty(size, device=geometry.device) if is_fp8 else None
+        # Whether blocks came gathered or in slots: all that a runtime gives is alike
+        self._checked: set[bool] = set()
         self._keys = KeyIndex(self.index, self.scales, self._layer_groups, geometry.softmax_scale)
 
     def bytes_per_block(self) -> int:
@@ -81,8 +83,10 @@ class IndexedSelector(Selector):
         """Make the index keys of blocks that became full; see `Selector.add_blocks`."""
         layer_slots = repeat(None, len(keys)) if slots is None else slots
         scales = repeat(None, len(keys)) if self.scales is None else self.scales
+        is_checked = (slots is None) in self._checked
         for rows, pages, in_slots, of_rows in zip(self.index, keys, layer_slots, scales, strict=True):
-            summarise_keys(pages, in_slots, rows, block_ids, self.summary, of_rows)
+            summarise_keys(pages, in_slots, rows, block_ids, self.summary, of_rows, is_checked=is_checked)
+        self._checked.add(slots is None)
 
     @property
     def memory_kind(self) -> MemoryKind:

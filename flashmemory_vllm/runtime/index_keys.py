@@ -1,5 +1,7 @@
 """Index keys of blocks that became full, made from their device pages."""
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -17,15 +19,14 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
     """
     if not parts.selector.needs_keys or not len(full.blocks):
         return
-    group_of = {layer: group for group, layers in enumerate(parts.groups) for layer in layers}
     count = len(full.blocks)
     # One upload. The ids of a group begin at a multiple of 16 bytes, for which kernels are compiled
     ids = np.zeros((1 + len(parts.groups), count + count % 2), np.int64)
     ids[0, :count], ids[1:, :count] = full.blocks, full.slots
     block_ids, *slots_of = upload(ids, parts.shape.device)[:, :count]
-    slots = [slots_of[group_of[layer]] for layer in parts.anchors]
+    slots = [slots_of[group] for group in _groups_of(parts.anchors, parts.groups)]
     if parts.kind.page_format.keys_are_views:
-        keys = [_keys(parts, layer, parts.engine.layout.page_view(layer)) for layer in parts.anchors]
+        keys = [_views(parts, layer) for layer in parts.anchors]
         parts.choices.guard.add_blocks(full.blocks, block_ids, keys, slots)
     else:
         keys = [
@@ -33,6 +34,20 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
             for layer, at in zip(parts.anchors, slots, strict=True)
         ]
         parts.choices.guard.add_blocks(full.blocks, block_ids, keys)
+
+
+@cache
+def _groups_of(anchors: tuple[int, ...], groups: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Layer group of each anchor layer."""
+    group_of = {layer: group for group, layers in enumerate(groups) for layer in layers}
+    return tuple(group_of[layer] for layer in anchors)
+
+
+def _views(parts: RuntimeParts, layer: int) -> torch.Tensor:
+    """Keys [S, Hkv, block_size, D] of a layer's device pages, which stay where they are."""
+    if layer not in parts.key_views:
+        parts.key_views[layer] = _keys(parts, layer, parts.engine.layout.page_view(layer))
+    return parts.key_views[layer]
 
 
 def _keys(parts: RuntimeParts, layer: int, pages: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """What a worker's residency runtime is assembled from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from flashmemory_vllm.indexer.base import Selector
 from flashmemory_vllm.kinds.base import PageKind
@@ -47,6 +49,7 @@ class RuntimeParts:
         counters: this worker's shared counters.
         check_integrity: check every invariant at every step.
         poison: overwrite free slots with NaN at every step.
+        key_views: keys of anchor layers' pages where they lie, of those that were asked for.
     """
 
     shape: AttentionShape
@@ -63,3 +66,4 @@ class RuntimeParts:
     counters: CounterWriter
     check_integrity: bool
     poison: bool
+    key_views: dict[int, torch.Tensor] = field(default_factory=dict)

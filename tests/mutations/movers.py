@@ -37,7 +37,7 @@ MOVERS = (
     Mutation(
         "wrong group: index keys are made from the slots of the first one",
         f"{_RUNTIME}index_keys.py",
-        "slots = [slots_of[group_of[layer]] for layer in parts.anchors]",
+        "slots = [slots_of[group] for group in _groups_of(parts.anchors, parts.groups)]",
         "slots = [slots_of[0] for _ in parts.anchors]",
         f"{_OUTPUTS}[0.3-CpuTransferEngine-2]",
     ),

@@ -1,6 +1,6 @@
 """What a decode step costs the host in our own code, by part: rows that all decode, whose sets change all the time.
 
-    python -m tests.tools.host_cost [--rows 64] [--tokens 6144] [--tau 4] [--changes 0.43] [--steps 300]
+    python -m tests.tools.host_cost [--rows 64] [--tokens 6144] [--tau 4] [--changes 0.43] [--steps 300] [--out FILE]
 
 The real runtime runs step after step on the CPU, without a model. What a device would do is not counted: scoring,
 `choose_sets`, `apply_step` and copies of pages stand here as plain functions whose own time is taken off. Worths are
@@ -8,16 +8,18 @@ drawn anew at such a rate that about `--changes` blocks come into each row's set
 that enqueue work on a device; they cost a GPU machine some microseconds each as well, so they count.
 
 Prints microseconds of CPU time a step, 10th percentile, median and 95th percentile, one part a line, parts of parts
-indented.
+indented. With --out they are appended to a file of rows; `NUMBA_DISABLE_JIT=1` measures what is done without numba.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +30,7 @@ from flashmemory_kernels.common.due_rows import Due
 from flashmemory_kernels.remember_shares import Channel
 
 from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.files import write_json
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.places import DueRows, MemoryKind, PlaceState
 from flashmemory_vllm.kinds.base import PageKind
@@ -36,6 +39,7 @@ from flashmemory_vllm.observability.counters import CounterWriter, worker_name
 from flashmemory_vllm.residency.asking import Asking
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import cdiv
+from flashmemory_vllm.residency.compiled import IS_COMPILED
 from flashmemory_vllm.residency.decode_rows import DecodeRows
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.registry import RequestRegistry
@@ -257,25 +261,47 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--tau", type=int, default=4, help="tokens between two selections. Default: %(default)s")
     parser.add_argument("--changes", type=float, default=0.43, help="blocks that come, a row and step. Default: 0.43")
     parser.add_argument("--steps", type=int, default=300, help="steps that are measured. Default: %(default)s")
+    parser.add_argument("--out", type=Path, help="JSON file that rows are appended to")
+    parser.add_argument("--commit", default="unknown", help="commit to name in the rows. Default: %(default)s")
     args = parser.parse_args(words)
     torch.set_num_threads(1)
     with torch.inference_mode():
         measured, came = measure(args.rows, args.tokens, args.tau, args.changes, args.steps)
+    selection = ("lists taken", "decode rows", "slots", "asked", "choose")
+    parts = {2 * indent * " " + part: [step[part] for step in measured] for part, indent, _, _ in PARTS}
+    parts["all selections"] = [sum(step[part] for part in selection) for step in measured]
+    parts["all"] = [sum(step[part] for part, indent, _, _ in PARTS if not indent) for step in measured]
     write = sys.stdout.write
     write(f"{args.rows} rows of {args.tokens} tokens, tau {args.tau}: {came:.2f} blocks come, a row and step\n")
     write(f"{'us a step':24}{'p10':>9}{'median':>9}{'p95':>9}\n")
-    for part, indent, _, _ in PARTS:
-        _write(2 * indent * " " + part, [step[part] for step in measured])
-    selection = ("lists taken", "decode rows", "slots", "asked", "choose")
-    _write("all selections", [sum(step[part] for part in selection) for step in measured])
-    _write("all", [sum(step[part] for part, indent, _, _ in PARTS if not indent) for step in measured])
+    rows = [_row(args, name.strip(), values, round(came, 3)) for name, values in parts.items()]
+    for name, row in zip(parts, rows, strict=True):
+        write(f"{name:24}{row['p10']:9.0f}{row['value']:9.0f}{row['p95']:9.0f}\n")
+    if args.out is not None:
+        earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
+        write_json(args.out, [*earlier, *rows])
     return 0
 
 
-def _write(name: str, values: list[float]) -> None:
+def _row(args: argparse.Namespace, part: str, values: list[float], came: float) -> dict[str, Any]:
     ordered = sorted(values)
-    low, high = (ordered[int(share * len(ordered))] for share in (0.1, 0.95))
-    sys.stdout.write(f"{name:24}{low:9.0f}{statistics.median(values):9.0f}{high:9.0f}\n")
+    low, high = (round(ordered[int(share * len(ordered))], 1) for share in (0.1, 0.95))
+    asked = f"--rows {args.rows} --tokens {args.tokens} --tau {args.tau} --changes {args.changes} --steps {args.steps}"
+    return {
+        "scenario": "host-step",
+        "measurement": f"{args.rows} x {args.tokens}, tau {args.tau}",
+        "part": part,
+        "value": round(statistics.median(values), 1),
+        "unit": "us of CPU time a step",
+        "p10": low,
+        "p95": high,
+        "blocks_per_row": came,
+        "is_compiled": IS_COMPILED,
+        "gpu": None,
+        "versions": {name: version(name) for name in ("torch", "numpy", "numba")},
+        "commit": args.commit,
+        "command": f"python -m tests.tools.host_cost {asked} --out host-step.json --commit {args.commit}",
+    }
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def summarise_keys(
     block_ids: torch.Tensor,
     kind: Kind,
     scales: torch.Tensor | None = None,
+    *,
+    is_checked: bool = False,
 ) -> None:
     """Make the index rows of n full blocks; mutates `index[block_ids]`, and `scales[block_ids]` if there are some.
 
@@ -47,20 +49,14 @@ def summarise_keys(
         block_ids: int64 [n], distinct.
         kind: how keys become rows.
         scales: float32 [N, Hkv], contiguous, with "exact_fp8", whose index is fp8 e4m3; None with other kinds.
+        is_checked: an earlier call with such arguments was checked, which takes as long as a launch. Default: False.
 
     Raises:
         ValueError: shape, dtype, device or strides do not match, or the kind is unknown.
     """
-    _expect(keys, slots, index, block_ids, kind)
-    if (kind == "exact_fp8") != (scales is not None):
-        raise ValueError(f"scales: expected with the kind 'exact_fp8' and with no other, got the kind {kind!r}")
-    if scales is not None:
-        expect_shape("scales", scales, tuple(index.shape[:2]))
-        expect_dtype("scales", scales, torch.float32)
-        expect_dtype("index", index, CODE_DTYPE)
-        expect_device("scales", scales, keys.device)
-        if not scales.is_contiguous():
-            raise ValueError(f"scales: expected a contiguous tensor, got strides {scales.stride()}")
+    if not is_checked:
+        _expect(keys, slots, index, block_ids, kind)
+        _expect_scales(keys, index, kind, scales)
     if runs_kernel(keys):
         from flashmemory_kernels.summarise_keys.kernel import summarise_keys_triton
 
@@ -89,3 +85,15 @@ def _expect(
         expect_contiguous_rows(name, tensor)
     for name, tensor in (*ids, ("index", index)):
         expect_device(name, tensor, keys.device)
+
+
+def _expect_scales(keys: torch.Tensor, index: torch.Tensor, kind: Kind, scales: torch.Tensor | None) -> None:
+    if (kind == "exact_fp8") != (scales is not None):
+        raise ValueError(f"scales: expected with the kind 'exact_fp8' and with no other, got the kind {kind!r}")
+    if scales is not None:
+        expect_shape("scales", scales, tuple(index.shape[:2]))
+        expect_dtype("scales", scales, torch.float32)
+        expect_dtype("index", index, CODE_DTYPE)
+        expect_device("scales", scales, keys.device)
+        if not scales.is_contiguous():
+            raise ValueError(f"scales: expected a contiguous tensor, got strides {scales.stride()}")

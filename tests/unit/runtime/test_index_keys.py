@@ -29,6 +29,7 @@ def test_ids_of_all_groups_come_in_one_upload(count: int, monkeypatch: pytest.Mo
         selector=SimpleNamespace(needs_keys=True),
         groups=((0, 2), (1,)),
         anchors=(0, 1, 2),
+        key_views={},
         shape=SimpleNamespace(device=torch.device("cpu")),
         engine=SimpleNamespace(layout=layout),
         kind=SimpleNamespace(page_format=SimpleNamespace(keys_are_views=True, keys=lambda pages: pages)),
