@@ -2,13 +2,15 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from flashmemory_kernels.choose_sets import ChoicePolicy
 
 from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.errors import FlashMemoryError
 from flashmemory_vllm.indexer.base import IndexGeometry, Selector
 from flashmemory_vllm.indexer.factory import create_selector, option_names
 from flashmemory_vllm.indexer.places import MemoryKind
@@ -36,6 +38,8 @@ from flashmemory_vllm.transfer.staging import NUM_STAGING_BUFFERS
 
 # Below vLLM's logger, which alone has handlers
 logger = logging.getLogger("vllm.flashmemory")
+
+Made = TypeVar("Made")
 
 # Most blocks of a request that come with one list, unless it is in force at once
 MOST_LISTED = 64
@@ -129,29 +133,36 @@ def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfi
         sizes.num_logical_blocks, layout.num_slots, config.layer_groups, budget.block_size, sizes.max_num_seqs
     )
     group_bytes = max(sum(layout.layer_bytes(layer) for layer in group) for group in layout.groups)
-    started = time.perf_counter()
-    planner = StepPlanner(
-        geometry,
-        budget,
-        tau_steps(config),
-        max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
-        fallback_share=config.dense_fallback_share,
-        opening_steps=opening_steps(config),
-        is_quick=_is_quick(),
+    return _with_loops(
+        lambda is_quick: StepPlanner(
+            geometry,
+            budget,
+            tau_steps(config),
+            max_prefetches=max(1, (config.prefetch_mib_per_step << 20) // group_bytes),
+            fallback_share=config.dense_fallback_share,
+            opening_steps=opening_steps(config),
+            is_quick=is_quick,
+        )
     )
-    seconds = time.perf_counter() - started
-    if seconds > 1:
-        logger.info("flashmemory: what settles lists was compiled in %.1f s", seconds)
-    if not _is_quick():
-        logger.info("flashmemory: numba is not there, so settling lists takes the host longer")
-    return planner
 
 
-def _is_quick() -> bool:
-    """Whether loops can be compiled."""
+def _with_loops(make: Callable[[bool], Made]) -> Made:
+    """Something that is quick with loops that are compiled, which takes a while; slower where they cannot be had."""
     from flashmemory_vllm.residency.compiled import IS_COMPILED  # late, as only workers need it
 
-    return IS_COMPILED
+    started = time.perf_counter()
+    try:
+        made = make(IS_COMPILED)
+    except Exception as error:
+        if isinstance(error, FlashMemoryError) or not IS_COMPILED:
+            raise
+        # A full disk, a damaged file of code, a compiler that does not know this processor
+        logger.warning("flashmemory: loops cannot be compiled; steps take the host longer", exc_info=True)
+        return make(False)
+    seconds = time.perf_counter() - started
+    if seconds > 1:
+        logger.info("flashmemory: loops of %s were compiled in %.1f s", type(made).__name__, seconds)
+    return made
 
 
 def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy, buffers: StepBuffers) -> ChoiceQueue:
@@ -160,7 +171,8 @@ def _choices(selector: Selector, config: FlashMemoryConfig, budget: BudgetPolicy
     policy = ChoicePolicy(kind.combine, config.own.successor_share, hysteresis(config), threshold or 0.0)
     sizes = choice_sizes(config, budget, kind, tables.sizes.num_places)
     state = ChoiceState(sizes, buffers.queries.by_place, tables.block_ids, kind, policy)
-    return ChoiceQueue(selector, state, SideStream(selector.geometry.device), is_quick=_is_quick())
+    side_stream = SideStream(selector.geometry.device)
+    return _with_loops(lambda is_quick: ChoiceQueue(selector, state, side_stream, is_quick=is_quick))
 
 
 def choice_sizes(config: FlashMemoryConfig, budget: BudgetPolicy, kind: MemoryKind, max_num_seqs: int) -> ChoiceSizes:

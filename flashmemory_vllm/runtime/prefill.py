@@ -66,6 +66,8 @@ class StreamedPrefill:
 
         All layers of the step must then be completed in order, of each layer the last run of the batch first.
         """
+        if not batch.prefill and not self._rows:
+            return  # as in most steps; nothing was begun before, nothing is now
         streamed = [(begin, row) for begin, row in batch.begins_of_prefill() if any(map(len, row.streamed))]
         histories = self._histories([row for _, row in streamed])
         # The last row first: where a batch is computed in two runs, rows in prefill come before decode rows
