@@ -43,8 +43,19 @@ def plain(function: Function) -> Function:
 
 
 def _is_ours(folder: Path, source: Path) -> bool:
-    """Whether a folder is as safe as the source's own byte code, or nobody else may write to it."""
+    """Whether a folder is as safe as the source's own byte code, or nobody else may write to it or move it away."""
     if folder.parent == source.parent:
         return True
+    above = (parent.stat() for parent in folder.resolve().parents)
+    # Where others may write, as in /tmp, what is ours stays ours if only owners may move it
+    is_fixed = all(one.st_uid in {0, os.geteuid()} and (not _others_write(one) or _is_sticky(one)) for one in above)
     found = folder.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_fixed and found.st_uid == os.geteuid() and not _others_write(found)
+
+
+def _others_write(found: os.stat_result) -> bool:
+    return bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _is_sticky(found: os.stat_result) -> bool:
+    return bool(found.st_mode & stat.S_ISVTX)

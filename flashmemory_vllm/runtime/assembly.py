@@ -30,6 +30,7 @@ from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.side_stream import SideStream
 from flashmemory_vllm.runtime.tables import StepTables, TableSizes
 from flashmemory_vllm.runtime.trained import anchor_layers, hysteresis, num_kept, opening_steps, query_window, tau_steps
+from flashmemory_vllm.runtime.uploads import UploadRing
 from flashmemory_vllm.transfer.checksums import COMPARED
 from flashmemory_vllm.transfer.engine import CpuTransferEngine, TransferEngine
 from flashmemory_vllm.transfer.host_pool import HostPool
@@ -124,6 +125,7 @@ def build_runtime(  # noqa: PLR0913 - the one place where everything meets
             counters=counters,
             check_integrity=config.check_integrity,
             poison=config.poison_free_slots,
+            id_ring=UploadRing(4 * sizes.max_num_seqs * (1 + len(groups)), shape.device),
         )
     )
 

@@ -7,7 +7,6 @@ import torch
 
 from flashmemory_vllm.residency.types import WriteBacks
 from flashmemory_vllm.runtime.parts import RuntimeParts
-from flashmemory_vllm.runtime.uploads import upload
 
 
 def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
@@ -23,7 +22,8 @@ def index_full_blocks(parts: RuntimeParts, full: WriteBacks) -> None:
     # One upload. The ids of a group begin at a multiple of 16 bytes, for which kernels are compiled
     ids = np.zeros((1 + len(parts.groups), count + count % 2), np.int64)
     ids[0, :count], ids[1:, :count] = full.blocks, full.slots
-    block_ids, *slots_of = upload(ids, parts.shape.device)[:, :count]
+    on_device = parts.id_ring.upload(ids.reshape(-1).view(np.int32)).view(torch.int64)
+    block_ids, *slots_of = on_device.view(ids.shape)[:, :count]
     slots = [slots_of[group] for group in _groups_of(parts.anchors, parts.groups)]
     if parts.kind.page_format.keys_are_views:
         keys = [_views(parts, layer) for layer in parts.anchors]

@@ -14,6 +14,7 @@ from flashmemory_vllm.runtime.queries import QueryRing
 from flashmemory_vllm.runtime.question import QuestionQueries
 from flashmemory_vllm.runtime.shape import AttentionShape
 from flashmemory_vllm.runtime.tables import StepTables
+from flashmemory_vllm.runtime.uploads import UploadRing
 from flashmemory_vllm.transfer.engine import TransferEngine
 
 
@@ -49,6 +50,7 @@ class RuntimeParts:
         counters: this worker's shared counters.
         check_integrity: check every invariant at every step.
         poison: overwrite free slots with NaN at every step.
+        id_ring: takes the ids of full blocks, 16 bytes for each of them and group.
         key_views: keys of anchor layers' pages where they lie, of those that were asked for.
     """
 
@@ -66,4 +68,5 @@ class RuntimeParts:
     counters: CounterWriter
     check_integrity: bool
     poison: bool
+    id_ring: UploadRing
     key_views: dict[int, torch.Tensor] = field(default_factory=dict)

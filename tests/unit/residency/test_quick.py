@@ -225,6 +225,10 @@ def test_code_is_kept_only_where_nobody_else_writes(tmp_path: Path, monkeypatch:
     assert compiled._is_ours(elsewhere, source)
     elsewhere.chmod(0o770)
     assert not compiled._is_ours(elsewhere, source)
+    elsewhere.chmod(0o700)
+    for mode, is_safe in ((0o777, False), (0o1777, True)):
+        elsewhere.parent.chmod(mode)
+        assert compiled._is_ours(elsewhere, source) == is_safe
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     elsewhere.chmod(0o700)
     assert not compiled._is_ours(elsewhere, source)

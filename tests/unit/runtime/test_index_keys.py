@@ -15,20 +15,20 @@ from flashmemory_vllm.runtime import index_keys
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_ids_of_all_groups_come_in_one_upload(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_all_groups_come_in_one_upload(count: int) -> None:
     uploads: list[torch.Tensor] = []
     added: list[tuple[Any, ...]] = []
 
-    def upload(array: npt.NDArray[Any], _: torch.device) -> torch.Tensor:
+    def upload(array: npt.NDArray[Any]) -> torch.Tensor:
         uploads.append(torch.from_numpy(array))
         return uploads[-1]
 
-    monkeypatch.setattr(index_keys, "upload", upload)
     layout = SimpleNamespace(page_view=lambda _: torch.zeros(9, 8), unflatten=lambda _, pages: pages)
     parts: Any = SimpleNamespace(
         selector=SimpleNamespace(needs_keys=True),
         groups=((0, 2), (1,)),
         anchors=(0, 1, 2),
+        id_ring=SimpleNamespace(upload=upload),
         key_views={},
         shape=SimpleNamespace(device=torch.device("cpu")),
         engine=SimpleNamespace(layout=layout),
