@@ -87,9 +87,12 @@ def test_making_room_for_some_blocks_keeps_the_others() -> None:
     make_clean(table, ids(9, 10))
     table.begin_step()
     make_clean(table, ids(1, 2, 3, 4))
+    # Those that have been of no use for longest are asked for
+    table.touch(0, ids(3, 4))
     copies = table.hold(0, ids(1, 2, 9))
     assert copies.blocks.tolist() == [9]
     assert (table.lut[0, ids(1, 2, 9)] > 0).all()
+    assert table.pins[0, table.lut[0, ids(1, 2, 9)]].tolist() == [1, 1, 1]
     table.check_integrity()
 
 
