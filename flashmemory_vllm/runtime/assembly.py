@@ -152,6 +152,8 @@ def _with_loops(make: Callable[[bool], Made]) -> Made:
     """Something that is quick with loops that are compiled, which takes a while; slower where they cannot be had."""
     from flashmemory_vllm.residency.compiled import IS_COMPILED  # late, as only workers need it
 
+    if not IS_COMPILED:
+        logger.info("flashmemory: no numba for this numpy; steps with many requests take the host longer")
     started = time.perf_counter()
     try:
         made = make(IS_COMPILED)
