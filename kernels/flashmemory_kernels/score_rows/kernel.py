@@ -167,6 +167,8 @@ def score_rows_triton(
         return
     is_fp8 = index.dtype == CODE_DTYPE
     dtype = LOW_PRECISION.get(queries.dtype, tl.float32)
+    if is_fp8 and dtype == tl.bfloat16:
+        dtype = tl.float16  # which codes are decoded to; a bf16 query is the same in it, but for elements beyond 65504
     if config is None:
         config = FLOAT32_CONFIG if dtype == tl.float32 else CONFIG
     group, rows_padded = num_heads // num_kv_heads, triton.next_power_of_2(num_index_rows)
