@@ -13,7 +13,7 @@ from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.compat import check_vllm_version
 from flashmemory_vllm.plugin.compat_outputs import raise_failed_requests
 from flashmemory_vllm.plugin.counter_files import announce_engine
-from flashmemory_vllm.plugin.latent import keep_chunks_and_prefixes, nothing_to_put_right
+from flashmemory_vllm.plugin.latent import cpu_backend, keep_chunks_and_prefixes, nothing_to_put_right
 from flashmemory_vllm.plugin.machine import tell_engines_of_machine
 from flashmemory_vllm.plugin.models import ignore_windows_that_never_bind
 from flashmemory_vllm.plugin.names import BACKEND_NAME, CPU_WORKER, CUDA_WORKER
@@ -21,7 +21,7 @@ from flashmemory_vllm.plugin.refusals import refuse_unsupported
 from flashmemory_vllm.plugin.seams import check_seams
 
 if TYPE_CHECKING:
-    from vllm.config import CacheConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
 
 # vLLM sets up handlers for the names below its own only.
 logger = init_logger("vllm.flashmemory")
@@ -64,7 +64,7 @@ def prepare_config(vllm_config: "VllmConfig") -> Callable[[], None]:
     config = read_config(vllm_config)
     if ignore_windows_that_never_bind(vllm_config):
         logger.info_once("flashmemory: no request is longer than the model's sliding window, which is ignored")
-    take_smallest_blocks(vllm_config.cache_config, is_latent=is_latent)
+    take_smallest_blocks(vllm_config.cache_config, vllm_config.model_config)
     refuse_unsupported(vllm_config, config)
     _pin_indexer(vllm_config, config)
     _tell_options(vllm_config)
@@ -135,7 +135,7 @@ def _check_indexer(config: FlashMemoryConfig) -> None:
         )
 
 
-def take_smallest_blocks(cache: "CacheConfig", *, is_latent: bool) -> None:
+def take_smallest_blocks(cache: "CacheConfig", model: "ModelConfig | None") -> None:
     """Give blocks the smallest size that the platform's attention takes, unless the user gave one.
 
     A selection keeps or leaves whole blocks. vLLM's default is the smallest on CUDA, which it checks itself; on a CPU
@@ -143,24 +143,23 @@ def take_smallest_blocks(cache: "CacheConfig", *, is_latent: bool) -> None:
 
     Args:
         cache: vLLM's configuration of its cache; changed on a CPU.
-        is_latent: the model's attention is latent.
+        model: vLLM's configuration of the model.
 
     Raises:
         ConfigError: the size given is not one that a CPU's attention takes.
     """
     if not current_platform.is_cpu():
         return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
-
-    backend = CPUMLABackend if is_latent else CPUAttentionBackend
-    smallest = min(getattr(size, "base", size) for size in backend.get_supported_kernel_block_sizes())
+    backend = cpu_backend(model)
+    sizes = backend.get_supported_kernel_block_sizes()
+    smallest = min(getattr(size, "base", size) for size in sizes)
     if not cache.user_specified_block_size:
         # Else vLLM puts its own default there
         cache.block_size, cache.user_specified_block_size = smallest, True
     elif not backend.supports_block_size(cache.block_size):
-        allowed = f"with latent attention is {smallest}" if is_latent else f"are multiples of {smallest}"
-        raise ConfigError(f"--block-size is {cache.block_size}: allowed on a CPU {allowed}")
+        latents = "with latent attention " if backend.is_mla() else ""
+        allowed = f"is {smallest}" if smallest in sizes else f"are multiples of {smallest}"
+        raise ConfigError(f"--block-size is {cache.block_size}: allowed on a CPU {latents}{allowed}")
 
 
 def choose_worker(vllm_config: "VllmConfig") -> None:

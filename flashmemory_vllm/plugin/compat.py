@@ -46,6 +46,7 @@ Overrides stand in the classes of ours that need them. Those that go further tha
 - `plugin/workers/physical.py` `physical_config`: makes vLLM's KV cache configuration again for S
   slots, with its private `_pool_bytes_per_block`; goes when vLLM tells logical from physical blocks.
 - `plugin/latent.py` `keep_chunks_and_prefixes`: puts options back that a CPU's platform switches off for latents.
+- `plugin/backends/amx_latent.py` `FlashMemoryAmxLatentImpl.by_head`: multiplies by vLLM's private `_custom_ops`.
 - `plugin/workers/physical.py` `without_block_override`: hides `--num-gpu-blocks-override`
   meanwhile, which counts logical blocks; goes with the one above.
 - `plugin/workers/common.py` `ResidencyWorker.compile_or_warm_up_model`: takes the runtime away while vLLM warms
@@ -63,7 +64,7 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from flashmemory_vllm.errors import FlashMemoryError, RefusedError, UnsupportedError
-from flashmemory_vllm.plugin.names import CPU_BACKEND, CPU_LATENT_BACKEND
+from flashmemory_vllm.plugin.names import CPU_BACKEND
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -167,16 +168,19 @@ def _print_refusals_as_one_line() -> None:
     sys.excepthook = excepthook
 
 
-def override_cpu_backend() -> None:
+def override_cpu_backend(latent_backend: str) -> None:
     """Make CPU attention layers of this worker process use our backends.
 
     Symptom: vLLM's CPU platform ignores the selected backend ("Cannot use ... on CPU") and always returns
     CPU_ATTN, for latents CPU_MLA or AMX_MLA. Cure: vLLM's own override of these members, in our worker process only.
     Remove when the CPU platform honours `--attention-backend`.
+
+    Args:
+        latent_backend: ours of latent attention.
     """
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
-    register_backend(AttentionBackendEnum.CPU_MLA, CPU_LATENT_BACKEND)
-    register_backend(AttentionBackendEnum.AMX_MLA, CPU_LATENT_BACKEND)
+    register_backend(AttentionBackendEnum.CPU_MLA, latent_backend)
+    register_backend(AttentionBackendEnum.AMX_MLA, latent_backend)
 
 
 def install_slot_translation(runner: Any, set_batch: SetBatch, managed: int) -> None:

@@ -3,13 +3,32 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend
 
 # Families whose layers were shown to be served as vLLM serves them
 SHOWN = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 # Of keys and of the latents within them, the only ones that vLLM's CPU kernel is compiled for
 CPU_SIZES = (576, 512)
+
+
+def runs_on_amx(model: "ModelConfig") -> bool:
+    """Whether a CPU's attention to latents is that on AMX tiles, which takes bf16 alone."""
+    return model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def cpu_backend(model: "ModelConfig | None") -> "type[AttentionBackend]":
+    """VLLM's backend that a CPU attends with, over whose blocks ours does."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    if model is None or not model.use_mla:
+        return CPUAttentionBackend
+    return AMXMLABackend if runs_on_amx(model) else CPUMLABackend
 
 
 def keep_chunks_and_prefixes(vllm_config: "VllmConfig") -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 BACKEND_NAME = "FLASHMEMORY"
 CPU_BACKEND = "flashmemory_vllm.plugin.backends.cpu.FlashMemoryCpuBackend"
+AMX_LATENT_BACKEND = "flashmemory_vllm.plugin.backends.amx_latent.FlashMemoryAmxLatentBackend"
 CPU_LATENT_BACKEND = "flashmemory_vllm.plugin.backends.cpu_latent.FlashMemoryCpuLatentBackend"
 CUDA_BACKEND = "flashmemory_vllm.plugin.backends.cuda.FlashMemoryCudaBackend"
 CAPTURE_EXTENSION = "flashmemory_vllm.plugin.capture_worker.CaptureExtension"

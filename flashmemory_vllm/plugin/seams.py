@@ -140,6 +140,7 @@ FIELD_SEAMS: dict[str, tuple[str, ...]] = {
 
 # Of models with latent attention alone, on a CPU
 _MLA, _CPU_MLA = "vllm.model_executor.layers.attention.mla_attention", "vllm.v1.attention.backends.mla.cpu_mla"
+_AMX_MLA = "vllm.v1.attention.backends.mla.amx_mla"
 LATENT_FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
     f"{_MLA}:MLACommonMetadataBuilder.__init__": ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
     f"{_MLA}:MLACommonImpl.forward_mha": (
@@ -163,6 +164,14 @@ LATENT_FUNCTION_SEAMS: dict[str, tuple[str, ...]] = {
         "kv_cache_dtype",
         "k_scale",
     ),
+}
+LATENT_FUNCTION_SEAMS |= {
+    f"{_AMX_MLA}:AMXMLAImpl.{method}": parameters
+    for method, parameters in (
+        ("forward_mha", LATENT_FUNCTION_SEAMS[f"{_MLA}:MLACommonImpl.forward_mha"]),
+        ("forward_mqa", LATENT_FUNCTION_SEAMS[f"{_CPU_MLA}:CPUMLAImpl.forward_mqa"]),
+        ("do_kv_cache_update", LATENT_FUNCTION_SEAMS[f"{_CPU_MLA}:CPUMLAImpl.do_kv_cache_update"]),
+    )
 }
 LATENT_FIELD_SEAMS: dict[str, tuple[str, ...]] = {
     f"{_MLA}:MLACommonMetadata": ("num_decode_tokens",),

@@ -83,6 +83,8 @@ class AttentionOracle:
         self._rows: Sequence[Row] = ()
         self._batch = _Batch(torch.empty(0), [], [], 1)
         self._history: dict[int, torch.Tensor] = {}
+        # By implementation of latent attention: some let vLLM drop them
+        self._weights: dict[int, torch.Tensor] = {}
 
     def install(self) -> None:
         """Look over the shoulder of our runtime, metadata builder and attention implementation."""
@@ -90,6 +92,9 @@ class AttentionOracle:
         _watch(CompactedBuilder, "build", before=self.see_batch)
         _watch(ResidentImpl, "do_kv_cache_update", before=self.see_keys)
         _watch(ResidentImpl, "forward", after=self.check)
+        from vllm.model_executor.layers.attention import MLAAttention
+
+        _watch(MLAAttention, "process_weights_after_loading", before=self.see_weights)
         _watch(LatentImpl, "do_kv_cache_update", before=self.see_latents)
         _watch(LatentImpl, "forward_mha", after=self.check_expanded)
         _watch(LatentImpl, "forward_mqa", after=self.check_absorbed)
@@ -122,6 +127,10 @@ class AttentionOracle:
         """Keep the keys and values [T, Hkv, D] of a layer."""
         self._keep(call.self, torch.stack((call.key, call.value), dim=1))
 
+    def see_weights(self, call: Call) -> None:
+        """Keep the projection of latents to keys and values, [Hq * (nope + v), latent]."""
+        self._weights[id(call.self.impl)] = call.self.kv_b_proj.weight.detach().double()
+
     def see_latents(self, call: Call) -> None:
         """Keep the latents [T, latent + rope] of a layer."""
         self._keep(call.self, torch.cat((call.kv_c_normed, call.k_pe.squeeze(1)), dim=-1))
@@ -136,8 +145,9 @@ class AttentionOracle:
         dims = (impl.num_heads, impl.qk_nope_head_dim + impl.v_head_dim)
 
         def expand(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            made = latents[:, : impl.kv_lora_rank].double() @ impl.kv_b_proj.weight.double().T
-            nope, value = made.view(-1, *dims).split([impl.qk_nope_head_dim, impl.v_head_dim], dim=-1)
+            made = latents[:, : impl.kv_lora_rank].double() @ self._weights[id(impl)].T
+            made = made.view(-1, *dims)
+            nope, value = made[..., : impl.qk_nope_head_dim], made[..., impl.qk_nope_head_dim :]
             rope = latents[:, None, impl.kv_lora_rank :].expand(-1, impl.num_heads, -1)
             return torch.cat((nope, rope), dim=-1), value
 

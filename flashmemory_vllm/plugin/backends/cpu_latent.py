@@ -1,7 +1,4 @@
-"""The CPU backend of latent attention: vLLM's reference implementation over compacted tables.
-
-On a CPU with AMX vLLM has a faster one, whose prefill is one fused kernel that cannot leave history to be streamed.
-"""
+"""The CPU backend of latent attention in any dtype: vLLM's reference implementation over compacted tables."""
 
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata, MLACommonMetadataBuilder
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
@@ -19,7 +16,7 @@ class FlashMemoryCpuLatentImpl(LatentImpl, CPUMLAImpl):
 
 
 class FlashMemoryCpuLatentBackend(CPUMLABackend):
-    """Stands in for CPU_MLA and AMX_MLA inside our worker."""
+    """Stands in for CPU_MLA inside our worker, and for AMX_MLA, which takes bf16 alone, in other dtypes."""
 
     @staticmethod
     def get_name() -> str:

@@ -80,13 +80,12 @@ class LatentImpl(BoundImpl):
         if not self._is_heard(attn_metadata):
             return
         assert self.runtime is not None
-        query, key = self._absorbed(q), torch.cat((kv_c_normed.unsqueeze(1), k_pe), dim=-1)
+        query, key = self.absorbed(q), torch.cat((kv_c_normed.unsqueeze(1), k_pe), dim=-1)
         latents = query.new_empty(*query.shape[:2], self.kv_lora_rank)
         values = key[..., : self.kv_lora_rank]
         first = attn_metadata.num_decode_tokens
         for tokens in self.runtime.attended(self.layer_index, query, key, values, latents, first):
-            heads = torch.bmm(latents[tokens].transpose(0, 1), self._layer.W_UV)
-            output[tokens] = heads.transpose(0, 1).flatten(1)
+            output[tokens] = self.values_of(latents[tokens]).flatten(1)
 
     def forward_mqa(
         self,
@@ -133,8 +132,16 @@ class LatentImpl(BoundImpl):
     def _is_heard(self, attn_metadata: Any) -> bool:
         return self.is_watched(attn_metadata) and self.runtime is not None and self.runtime.is_heard(self.layer_index)
 
-    def _absorbed(self, query: torch.Tensor) -> torch.Tensor:
+    def absorbed(self, query: torch.Tensor) -> torch.Tensor:
         """Queries [T, Hq, latent + rope] for latents, of queries [T, Hq, nope + rope] for keys."""
         nope, rope = query[..., : self.qk_nope_head_dim], query[..., self.qk_nope_head_dim :]
-        latent = torch.bmm(nope.transpose(0, 1), self._layer.W_UK_T).transpose(0, 1)
-        return torch.cat((latent, rope), dim=-1)
+        return torch.cat((self.by_head(nope, is_key=True), rope), dim=-1)
+
+    def values_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """What attention gives, [T, Hq, v], of the latents [T, Hq, latent] that it was computed with."""
+        return self.by_head(latents, is_key=False)
+
+    def by_head(self, vectors: torch.Tensor, *, is_key: bool) -> torch.Tensor:
+        """Each head's vectors [T, Hq, n] times its projection of keys or of values, [T, Hq, m]."""
+        weights = self._layer.W_UK_T if is_key else self._layer.W_UV
+        return torch.bmm(vectors.transpose(0, 1), weights).transpose(0, 1)

@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
-from flashmemory_vllm.plugin.latent import unserved_latents
+from flashmemory_vllm.plugin.latent import runs_on_amx, unserved_latents
 from flashmemory_vllm.plugin.layers import split_layers
 from flashmemory_vllm.plugin.names import CAPTURE_EXTENSION
 from flashmemory_vllm.plugin.seams import check_seams
@@ -81,6 +81,18 @@ def test_a_seam_that_moved_is_named(model: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_one_size_of_blocks(model: Path) -> None:
     assert str(refusal(model, block_size=32)) == "--block-size is 32: allowed on a CPU with latent attention is 16"
+
+
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_tiles_take_bf16_alone_and_larger_blocks(model: Path, monkeypatch: pytest.MonkeyPatch, has_tiles: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    config = configure(model, block_size=None, dtype="bfloat16")
+    assert config.cache_config.block_size == (32 if has_tiles else 16)
+    assert runs_on_amx(config.model_config) == has_tiles
+    assert not runs_on_amx(configure(model, block_size=None).model_config)
+    if has_tiles:
+        message = str(refusal(model, block_size=48, dtype="bfloat16"))
+        assert message == "--block-size is 48: allowed on a CPU with latent attention are multiples of 32"
 
 
 @pytest.mark.parametrize(
