@@ -13,6 +13,7 @@ indented. With --out they are appended to a file of rows; `NUMBA_DISABLE_JIT=1` 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -286,6 +287,7 @@ def main(words: Sequence[str]) -> int:
 def _row(args: argparse.Namespace, part: str, values: list[float], came: float) -> dict[str, Any]:
     ordered = sorted(values)
     low, high = (round(ordered[int(share * len(ordered))], 1) for share in (0.1, 0.95))
+    without = "NUMBA_DISABLE_JIT=1 " if os.environ.get("NUMBA_DISABLE_JIT") == "1" else ""
     asked = f"--rows {args.rows} --tokens {args.tokens} --tau {args.tau} --changes {args.changes} --steps {args.steps}"
     return {
         "scenario": "host-step",
@@ -300,7 +302,7 @@ def _row(args: argparse.Namespace, part: str, values: list[float], came: float) 
         "gpu": None,
         "versions": {name: version(name) for name in ("torch", "numpy", "numba")},
         "commit": args.commit,
-        "command": f"python -m tests.tools.host_cost {asked} --out host-step.json --commit {args.commit}",
+        "command": f"{without}python -m tests.tools.host_cost {asked} --out host-step.json --commit {args.commit}",
     }
 
 
