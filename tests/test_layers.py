@@ -64,7 +64,9 @@ MAY_IMPORT = {
 }
 # What only one part may import, and what pure parts may import beside the standard library.
 ONLY_IN = {"vllm": {"plugin"}}
-THIRD_PARTY_OF_PURE = {"residency": {"numpy", "numba"}, "errors": set(), "observability": {"prometheus_client"}}
+THIRD_PARTY_OF_PURE = {"residency": {"numpy"}, "errors": set(), "observability": {"prometheus_client"}}
+# What makes the pager faster: the pager itself neither needs it nor is changed by whether it is there.
+QUICK, ONLY_IN_QUICK = f"{PACKAGE}.residency.quick", {"numba"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +126,12 @@ def _broken_rules(path: Path) -> Iterator[str]:
         if part not in ONLY_IN.get(top, {part}):
             yield f"only {ONLY_IN[top]} may import {top}"
         foreign = not is_ours and top not in sys.stdlib_module_names
-        if part in THIRD_PARTY_OF_PURE and foreign and top not in THIRD_PARTY_OF_PURE[part]:
+        is_quick = _name(path.parent).replace("/", ".") == QUICK
+        may_be_there = THIRD_PARTY_OF_PURE.get(part, {top}) | (ONLY_IN_QUICK if is_quick else set())
+        if foreign and top not in may_be_there:
             yield f"{part} must not import {found.module}"
+        if part == "residency" and not is_quick and not found.late and found.module.startswith(QUICK):
+            yield f"{part} must import {found.module} late"
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=_name)
@@ -163,6 +169,8 @@ def test_every_test_folder_is_a_package() -> None:
             f"from {PACKAGE}.plugin import x",
             f"residency must not import {PACKAGE}.plugin",
         ),
+        ("residency/plan.py", "import numba", "residency must not import numba"),
+        ("residency/plan.py", f"from {QUICK}.books import x", f"residency must import {QUICK}.books late"),
         ("cli/app.py", f"from {PACKAGE} import plugin", f"cli must not import {PACKAGE}.plugin"),
         (
             "indexer/x.py",

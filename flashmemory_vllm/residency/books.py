@@ -15,8 +15,8 @@ from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.awaited import Awaited, Taken
 from flashmemory_vllm.residency.entries import NO_ENTRY, Entries
 from flashmemory_vllm.residency.lists import NOBODY, Pairs, one_by_one, pairs_of
-from flashmemory_vllm.residency.loop_arrays import NOT_RESIDENT, NULL_SLOT
 from flashmemory_vllm.residency.requests import ScheduledRows
+from flashmemory_vllm.residency.slot_arrays import NOT_RESIDENT, NULL_SLOT
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import BoolArray, Copies, Geometry, IntArray, has_repeats
 

@@ -281,8 +281,8 @@ class StepPlanner:
 
 
 def _quick() -> tuple[type[Books], type[ListNotes], type[Asking]]:
-    from flashmemory_vllm.residency.quick import QuickBooks
-    from flashmemory_vllm.residency.quick_asking import QuickAsking
-    from flashmemory_vllm.residency.quick_notes import QuickNotes
+    from flashmemory_vllm.residency.quick.asking import QuickAsking
+    from flashmemory_vllm.residency.quick.books import QuickBooks
+    from flashmemory_vllm.residency.quick.notes import QuickNotes
 
     return QuickBooks, QuickNotes, QuickAsking

@@ -11,10 +11,10 @@ import numpy as np
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.residency.loop_arrays import NULL_BLOCK
 from flashmemory_vllm.residency.modes import Modes
 from flashmemory_vllm.residency.places import Places
 from flashmemory_vllm.residency.requests import RequestState, ScheduledRows
+from flashmemory_vllm.residency.slot_arrays import NULL_BLOCK
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import Geometry, IntArray, NewRequest, StepInput, joined
 

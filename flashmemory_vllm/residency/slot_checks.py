@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency.loop_arrays import NO_OWNER, NOT_RESIDENT, NULL_BLOCK, NULL_SLOT, SlotArrays
+from flashmemory_vllm.residency.slot_arrays import NO_OWNER, NOT_RESIDENT, NULL_BLOCK, NULL_SLOT, SlotArrays
 from flashmemory_vllm.residency.types import IntArray
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from flashmemory_vllm.errors import IntegrityError
 from flashmemory_vllm.residency.counters import STEP_BOUNDS, Histogram
 from flashmemory_vllm.residency.idle_queue import IdleQueue
-from flashmemory_vllm.residency.loop_arrays import NO_OWNER, NOT_RESIDENT, NULL_BLOCK, NULL_SLOT, SlotArrays
+from flashmemory_vllm.residency.slot_arrays import NO_OWNER, NOT_RESIDENT, NULL_BLOCK, NULL_SLOT, SlotArrays
 from flashmemory_vllm.residency.slot_checks import check_group
 from flashmemory_vllm.residency.types import BoolArray, Copies, DoubleArray, Geometry, IntArray, distinct
 

@@ -150,7 +150,7 @@ def _planner(sizes: RuntimeSizes, budget: BudgetPolicy, config: FlashMemoryConfi
 
 def _with_loops(make: Callable[[bool], Made]) -> Made:
     """Something that is quick with loops that are compiled, which takes a while; slower where they cannot be had."""
-    from flashmemory_vllm.residency.compiled import IS_COMPILED  # late, as only workers need it
+    from flashmemory_vllm.residency.quick.compiled import IS_COMPILED  # late, as only workers need it
 
     if not IS_COMPILED:
         logger.info("flashmemory: no numba for this numpy; steps with many requests take the host longer")

@@ -1,13 +1,13 @@
-"""What the device is asked of a step's rows, row by row: as `residency/loops.py`, for `ChoiceQueue`."""
+"""What the device is asked of a step's rows, row by row: as in `residency/quick/`, for `ChoiceQueue`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmemory_vllm.residency.compiled import loop
+from flashmemory_vllm.residency.quick.compiled import loop
 from flashmemory_vllm.residency.types import IntArray, LongArray
 
-# As in `residency/loops.py`, and told again for the same reason; first columns of `Ask`, and columns of `Due`
+# Code is kept with them as they are, so they are told again: first columns of `Ask`, and columns of `Due`
 NOT_DONE = NOBODY = -1
 ASK_PLACE, ASK_EPOCH, ASK_NUM_TOKENS, ASK_PROMPT_LEN, ASK_NUM_FULL, ASK_SINK_END = range(6)
 ASK_IS_NEW, ASK_IS_SCORED, ASK_AT_ONCE = 10, 11, 12

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from flashmemory_vllm.residency.loop_arrays import NOT_RESIDENT
 from flashmemory_vllm.residency.modes import reason
 from flashmemory_vllm.residency.planner import StepPlanner
 from flashmemory_vllm.residency.requests import RequestState
+from flashmemory_vllm.residency.slot_arrays import NOT_RESIDENT
 from flashmemory_vllm.residency.types import IntArray, Phase
 from flashmemory_vllm.runtime.history import Cycle, SelectionHistory
 

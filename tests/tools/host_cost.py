@@ -40,9 +40,9 @@ from flashmemory_vllm.observability.counters import CounterWriter, worker_name
 from flashmemory_vllm.residency.asking import Asking
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.budget import cdiv
-from flashmemory_vllm.residency.compiled import IS_COMPILED
 from flashmemory_vllm.residency.decode_rows import DecodeRows
 from flashmemory_vllm.residency.planner import StepPlanner
+from flashmemory_vllm.residency.quick.compiled import IS_COMPILED
 from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.types import NewRequest, RunningRequest, StepInput
 from flashmemory_vllm.runtime import assembly, choice, tables

@@ -10,10 +10,10 @@ from flashmemory_kernels.remember_shares import Channel
 
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.indexer.places import MemoryKind
-from flashmemory_vllm.residency import compiled
 from flashmemory_vllm.residency.books import Books
-from flashmemory_vllm.residency.compiled import IS_COMPILED
-from flashmemory_vllm.residency.quick import QuickBooks
+from flashmemory_vllm.residency.quick import compiled
+from flashmemory_vllm.residency.quick.books import QuickBooks
+from flashmemory_vllm.residency.quick.compiled import IS_COMPILED
 from flashmemory_vllm.runtime.assembly import unallocated_selector
 from flashmemory_vllm.runtime.beside import index_bytes_per_block
 from flashmemory_vllm.runtime.quick_choice import QuickChoice

@@ -8,7 +8,7 @@ from flashmemory_kernels.common.due_rows import Due
 
 from flashmemory_vllm.indexer.exact import ExactSelector
 from flashmemory_vllm.residency.asked import Ask, Asked
-from flashmemory_vllm.residency.compiled import IS_COMPILED, plain
+from flashmemory_vllm.residency.quick.compiled import IS_COMPILED, plain
 from flashmemory_vllm.runtime import choice_loops
 from flashmemory_vllm.runtime.choice_work import ChoiceWork
 from flashmemory_vllm.runtime.choices import ChoiceQueue

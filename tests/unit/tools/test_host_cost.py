@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from flashmemory_vllm.residency import asking_loops, growth_loops, list_loops, loops, slot_loops
+from flashmemory_vllm.residency.quick import asking_loops, change_loops, growth_loops, note_loops, slot_loops
 from flashmemory_vllm.runtime import choice_loops
 from tests.tools import host_cost
 
-LOOPS = (asking_loops, choice_loops, growth_loops, list_loops, loops, slot_loops)
+LOOPS = (asking_loops, change_loops, choice_loops, growth_loops, note_loops, slot_loops)
 ENTRIES = ("ask", "prepare", "may_grow", "grow", "note_rows", "judge", "read_pairs", "follows", "change", "settle")
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashmemory_vllm.residency import list_loops
 from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.counters import Counters
 from flashmemory_vllm.residency.fallback import DenseFallback
 from flashmemory_vllm.residency.lists import Chosen, Pairs
 from flashmemory_vllm.residency.noting import ListNotes
-from flashmemory_vllm.residency.quick import QuickBooks
+from flashmemory_vllm.residency.quick import note_loops
+from flashmemory_vllm.residency.quick.books import QuickBooks
 from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
@@ -32,9 +32,9 @@ class QuickNotes(ListNotes):
         super().__init__(books, known, counters, fallback, lacks_chosen)
         assert isinstance(books, QuickBooks)  # whoever makes one makes the other
         self._of_tables = books.tables
-        self._counts = np.zeros(list_loops.NUM_COUNTS, np.int64)
+        self._counts = np.zeros(note_loops.NUM_COUNTS, np.int64)
         self._is_asked: BoolArray = np.zeros(books.epoch.size, np.bool_)
-        nothing = np.empty((0, len(books.groups), list_loops.HEADER), np.int32)
+        nothing = np.empty((0, len(books.groups), note_loops.HEADER), np.int32)
         self._note(
             nothing,
             np.empty((0, len(Ask)), np.int32),
@@ -61,7 +61,7 @@ class QuickNotes(ListNotes):
         epoch, counts, is_asked = self._books.epoch, self._counts, self._is_asked
         counts[:] = 0
         is_asked[:] = False
-        list_loops.note_rows(rows, asked, is_selected, epoch, self._selected, self._lacks_chosen, is_asked, counts)
+        note_loops.note_rows(rows, asked, is_selected, epoch, self._selected, self._lacks_chosen, is_asked, counts)
         for group, (table, of_group) in enumerate(zip(self._of_tables, pairs, strict=True)):
             came, num = self._came.with_room(group, of_group.place.size), self._came.nums[group]
-            self._came.nums[group] = list_loops.judge(came, num, of_group.place, of_group.come, is_asked, table, counts)
+            self._came.nums[group] = note_loops.judge(came, num, of_group.place, of_group.come, is_asked, table, counts)

@@ -1,12 +1,12 @@
-"""Rows that begin blocks, one after the other: as `loops.py`, for `DecodeRows`."""
+"""Rows that begin blocks, one after the other: for `DecodeRows`."""
 
 from __future__ import annotations
 
-from flashmemory_vllm.residency.compiled import loop
-from flashmemory_vllm.residency.loop_arrays import TableArrays
+from flashmemory_vllm.residency.quick.arrays import TableArrays
+from flashmemory_vllm.residency.quick.compiled import loop
 from flashmemory_vllm.residency.types import IntArray
 
-# As in `loops.py`, and told again for the same reason
+# As in `change_loops.py`, and told again for the same reason
 NOT_DONE, NULL_SLOT = -1, 0
 
 

@@ -1,15 +1,12 @@
-"""What most lists and growing rows do to the books, one block after the other: compiled where that can be.
-
-Each loop does to the arrays what methods of `Books`, `Entries` and `SlotTable` do, which tell what is done and why.
-What is rare, or wrong, it leaves to them: it says so, and nothing is changed then.
-"""
+"""What most lists change in the books, one block after the other: for `Books.apply`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmemory_vllm.residency.compiled import loop
-from flashmemory_vllm.residency.loop_arrays import SlotArrays, TableArrays
+from flashmemory_vllm.residency.quick.arrays import TableArrays
+from flashmemory_vllm.residency.quick.compiled import loop
+from flashmemory_vllm.residency.slot_arrays import SlotArrays
 from flashmemory_vllm.residency.types import IntArray
 
 # Code is kept with them as they are, so what others use is told again

@@ -1,12 +1,12 @@
-"""What is noted of lists, row by row: as `loops.py`, for `ListNotes`."""
+"""What is noted of lists, row by row: for `ListNotes`."""
 
 from __future__ import annotations
 
-from flashmemory_vllm.residency.compiled import loop
-from flashmemory_vllm.residency.loop_arrays import TableArrays
+from flashmemory_vllm.residency.quick.arrays import TableArrays
+from flashmemory_vllm.residency.quick.compiled import loop
 from flashmemory_vllm.residency.types import BoolArray, IntArray, LongArray
 
-# As in `loops.py`, and told again for the same reason; so are columns of `Ask` and of a list
+# As in `change_loops.py`, and told again for the same reason; so are columns of `Ask` and of a list
 NO_ENTRY = NOBODY = -1
 PLACE, EPOCH, SINK_END, FIRST_RECENT, WANT, CAP = 0, 1, 5, 6, 8, 9
 COMES, GOES, WORTH, HEADER = 3, 4, 5, 6

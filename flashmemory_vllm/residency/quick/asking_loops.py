@@ -1,13 +1,13 @@
-"""Which rows are chosen for after a step, row by row: as `loops.py`, for `Asking`."""
+"""Which rows are chosen for after a step, row by row: for `Asking`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmemory_vllm.residency.compiled import loop
+from flashmemory_vllm.residency.quick.compiled import loop
 from flashmemory_vllm.residency.types import BoolArray, IntArray
 
-# As in `loops.py`, and told again for the same reason; so are columns of `Ask` and of a frame
+# As in `change_loops.py`, and told again for the same reason; so are columns of `Ask` and of a frame
 NOT_DONE = -1
 PLACE, EPOCH, NUM_TOKENS, PROMPT_LEN, NUM_FULL, SINK_END, CAP, IS_NEW, IS_SCORED, AT_ONCE = (
     0,

@@ -1,4 +1,4 @@
-"""The arrays that loops change, by layer group; apart from the loops, which only who uses them has to import."""
+"""The arrays of a layer group's slots, and what stands in them where there is nobody."""
 
 from __future__ import annotations
 
@@ -10,21 +10,6 @@ NOT_RESIDENT = -1
 NO_OWNER = -1
 NULL_BLOCK = 0
 NULL_SLOT = 0
-
-
-class TableArrays(NamedTuple):
-    """One layer group's arrays of `Entries` and `Books`, by their names there, but for the count of entries."""
-
-    ids: IntArray
-    epoch: IntArray
-    is_wide: BoolArray
-    entry: IntArray
-    position: IntArray
-    slot: IntArray
-    num_entries: IntArray
-    sink: IntArray
-    recent: IntArray
-    is_extra: BoolArray
 
 
 class SlotArrays(NamedTuple):

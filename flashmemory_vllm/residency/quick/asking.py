@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmemory_vllm.residency import asking_loops
 from flashmemory_vllm.residency.asked import Ask, Asked
 from flashmemory_vllm.residency.asking import Asking
-from flashmemory_vllm.residency.asking_loops import NOT_DONE, AskingArrays, RowArrays
 from flashmemory_vllm.residency.books import Books
+from flashmemory_vllm.residency.quick import asking_loops
+from flashmemory_vllm.residency.quick.asking_loops import NOT_DONE, AskingArrays, RowArrays
 from flashmemory_vllm.residency.registry import RequestRegistry
 from flashmemory_vllm.residency.requests import ScheduledRows
 

@@ -1,14 +1,15 @@
-"""What gives slots to the blocks of a step, one after the other: as `loops.py`, for `Books.settle`."""
+"""What gives slots to the blocks of a step, one after the other: for `Books.settle`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmemory_vllm.residency.compiled import loop
-from flashmemory_vllm.residency.loop_arrays import SlotArrays, TableArrays
+from flashmemory_vllm.residency.quick.arrays import TableArrays
+from flashmemory_vllm.residency.quick.compiled import loop
+from flashmemory_vllm.residency.slot_arrays import SlotArrays
 from flashmemory_vllm.residency.types import IntArray, LongArray
 
-# As in `loops.py`, and told again for the same reason
+# As in `change_loops.py`, and told again for the same reason
 NOT_RESIDENT = NO_OWNER = NOT_QUEUED = -1
 NOT_DONE, BROKEN = -1, -2
 USED, PINNED = 0, 1

@@ -10,14 +10,14 @@ import time
 import numpy as np
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency import growth_loops, loops, slot_loops
 from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.books import Books
 from flashmemory_vllm.residency.lists import HEADER, Pairs
-from flashmemory_vllm.residency.loop_arrays import TableArrays
-from flashmemory_vllm.residency.loops import BROKEN, NOT_DONE, Scratch
+from flashmemory_vllm.residency.quick import change_loops, growth_loops, slot_loops
+from flashmemory_vllm.residency.quick.arrays import TableArrays
+from flashmemory_vllm.residency.quick.change_loops import BROKEN, NOT_DONE, Scratch
+from flashmemory_vllm.residency.quick.slot_loops import Given
 from flashmemory_vllm.residency.requests import ScheduledRows
-from flashmemory_vllm.residency.slot_loops import Given
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, distinct
 
@@ -60,8 +60,8 @@ class QuickBooks(Books):
             return None
         nums = []
         for group, (table, pairs) in enumerate(zip(self.tables, self._pairs, strict=True)):
-            num = loops.read_pairs(step, rows, asked, group, table, pairs)
-            if num == NOT_DONE or not loops.follows(pairs, num, table, self._of_slots[group], MOST_EDITED):
+            num = change_loops.read_pairs(step, rows, asked, group, table, pairs)
+            if num == NOT_DONE or not change_loops.follows(pairs, num, table, self._of_slots[group], MOST_EDITED):
                 return None
             nums.append(num)
         self._applied = step
@@ -69,7 +69,7 @@ class QuickBooks(Books):
 
     def _change_quickly(self, group: int, num: int) -> Pairs:
         pairs, scratch = self._pairs[group], self._scratch
-        num_awaited, num_edited = loops.change(
+        num_awaited, num_edited = change_loops.change(
             pairs, num, self.tables[group], self._of_slots[group], self._slots.clock, scratch
         )
         if num_awaited == BROKEN:

@@ -5,37 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from flashmemory_vllm.errors import IntegrityError
-from flashmemory_vllm.residency import (
-    asking_loops,
-    compiled,
-    entries,
-    growth_loops,
-    list_loops,
-    lists,
-    loop_arrays,
-    loops,
-    slot_loops,
-)
-from flashmemory_vllm.residency.asked import Ask
 from flashmemory_vllm.residency.budget import BudgetPolicy
-from flashmemory_vllm.residency.compiled import IS_COMPILED, loop, plain
 from flashmemory_vllm.residency.lists import Chosen
 from flashmemory_vllm.residency.plan import StepPlan
 from flashmemory_vllm.residency.planner import StepPlanner
-from flashmemory_vllm.residency.quick import QuickBooks
+from flashmemory_vllm.residency.quick import asking_loops, change_loops, growth_loops, note_loops, slot_loops
+from flashmemory_vllm.residency.quick.books import QuickBooks
+from flashmemory_vllm.residency.quick.compiled import IS_COMPILED, plain
 from flashmemory_vllm.residency.slots import SlotTable
 from flashmemory_vllm.residency.types import Copies, Geometry, IntArray, StepInput
 from tests.unit.residency.test_books import ids, listed
 from tests.unit.residency.test_histories import History, World, worlds
 
-MODULES = (loops, slot_loops, list_loops, asking_loops, growth_loops)
+MODULES = (change_loops, slot_loops, note_loops, asking_loops, growth_loops)
 needs_numba = pytest.mark.skipif(not IS_COMPILED, reason="numba is not there")
 
 
@@ -214,45 +202,3 @@ def test_a_slot_with_too_few_pins_is_told_of() -> None:
     slots.lut[0, 6] = slots.lut[0, 4]
     with pytest.raises(IntegrityError, match="fewer pins"):
         books.apply_quickly(0, listed([4, 6], [3, 5]), asked())
-
-
-@needs_numba
-def test_code_is_kept_only_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "source.py"
-    assert compiled._is_ours(tmp_path / "__pycache__", source)
-    elsewhere = tmp_path / "elsewhere" / "kept"
-    elsewhere.mkdir(mode=0o700, parents=True)
-    assert compiled._is_ours(elsewhere, source)
-    elsewhere.chmod(0o770)
-    assert not compiled._is_ours(elsewhere, source)
-    elsewhere.chmod(0o700)
-    for mode, is_safe in ((0o777, False), (0o1777, True)):
-        elsewhere.parent.chmod(mode)
-        assert compiled._is_ours(elsewhere, source) == is_safe
-    monkeypatch.setattr("os.geteuid", lambda: 12345)
-    elsewhere.chmod(0o700)
-    assert not compiled._is_ours(elsewhere, source)
-
-
-def test_without_numba_a_loop_is_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one() -> int:
-        return 1
-
-    monkeypatch.setattr(compiled, "IS_COMPILED", False)
-    assert loop(one) is one
-    assert plain(one) is one
-
-
-def test_loops_know_the_columns() -> None:
-    """They are told again there, for code on disk does not follow other files."""
-    for module in (asking_loops, list_loops, loops):
-        for ask in Ask:
-            assert getattr(module, ask.name, ask) == ask, (module, ask)
-    for name in ("COMES", "GOES", "WORTH", "HEADER", "NOBODY"):
-        assert getattr(list_loops, name) == getattr(lists, name)
-    assert (loops.HEADER, loops.NOBODY, loops.NOT_RESIDENT) == (lists.HEADER, lists.NOBODY, loop_arrays.NOT_RESIDENT)
-    assert (loops.NULL_SLOT, loops.NO_ENTRY) == (loop_arrays.NULL_SLOT, entries.NO_ENTRY)
-    assert (loops.NOT_DONE, loops.BROKEN) == (slot_loops.NOT_DONE, slot_loops.BROKEN)
-    assert asking_loops.NOT_DONE == growth_loops.NOT_DONE == loops.NOT_DONE
-    assert growth_loops.NULL_SLOT == loops.NULL_SLOT
-    assert slot_loops.NO_OWNER == loop_arrays.NO_OWNER
