@@ -51,6 +51,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "runtime",
+        "kinds",
         "benchmark",
         "capture",
         "doctor",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from flashmemory_vllm.benchmark.scenario import EngineName, Scenario, load_scenario
-from flashmemory_vllm.cli.shapes import SHAPES, shape_label
+from flashmemory_vllm.cli.shapes import SHAPES, shape_fields, shape_label
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
 from flashmemory_vllm.files import write_json
@@ -26,6 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="folder or Hugging Face id. Default: the shipped model")
     model.add_argument("--shape", choices=tuple(SHAPES), help="a model of these sizes with random weights")
+    parser.add_argument("--layers", type=int, metavar="N", help="the first N layers of --shape. Default: all")
     parser.add_argument(
         "--engines", default="stock,flashmemory", help="comma-separated, also offload and ideal. Default: %(default)s"
     )
@@ -104,10 +105,10 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
     scenarios = [load_scenario(path, args.settings) for path in args.scenarios]
     _check_names(scenarios)
     provenance = Provenance.collect_elsewhere(["flashmemory", *sys.argv[1:]], args.commit)
-    model = model_arguments(args.model, args.shape)
+    model = model_arguments(args.model, args.shape, args.layers)
     cells = choose_cells([cell for scenario in scenarios for cell in make_cells(scenario, engines, model)], args.only)
     bench = BenchRun(
-        shape_label(args.shape) if args.shape else Path(model["model"]).name,
+        shape_label(args.shape, args.layers) if args.shape else Path(model["model"]).name,
         args.out,
         provenance,
         args.resume,
@@ -146,7 +147,7 @@ def choose_cells(cells: "Sequence[Cell]", only: str | None) -> "list[Cell]":
     return [cell for cell in cells if f"{cell.scenario}/{cell.measurement}" in wanted]
 
 
-def model_arguments(model: str | None, shape: str | None) -> dict[str, Any]:
+def model_arguments(model: str | None, shape: str | None, num_layers: int | None = None) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that say what to serve.
 
     A shape's configuration lies in the user's cache, always in the same folder: vLLM's compilation cache goes by it.
@@ -154,13 +155,21 @@ def model_arguments(model: str | None, shape: str | None) -> dict[str, Any]:
     Args:
         model: folder or id, or None.
         shape: name of a shape, or None. Without either it is the shipped model.
+        num_layers: the first so many layers of the shape. Default: all.
+
+    Raises:
+        ConfigError: the shape has not so many, or there is none.
     """
     if shape is None:
+        if num_layers is not None:
+            raise ConfigError(f"--layers is {num_layers} without --shape: allowed is unset")
         return {"model": model or str(reference_model_path())}
+    fields = shape_fields(shape, num_layers)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "flashmemory" / "shapes" / shape
+    name = shape if num_layers is None else f"{shape}-{num_layers}"
+    folder = cache / "flashmemory" / "shapes" / name
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", SHAPES[shape].fields)
+    write_json(folder / "config.json", fields)
     return {"model": str(folder), "load_format": "dummy"}
 
 

@@ -37,6 +37,7 @@ def model_findings(args: argparse.Namespace) -> Iterator[Finding]:
     """
     from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
     from flashmemory_vllm.cli.plan_layers import layer_kinds
+    from flashmemory_vllm.doctor.device import device_count
 
     for name in ("context", "max_num_seqs", "max_num_batched_tokens", "block_size"):
         if (given := getattr(args, name)) < 1:
@@ -48,12 +49,16 @@ def model_findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield Finding("model", "fail", str(error), "serve it with vLLM's own attention backend")
         return
     yield _layers(model)
+    if model.is_latent and device_count():
+        remedy = "serve it on a CPU, or with vLLM's own attention backend"
+        yield Finding("latent attention", "fail", "not served on a GPU yet: a server refuses to start", remedy)
     if model.num_window_layers or model.num_state_layers:
         yield _native_blocks(model, args)
 
 
 def _layers(model: "ModelSizes") -> Finding:
-    managed = f"{model.num_layers} layers of full attention, {model.shape(1).block_bytes / KIB:g} KiB for a token"
+    attention = "latent attention (on a CPU only)" if model.is_latent else "full attention"
+    managed = f"{model.num_layers} layers of {attention}, {model.shape(1).block_bytes / KIB:g} KiB for a token"
     beside = []
     if model.num_window_layers:
         beside.append(f"{model.num_window_layers} with a window of {model.window:,} tokens")

@@ -20,8 +20,10 @@ POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_para
 # Fields of configurations whose weights are not those of a plain dense decoder
 NOT_PLAIN = (
     *("num_experts", "num_local_experts", "n_routed_experts", "quantization_config", "layers_block_type"),
-    "linear_num_value_heads",
+    *("linear_num_value_heads", "kv_lora_rank"),
 )
+# Families that Transformers does not know by their name, and whose configuration theirs is, for vLLM as well
+READ_AS = {"kimi_k2": "deepseek_v3"}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     made = forecast(model, config, server)
     command = serve_command(args, options)
     print(
-        json.dumps(as_json(args, memory, made, command), indent=2)
+        json.dumps(as_json(args, memory, model, made, command), indent=2)
         if args.json
-        else as_table(args, memory, made, command)
+        else as_table(args, memory, model, made, command)
     )
     return 0
 
@@ -104,16 +106,22 @@ def read_model_fields(model: str) -> dict[str, Any]:
         ConfigError: the configuration cannot be read.
     """
     try:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
     except ImportError:
         raise ConfigError(f"--model is {model}: reading it needs the package transformers, or use --shape") from None
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        stored, _ = PreTrainedConfig.get_config_dict(model)
+        family = stored.pop("model_type", None)
+        config = (
+            AutoConfig.for_model(READ_AS[family], **stored)
+            if family in READ_AS
+            else AutoConfig.from_pretrained(model, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--model is {model}: allowed is a model's folder or id ({reason})") from None
     fields: dict[str, Any] = config.get_text_config().to_dict()
-    return fields
+    return fields | {"model_type": family} if family in READ_AS else fields
 
 
 def model_sizes(
@@ -142,17 +150,23 @@ def model_sizes(
     if dtype not in DTYPES:
         raise ConfigError(f"--model: its dtype is {dtype}, allowed: {', '.join(DTYPES[1:])}")
     heads = fields["num_attention_heads"]
+    num_kv_heads, head_dim = fields.get("num_key_value_heads") or heads, fields.get("head_dim")
+    latent_dim = fields.get("kv_lora_rank")
+    if latent_dim:
+        # One key for all heads: the latent, and behind it what has a position
+        num_kv_heads, head_dim = 1, latent_dim + fields["qk_rope_head_dim"]
     return ModelSizes(
         layers=kinds.full,
         num_query_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim or fields["hidden_size"] // heads,
         dtype=getattr(torch, dtype),
         kv_dtype=getattr(torch, dtype if kv_dtype == "auto" else kv_dtype),
         num_window_layers=kinds.num_windows,
         window=kinds.window,
         num_state_layers=kinds.num_states,
         state=kinds.state,
+        page_dim=head_dim if latent_dim else None,
     )
 
 

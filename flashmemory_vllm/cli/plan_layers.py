@@ -1,8 +1,10 @@
 """What kinds of layers a model's configuration tells of, for `flashmemory plan`."""
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.kinds.latents import unserved
 
 if TYPE_CHECKING:
     from flashmemory_vllm.runtime.forecast import StateSizes
@@ -36,7 +38,7 @@ class LayerKinds(NamedTuple):
     """How many layers keep what.
 
     Attributes:
-        full: indices of those of full attention, which are managed.
+        full: indices of those of full attention, to keys and values or to latents, which are managed.
         num_windows: those with a sliding window.
         window: tokens that such a layer attends to.
         num_states: those with a state.
@@ -83,9 +85,14 @@ def layer_kinds(fields: dict[str, Any], context: int | None = None) -> LayerKind
         num_states=sum(name in STATES for name in names) if has_states else 0,
         state=_state(fields, of_state) if of_state is not None and has_states else None,
     )
+    if fields.get("kv_lora_rank") and (refused := unserved(SimpleNamespace(**fields), is_cpu=True)):
+        raise ConfigError("--model: it has {}; allowed is {}".format(*refused))
     unknown = set(names) - FULL - {WINDOW} - (STATES if has_states else set()) - (NOTHING if is_nemotron else set())
-    if unknown or fields.get("kv_lora_rank") or not found.full:
-        of = sorted(unknown) or (["latent attention"] if fields.get("kv_lora_rank") else sorted(set(names)))
+    if fields.get("kv_lora_rank"):
+        # Latents are not served beside other layers
+        unknown = set(names) - FULL
+    if unknown or not found.full:
+        of = sorted(unknown or set(names))
         raise ConfigError(
             f"--model: it has layers of {', '.join(of)}; allowed is full attention, alone or beside sliding windows or "
             "states of Mamba 2 or gated delta nets"

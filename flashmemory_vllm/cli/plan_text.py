@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flashmemory_vllm.config import SECTION
 
 if TYPE_CHECKING:
-    from flashmemory_vllm.runtime.forecast import Forecast
+    from flashmemory_vllm.runtime.forecast import Forecast, ModelSizes
     from flashmemory_vllm.runtime.native import NativePool
 
 GIB = 1 << 30
@@ -44,11 +44,14 @@ def serve_command(args: argparse.Namespace, options: dict[str, Any]) -> str:
     return shlex.join([*words, "--additional-config", json.dumps({SECTION: options})])
 
 
-def as_json(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", command: str) -> dict[str, Any]:
+def as_json(
+    args: argparse.Namespace, memory: DeviceMemory, model: "ModelSizes", made: "Forecast", command: str
+) -> dict[str, Any]:
     """The plan with the unit in every name; sizes are those of each GPU."""
     capacity = made.capacity
     return {
         "tensor_parallel_size": args.tensor_parallel_size,
+        "is_served_on_gpu": not model.is_latent,
         "device_kv_bytes": memory.kv_bytes,
         "device_weights_bytes": memory.weights_bytes,
         "weights_are_estimated": memory.is_estimate,
@@ -77,7 +80,9 @@ def as_json(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", co
     }
 
 
-def as_table(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", command: str) -> str:
+def as_table(
+    args: argparse.Namespace, memory: DeviceMemory, model: "ModelSizes", made: "Forecast", command: str
+) -> str:
     """The plan as text, a line a number, and the command to run."""
     capacity = made.capacity
     rows = [
@@ -99,6 +104,8 @@ def as_table(args: argparse.Namespace, memory: DeviceMemory, made: "Forecast", c
         rows.insert(2, ("windows and states", _native(args, made, made.native)))
     if args.tensor_parallel_size > 1:
         rows.insert(0, ("GPUs", f"{args.tensor_parallel_size}, and of each of them:"))
+    if model.is_latent:
+        rows.insert(0, ("latent attention", "not served on a GPU yet, where a server refuses to start; on a CPU it is"))
     return "\n".join([*(f"{name:<22}{value}" for name, value in rows), "", command])
 
 

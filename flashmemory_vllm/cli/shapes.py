@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from flashmemory_vllm.errors import ConfigError
+
 # What a configuration needs beside the sizes that differ
 _REST: dict[str, Any] = {"hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 # Its other sizes are those of Llama 3.1 8B
@@ -82,6 +84,47 @@ QWEN3_NEXT: dict[str, Any] = _REST | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25},
     "max_position_embeddings": 262144,
 }
+# As `deepseek-ai/DeepSeek-V3`, but for eight of 256 experts, of which each token goes to all, and weights in fp8
+DEEPSEEK_V3: dict[str, Any] = _REST | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 129280,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "max_position_embeddings": 163840,
+}
 
 
 class Shape(NamedTuple):
@@ -100,10 +143,32 @@ SHAPES = {
     "llama-8b": Shape(LLAMA_8B),
     "gpt-oss-20b": Shape(GPT_OSS_20B, "experts in bfloat16"),
     "qwen3-next": Shape(QWEN3_NEXT, "64 of 512 experts"),
+    "deepseek-v3": Shape(DEEPSEEK_V3, "8 of 256 experts, weights in bfloat16"),
 }
 
 
-def shape_label(name: str) -> str:
-    """A shape's name and what differs, for rows."""
-    differs = SHAPES[name].differs
+def shape_fields(name: str, num_layers: int | None = None) -> dict[str, Any]:
+    """The configuration of a shape.
+
+    Args:
+        name: of the shape.
+        num_layers: the first so many of its layers. Default: all.
+
+    Raises:
+        ConfigError: it has not so many.
+    """
+    fields = SHAPES[name].fields
+    if num_layers is None:
+        return fields
+    if not 1 <= num_layers <= fields["num_hidden_layers"]:
+        raise ConfigError(f"--layers is {num_layers}: allowed for {name} is 1 to {fields['num_hidden_layers']}")
+    kinds = {"layer_types": fields["layer_types"][:num_layers]} if "layer_types" in fields else {}
+    return fields | {"num_hidden_layers": num_layers} | kinds
+
+
+def shape_label(name: str, num_layers: int | None = None) -> str:
+    """A shape's name and what differs, for rows; as `shape_fields`."""
+    most = SHAPES[name].fields["num_hidden_layers"]
+    layers = f"{num_layers} of {most} layers" if num_layers not in {None, most} else ""
+    differs = ", ".join(filter(None, (layers, SHAPES[name].differs)))
     return f"{name} ({differs})" if differs else name

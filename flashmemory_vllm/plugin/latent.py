@@ -5,14 +5,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flashmemory_vllm.kinds.latents import unserved
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.attention.backend import AttentionBackend
-
-# Families whose layers were shown to be served as vLLM serves them
-SHOWN = ("deepseek_v2", "deepseek_v3", "kimi_k2")
-# Of keys and of the latents within them, the only ones that vLLM's CPU kernel is compiled for
-CPU_SIZES = (576, 512)
 
 
 def runs_on_amx(model: "ModelConfig") -> bool:
@@ -62,15 +59,4 @@ def unserved_latents(model: "ModelConfig", *, is_cpu: bool) -> tuple[str, str] |
         model: vLLM's configuration of the model.
         is_cpu: the platform is a CPU.
     """
-    if not model.use_mla:
-        return None
-    kind, config = "multi-head latent attention", model.hf_text_config
-    if not is_cpu:
-        return f"{kind} on a GPU", "latent attention on a CPU, or plain full attention"
-    if config.model_type not in SHOWN or hasattr(config, "index_topk") or hasattr(config, "compress_ratios"):
-        return f"{kind} of a {config.model_type}", f"that of {', '.join(SHOWN)}, without an indexer of its own"
-    sizes = model.get_head_size(), config.kv_lora_rank
-    if sizes != CPU_SIZES:
-        given = f"{kind} with keys of {sizes[0]} elements, {sizes[1]} of them the latent"
-        return given, "on a CPU {} elements, {} of them the latent".format(*CPU_SIZES)
-    return None
+    return unserved(model.hf_text_config, is_cpu=is_cpu) if model.use_mla else None

@@ -65,6 +65,7 @@ class ModelSizes:
         window: tokens that such a layer attends to.
         num_state_layers: layers with a state beside them.
         state: of such a layer.
+        page_dim: elements of a token and KV head, as `AttentionShape` has them: of latents those of a key.
     """
 
     layers: tuple[int, ...]
@@ -77,11 +78,17 @@ class ModelSizes:
     window: int = 0
     num_state_layers: int = 0
     state: StateSizes | None = None
+    page_dim: int | None = None
 
     @property
     def num_layers(self) -> int:
         """Layers of full attention."""
         return len(self.layers)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether that attention is to latents, which every rank has all of."""
+        return self.page_dim is not None
 
     def of_rank(self, num_ranks: int) -> "ModelSizes":
         """The heads that one tensor-parallel rank has; fewer KV heads than ranks are replicated, as in vLLM.
@@ -123,6 +130,7 @@ class ModelSizes:
             block_size=block_size,
             dtype=self.kv_dtype,
             device=torch.device("cpu"),
+            page_dim=self.page_dim,
         )
 
 
@@ -191,16 +199,13 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         server: what the server is started with.
 
     Raises:
-        ConfigError: the sizes do not fit, there is no host memory given, or the server would refuse to run on so many
-            ranks.
+        ConfigError: the sizes do not fit, there is no host memory given, or the server would refuse an option with this
+            model or with so many ranks.
     """
     if config.host_memory_gib is None:
         raise ConfigError("flashmemory.host_memory_gib is not given: a plan needs it, allowed is a number > 0")
     num_ranks = server.tensor_parallel_size
-    if num_ranks > 1 and config.mode == "pressure":
-        raise ConfigError(f"flashmemory.mode is pressure with {num_ranks} ranks: allowed is always, or one rank")
-    if num_ranks > 1 and config.indexer is not None:
-        raise ConfigError(f"flashmemory.indexer is {config.indexer!r} with {num_ranks} ranks: allowed is one rank")
+    _refuse_together(model, config, num_ranks)
     of_rank = model.of_rank(num_ranks)
     shape = of_rank.shape(server.block_size)
     budget = budget_policy(
@@ -239,6 +244,21 @@ def forecast(model: ModelSizes, config: FlashMemoryConfig, server: ServerSizes) 
         native=native,
         native_bytes=native_bytes,
     )
+
+
+def _refuse_together(model: ModelSizes, config: FlashMemoryConfig, num_ranks: int) -> None:
+    """As the server does."""
+    if num_ranks > 1 and config.mode == "pressure":
+        raise ConfigError(f"flashmemory.mode is pressure with {num_ranks} ranks: allowed is always, or one rank")
+    if num_ranks > 1 and config.indexer is not None:
+        raise ConfigError(f"flashmemory.indexer is {config.indexer!r} with {num_ranks} ranks: allowed is one rank")
+    if num_ranks > 1 and model.is_latent:
+        raise ConfigError(
+            f"--tensor-parallel-size is {num_ranks} with latent attention: allowed is 1, each rank would keep all "
+            "latents in host memory of its own"
+        )
+    if config.indexer is not None and model.is_latent:
+        raise ConfigError(f"flashmemory.indexer is {config.indexer!r} with latent attention: allowed is unset")
 
 
 def _host_limit(capacity: CapacityPlan, host_bytes: int) -> str:

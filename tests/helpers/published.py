@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import (
+    DeepseekV3Config,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -30,6 +31,7 @@ def published_fields(name: str) -> dict[str, Any]:
 
 
 _PUBLISHED = {
+    "deepseek-v3": DeepseekV3Config(),
     "gpt-oss-20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32),
     "gpt-oss-120b": GptOssConfig(),
     "gemma-3-27b": Gemma3TextConfig(

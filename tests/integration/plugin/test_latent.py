@@ -10,6 +10,8 @@ import torch
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
+from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
+from flashmemory_vllm.plugin import sizing
 from flashmemory_vllm.plugin.admission import FlashMemorySpec
 from flashmemory_vllm.plugin.latent import runs_on_amx, unserved_latents
 from flashmemory_vllm.plugin.layers import split_layers
@@ -64,6 +66,13 @@ def test_chunks_and_prefixes_stay_as_asked_for(model: Path) -> None:
     assert config.scheduler_config.max_num_batched_tokens == 1024
     assert config.cache_config.enable_prefix_caching
     assert not configure(model, block_size=None, enable_prefix_caching=False).cache_config.enable_prefix_caching
+
+
+def test_a_plan_has_the_sizes_that_a_server_announces(model: Path) -> None:
+    announced = sizing._announced_shape(configure(model, block_size=None))
+    planned = model_sizes(read_model_fields(str(model)), "float32").shape(16)
+    assert planned == announced
+    assert planned.block_bytes == 2 * 16 * 576 * 4
 
 
 def test_a_seam_that_moved_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,16 @@ def test_every_shape_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folders = {name: Path(model_arguments(None, name)["model"]) for name in SHAPES}
     kinds = {name: json.loads((folder / "config.json").read_text())["model_type"] for name, folder in folders.items()}
-    assert kinds == {"llama-8b": "llama", "gpt-oss-20b": "gpt_oss", "qwen3-next": "qwen3_next"}
+    families = {"llama-8b": "llama", "gpt-oss-20b": "gpt_oss", "qwen3-next": "qwen3_next"}
+    assert kinds == families | {"deepseek-v3": "deepseek_v3"}
+
+
+def test_fewer_layers_have_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = [Path(model_arguments(None, "llama-8b", num_layers)["model"]) for num_layers in (None, 2, 3)]
+    assert [json.loads((folder / "config.json").read_text())["num_hidden_layers"] for folder in folders] == [32, 2, 3]
+    with pytest.raises(ConfigError, match="--layers is 2 without --shape"):
+        model_arguments("org/name", None, 2)
 
 
 def test_the_default_model_is_the_shipped_one() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from flashmemory_vllm.cli import app, doctor, plan
 from flashmemory_vllm.cli.doctor_model import model_findings
+from flashmemory_vllm.doctor import device
 from flashmemory_vllm.doctor.finding import Finding
 from tests.helpers.published import published_fields
 
@@ -48,6 +49,19 @@ def test_large_steps_beside_windows_are_warned_of() -> None:
 def test_a_context_within_the_window_leaves_full_attention_alone() -> None:
     (found,) = findings("gemma-3-27b", "--context", "1024")
     assert found.found.startswith("62 layers of full attention")
+
+
+def test_latents_are_managed_on_a_cpu_and_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "device_count", lambda: 0)
+    (found,) = findings("deepseek-v3")
+    # 61 layers of 576 elements of two bytes
+    told = "61 layers of latent attention (on a CPU only), 68.625 KiB for a token, are managed, and no others"
+    assert (found.status, found.found) == ("ok", told)
+    monkeypatch.setattr(device, "device_count", lambda: 1)
+    managed, refused = findings("deepseek-v3")
+    assert managed == found
+    assert (refused.check, refused.status) == ("latent attention", "fail")
+    assert refused.found.startswith("not served on a GPU yet")
 
 
 def test_a_model_that_is_refused_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from flashmemory_vllm.cli import app
 from flashmemory_vllm.cli.plan import estimate_weights_bytes, model_sizes, read_model_fields
-from flashmemory_vllm.cli.shapes import LLAMA_8B
+from flashmemory_vllm.cli.shapes import DEEPSEEK_V3, LLAMA_8B
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path
 
@@ -133,11 +133,52 @@ def test_sizes_that_a_configuration_leaves_out_follow_from_the_others() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"sliding_window": 4096}, {"layer_types": ["full_attention", "linear_attention"]}, {"kv_lora_rank": 512}],
+    [
+        {"sliding_window": 4096},
+        {"layer_types": ["full_attention", "linear_attention"]},
+        DEEPSEEK_V3 | {"layer_types": ["full_attention"] * 31 + ["linear_attention"] * 30},
+        DEEPSEEK_V3 | {"sliding_window": 4096},
+    ],
 )
 def test_models_that_the_server_refuses_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="allowed is full attention, alone or beside"):
         model_sizes(LLAMA_8B | changes, "auto")
+
+
+def test_latents_are_planned_and_said_not_to_be_served_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = ("--gpu-memory-gib", "80", "--weights-gib", "30", "--host-memory-gib", "128")
+    given = ("--shape", "deepseek-v3", *SHAPE[2:], *memory, "--max-num-seqs", "16")
+    made = plan_json(capsys, *given)
+    # 61 layers, of a latent and a position 576 elements, no values
+    assert made["request_kv_bytes"] == 131072 * 61 * 576 * 2
+    assert made["dense_num_requests"] == 5
+    assert made["num_requests"] == 14
+    assert not made["is_served_on_gpu"]
+    assert plan_json(capsys, *LLAMA)["is_served_on_gpu"]
+    assert app.main(["plan", *given]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "GPU" in line]
+    assert told == ["latent attention      not served on a GPU yet, where a server refuses to start; on a CPU it is"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "longcat_flash"}, "latent attention of a longcat_flash; allowed is that of deepseek_v2, "),
+        ({"index_topk": 2048}, "latent attention of a deepseek_v3; allowed is that of deepseek_v2, "),
+        ({"kv_lora_rank": 256}, "keys of 320 elements, 256 of them the latent; allowed is on a CPU 576"),
+    ],
+)
+def test_other_latents_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model_sizes(DEEPSEEK_V3 | changes, "auto")
+
+
+def test_a_family_that_transformers_does_not_know_is_read_as_one_that_it_does(tmp_path: Any) -> None:
+    own = {"model_type": "kimi_k2", "num_attention_heads": 64, "auto_map": {"AutoConfig": "some_file.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3 | own))
+    fields = read_model_fields(str(tmp_path))
+    assert fields["model_type"] == "kimi_k2"
+    assert model_sizes(fields, "auto") == model_sizes(DEEPSEEK_V3 | {"num_attention_heads": 64}, "auto")
 
 
 @pytest.mark.parametrize("field", ["block_configs", "per_layer_config"])
@@ -146,7 +187,7 @@ def test_models_whose_layers_differ_are_refused(field: str) -> None:
         model_sizes(LLAMA_8B | {field: [{}, {}]}, "auto")
 
 
-@pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"quantization_config": {"bits": 4}}])
+@pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"quantization_config": {"bits": 4}}, DEEPSEEK_V3])
 def test_weights_that_cannot_be_estimated_are_asked_for(changes: dict[str, Any]) -> None:
     fields = LLAMA_8B | changes
     with pytest.raises(ConfigError, match="--weights-gib is not given"):
@@ -170,6 +211,10 @@ def test_weights_that_cannot_be_estimated_are_asked_for(changes: dict[str, Any])
         ((*SHAPE, "--gpu-memory-gib", "80", "--host-memory-gib", "1"), "host_memory_gib: 1 GiB holds"),
         ((*LLAMA, "--weights-gib", "-1"), "--weights-gib is -1.0: allowed is a number > 0"),
         ((*LLAMA, "--tensor-parallel-size", "0"), "--tensor-parallel-size is 0: allowed is 1 or more"),
+        (
+            ("--shape", "deepseek-v3", *SHAPE[2:], *BYTES, "--tensor-parallel-size", "8"),
+            "--tensor-parallel-size is 8 with latent attention: allowed is 1, each rank would keep all latents",
+        ),
         ((*LLAMA, "--tensor-parallel-size", "3"), "--tensor-parallel-size is 3: allowed is a divisor"),
         ((*LLAMA, "--max-num-seqs", "0"), "--max-num-seqs is 0: allowed is 1 or more"),
         (

@@ -1,6 +1,7 @@
 """The forecast counts what fits, and says what keeps one more request from fitting."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,19 @@ from flashmemory_vllm.runtime.forecast import Forecast, ModelSizes, ServerSizes,
 
 # 64 KiB a block of 16 tokens; a request of 32,768 tokens has 2,048 of them and 128 MiB
 MODEL = ModelSizes((0, 1, 2, 3), 8, 4, 64, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
+# Four layers of 576 elements, for all of eight heads
+LATENTS = ModelSizes((0, 1, 2, 3), 8, 1, 576, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, page_dim=576)
 REQUEST_BYTES = 1 << 27
 RATIO = 0.135
 
 
-def make(device_bytes: int, host_gib: float, seqs: int = 64, ranks: int = 1, **options: object) -> Forecast:
+def make(
+    device_bytes: int, host_gib: float, seqs: int = 64, ranks: int = 1, model: ModelSizes = MODEL, **options: object
+) -> Forecast:
     # No index keys unless a test asks for them
     given = {"host_memory_gib": host_gib, "selector": "streaming", "staging_blocks": 1, "min_sparse_tokens": 2048}
     config = FlashMemoryConfig.from_additional_config({"flashmemory": given | options})
-    return forecast(MODEL, config, ServerSizes(device_bytes, 32768, seqs, 1024, 16, ranks))
+    return forecast(model, config, ServerSizes(device_bytes, 32768, seqs, 1024, 16, ranks))
 
 
 def test_a_request_has_its_kv_and_decodes_with_its_share() -> None:
@@ -104,3 +109,30 @@ def test_the_mode_that_ranks_do_not_agree_on_is_refused() -> None:
 def test_an_indexer_that_needs_all_heads_is_refused_on_several_ranks() -> None:
     with pytest.raises(ConfigError, match=r"flashmemory\.indexer is 'owner/name' with 2 ranks: allowed is one rank"):
         make(GIB, 4.0, ranks=2, selector="neural", indexer="owner/name")
+
+
+def test_latents_have_no_values_and_are_not_divided_among_ranks() -> None:
+    one, many = (LATENTS.of_rank(ranks) for ranks in (1, 8))
+    assert one.shape(16).block_bytes == many.shape(16).block_bytes == 4 * 16 * 576 * 2
+    assert (one.num_query_heads, many.num_query_heads) == (8, 1)
+    assert MODEL.of_rank(4).shape(16).block_bytes == MODEL.shape(16).block_bytes // 4
+
+
+def test_latents_are_counted_beside_stocks() -> None:
+    made = make(GIB, 4.0, model=LATENTS)
+    # 4 KiB and a half a token: seven requests of 144 MiB in a GiB, in the host 28 of them but for the null block
+    assert made.request_kv_bytes == 144 << 20
+    assert (made.dense_num_requests, made.num_requests, made.limited_by) == (7, 28, "host blocks")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "message"),
+    [
+        (2, {}, "--tensor-parallel-size is 2 with latent attention: allowed is 1, each rank would keep all latents"),
+        (1, {"indexer": "some/indexer", "selector": "neural"}, "flashmemory.indexer is 'some/indexer' with latent"),
+    ],
+)
+def test_what_a_server_refuses_beside_latents_is_not_planned(ranks: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(GIB, 4.0, ranks=ranks, model=LATENTS, **options)
+    assert str(caught.value).startswith(message)
