@@ -6,11 +6,16 @@ block ends, before and after.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flashmemory_vllm.cli.plan import model_sizes, read_model_fields
+from flashmemory_vllm.config import FlashMemoryConfig
+from flashmemory_vllm.runtime.capacity import CapacityPlan
+from flashmemory_vllm.runtime.forecast import ServerSizes, forecast
 from tests.helpers.engine import V1_RUNNER, EngineResult, EngineRun, run_engine
 from tests.helpers.tiny_model import random_prompts, save_tiny_deepseek_v3
 
@@ -38,6 +43,8 @@ ENGINE: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 28,
 }
 OURS = {"growth_reserve_tokens": 0, "host_memory_gib": 0.25, "check_integrity": True, "poison_free_slots": True}
+# Less host memory than four requests of any length have blocks for: its bytes decide
+WHOLE = OURS | {"resident_ratio": 1.0, "device_slots": 40, "host_memory_gib": 0.0165}
 SPARSE = OURS | {
     "resident_ratio": 0.3,
     "min_sparse_tokens": 0,
@@ -64,11 +71,15 @@ def stock(run: EngineRun) -> EngineResult:
 
 def test_texts_are_vllms(run: EngineRun, stock: EngineResult) -> None:
     """All blocks, but too few slots for those of all requests."""
-    ours = run_engine(replace(run, flashmemory=OURS | {"resident_ratio": 1.0, "device_slots": 40}))
+    ours = run_engine(replace(run, flashmemory=WHOLE))
     assert ours.tokens == stock.tokens
     assert min(len(set(text)) for texts in ours.tokens for text in texts) >= 20, "texts that say little show little"
     counted = ours.counters
     assert counted["slots_total"] < counted["host_blocks_total"]
+    made = planned(run.model)
+    # The null ones are nobody's
+    assert (counted["slots_total"], counted["host_blocks_total"]) == (made.num_slots - 1, made.num_logical_blocks - 1)
+    assert counted["recalled_bytes_total"] == counted["recalled_blocks_total"] * made.block_bytes
     assert counted["evictions_total"] > 0
     assert counted["recalled_blocks_total"] > 0
     assert counted["decode_resident_blocks_total"] == counted["decode_context_blocks_total"]
@@ -76,6 +87,19 @@ def test_texts_are_vllms(run: EngineRun, stock: EngineResult) -> None:
     # VLLM switches prefix caching off for latents on a CPU
     assert ours.metrics["prefix_cache_hits"] > stock.metrics["prefix_cache_hits"] == 0
     assert ours.model_runner == stock.model_runner == V1_RUNNER
+
+
+def planned(model: Path) -> CapacityPlan:
+    """What a plan gives a server of these sizes."""
+    config = FlashMemoryConfig.from_additional_config({"flashmemory": WHOLE})
+    server = ServerSizes(
+        device_bytes=ENGINE["kv_cache_memory_bytes"],
+        context_tokens=ENGINE["max_model_len"],
+        max_num_seqs=ENGINE["max_num_seqs"],
+        max_num_batched_tokens=ENGINE["max_num_batched_tokens"],
+        block_size=BLOCK_SIZE,
+    )
+    return forecast(model_sizes(read_model_fields(str(model)), "float32"), config, server).capacity
 
 
 def _check(result: EngineResult, tolerance: float, most_resident: float) -> None:
