@@ -112,7 +112,7 @@ def _make_cell(scenario: Scenario, measurement: Measurement, engine: EngineName,
         engine=engine,
         metric=measurement.metric,
         target=measurement.target,
-        setup=EngineSetup({**model, **_llm_arguments(options, engine)}, ours),
+        setup=EngineSetup({**model, **llm_arguments(options, engine == "offload")}, ours),
         work=_make_work(scenario, measurement, lens, options.max_num_batched_tokens),
     )
 
@@ -127,7 +127,13 @@ def _change(measurement: Measurement, engine: EngineName) -> EngineChange:
     return own if engine != "ideal" else own.model_copy(update={"prompt_tokens": None})
 
 
-def _llm_arguments(options: EngineOptions, engine: EngineName) -> dict[str, Any]:
+def llm_arguments(options: EngineOptions, offloads: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`; those of `vllm serve` are the same with hyphens.
+
+    Args:
+        options: as a scenario has them.
+        offloads: vLLM's own KV offloading is switched on.
+    """
     plain = options.model_dump(
         include={"max_num_seqs", "max_num_batched_tokens", "enforce_eager", "block_size", "dtype"}, exclude_none=True
     )
@@ -137,7 +143,7 @@ def _llm_arguments(options: EngineOptions, engine: EngineName) -> dict[str, Any]
         plain["kv_cache_memory_bytes"] = int(options.kv_cache_memory_gib * GIB)
     if options.cudagraph_capture_sizes is not None:
         plain["compilation_config"] = {"cudagraph_capture_sizes": sorted(options.cudagraph_capture_sizes)}
-    if engine == "offload":
+    if offloads:
         plain["kv_offloading_size"] = options.kv_offloading_gib or DEFAULT_OFFLOADING_GIB
     return plain | options.llm
 

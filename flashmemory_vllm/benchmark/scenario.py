@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,14 +16,17 @@ Metric = Literal[
 # What share of a prompt's tokens the ideal engine gets, in thousandths: the default resident ratio
 IDEAL_PER_MILLE = 135
 
+AnyScenario = TypeVar("AnyScenario", bound=BaseModel)
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Takes no field that it does not know, and no value of another type."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class EngineOptions(_Strict):
+class EngineOptions(Strict):
     """Options of vLLM; one that is not given keeps vLLM's default.
 
     Attributes:
@@ -56,7 +59,7 @@ class EngineOptions(_Strict):
         return self.model_copy(update=given | {"llm": self.llm | other.llm})
 
 
-class EngineChange(_Strict):
+class EngineChange(Strict):
     """What is different for one engine.
 
     Attributes:
@@ -68,7 +71,7 @@ class EngineChange(_Strict):
     prompt_tokens: Positive | None = None
 
 
-class PromptGroup(_Strict):
+class PromptGroup(Strict):
     """Some prompts of one length.
 
     Attributes:
@@ -80,7 +83,7 @@ class PromptGroup(_Strict):
     prompt_tokens: Positive
 
 
-class Load(_Strict):
+class Load(Strict):
     """How requests are made and what is read off them; what measurements and sweeps have in common.
 
     Attributes:
@@ -176,7 +179,7 @@ class Sweep(Load):
         ]
 
 
-class Scenario(_Strict):
+class Scenario(Strict):
     """One file.
 
     Attributes:
@@ -221,6 +224,19 @@ def load_scenario(path: Path, settings: Sequence[str] = ()) -> Scenario:
     Raises:
         ConfigError: the file cannot be read, or a field is unknown, missing or not allowed; all are listed.
     """
+    return check_fields(Scenario, path, read_fields(path, settings))
+
+
+def read_fields(path: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """What a scenario file says, unchecked.
+
+    Args:
+        path: YAML file.
+        settings: see `load_scenario`.
+
+    Raises:
+        ConfigError: the file cannot be read or is no mapping, or a setting has no place in it.
+    """
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -231,8 +247,17 @@ def load_scenario(path: Path, settings: Sequence[str] = ()) -> Scenario:
         if "=" not in setting:
             raise ConfigError(f"--set is {setting!r}: allowed is key=value, such as engine.max_num_seqs=8")
         _apply(fields, setting)
+    return fields
+
+
+def check_fields(kind: type[AnyScenario], path: Path, fields: dict[str, Any]) -> AnyScenario:
+    """A scenario of a kind, made of what its file says.
+
+    Raises:
+        ConfigError: a field is unknown, missing or not allowed; all are listed.
+    """
     try:
-        return Scenario.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         reasons = "; ".join(
             f"{'.'.join(map(str, detail['loc'])) or 'file'}: {detail['msg']}"

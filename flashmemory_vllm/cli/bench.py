@@ -1,22 +1,23 @@
 """`flashmemory bench`: stock vLLM and our backend on the same loads, one row for each."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
-from flashmemory_vllm.benchmark.scenario import EngineName, Scenario, load_scenario
-from flashmemory_vllm.cli.shapes import SHAPES, shape_fields, shape_label
+from flashmemory_vllm.benchmark.scenario import EngineName, load_scenario
+from flashmemory_vllm.cli import bench_serving
+from flashmemory_vllm.cli.bench_choices import check_names, chosen_names, model_arguments
+from flashmemory_vllm.cli.shapes import SHAPES, shape_label
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.evaluation.provenance import Provenance
-from flashmemory_vllm.files import write_json
-from flashmemory_vllm.reference import reference_model_path
 
 if TYPE_CHECKING:
     from flashmemory_vllm.benchmark.cells import Cell
     from flashmemory_vllm.benchmark.rows import BenchRow
+
+DEFAULT_ENGINES = "stock,flashmemory"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,9 +29,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     model.add_argument("--shape", choices=tuple(SHAPES), help="a model of these sizes with random weights")
     parser.add_argument("--layers", type=int, metavar="N", help="the first N layers of --shape. Default: all")
     parser.add_argument(
-        "--engines", default="stock,flashmemory", help="comma-separated, also offload and ideal. Default: %(default)s"
+        "--engines",
+        help=f"comma-separated, also offload and ideal. Default: {DEFAULT_ENGINES}; of serving scenarios, also fp8 and "
+        "not ideal, what they say",
     )
-    parser.add_argument("--only", metavar="NAMES", help="comma-separated SCENARIO/MEASUREMENT. Default: all there are")
+    parser.add_argument(
+        "--only", metavar="NAMES", help="comma-separated SCENARIO/MEASUREMENT or SCENARIO/LOAD. Default: all there are"
+    )
     parser.add_argument("--out", type=Path, help="JSON file; every row is written as soon as it is measured")
     parser.add_argument("--resume", action="store_true", help="go on with --out: what has a row is not measured again")
     parser.add_argument("--time-limit", type=float, metavar="S", help="begin no measurement after so many seconds")
@@ -62,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from flashmemory_vllm.benchmark.rows import format_tables
 
     _check_arguments(args)
+    if bench_serving.is_asked_for(args):
+        print(bench_serving.run(args))
+        return 0
     rows = _old_rows(args) if args.table or args.replot else _measure(args)
     if not args.replot:
         print(format_tables(rows))
@@ -101,9 +109,9 @@ def _measure(args: argparse.Namespace) -> "list[BenchRow]":
     from flashmemory_vllm.benchmark.process import EngineProcess
     from flashmemory_vllm.benchmark.run import BenchRun
 
-    engines = read_engines(args.engines)
+    engines = read_engines(args.engines or DEFAULT_ENGINES)
     scenarios = [load_scenario(path, args.settings) for path in args.scenarios]
-    _check_names(scenarios)
+    check_names([scenario.name for scenario in scenarios])
     provenance = Provenance.collect_elsewhere(["flashmemory", *sys.argv[1:]], args.commit)
     model = model_arguments(args.model, args.shape, args.layers)
     cells = choose_cells([cell for scenario in scenarios for cell in make_cells(scenario, engines, model)], args.only)
@@ -125,11 +133,7 @@ def read_engines(text: str) -> tuple[EngineName, ...]:
         ConfigError: one is unknown.
     """
     known: dict[str, EngineName] = {name: name for name in get_args(EngineName)}
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"--engines has {', '.join(map(repr, unknown))}: allowed is {', '.join(known)}")
-    return tuple(known[name] for name in dict.fromkeys(names))
+    return tuple(known[name] for name in chosen_names("--engines", text, known))
 
 
 def choose_cells(cells: "Sequence[Cell]", only: str | None) -> "list[Cell]":
@@ -140,41 +144,5 @@ def choose_cells(cells: "Sequence[Cell]", only: str | None) -> "list[Cell]":
     """
     if only is None:
         return list(cells)
-    wanted = [name.strip() for name in only.split(",")]
-    known = dict.fromkeys(f"{cell.scenario}/{cell.measurement}" for cell in cells)
-    if unknown := [name for name in wanted if name not in known]:
-        raise ConfigError(f"--only has {', '.join(map(repr, unknown))}: allowed is {', '.join(known)}")
+    wanted = chosen_names("--only", only, [f"{cell.scenario}/{cell.measurement}" for cell in cells])
     return [cell for cell in cells if f"{cell.scenario}/{cell.measurement}" in wanted]
-
-
-def model_arguments(model: str | None, shape: str | None, num_layers: int | None = None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that say what to serve.
-
-    A shape's configuration lies in the user's cache, always in the same folder: vLLM's compilation cache goes by it.
-
-    Args:
-        model: folder or id, or None.
-        shape: name of a shape, or None. Without either it is the shipped model.
-        num_layers: the first so many layers of the shape. Default: all.
-
-    Raises:
-        ConfigError: the shape has not so many, or there is none.
-    """
-    if shape is None:
-        if num_layers is not None:
-            raise ConfigError(f"--layers is {num_layers} without --shape: allowed is unset")
-        return {"model": model or str(reference_model_path())}
-    fields = shape_fields(shape, num_layers)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = shape if num_layers is None else f"{shape}-{num_layers}"
-    folder = cache / "flashmemory" / "shapes" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", fields)
-    return {"model": str(folder), "load_format": "dummy"}
-
-
-def _check_names(scenarios: Sequence[Scenario]) -> None:
-    names = [scenario.name for scenario in scenarios]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"scenarios named {', '.join(twice)} twice: allowed are different names")

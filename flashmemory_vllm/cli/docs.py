@@ -11,6 +11,7 @@ from flashmemory_vllm.cli.host_table import host_table
 from flashmemory_vllm.cli.loss_tables import loss_tables
 from flashmemory_vllm.cli.markdown import table
 from flashmemory_vllm.cli.mutation_table import mutations_table
+from flashmemory_vllm.cli.serving_table import speed_page
 from flashmemory_vllm.config import FlashMemoryConfig
 from flashmemory_vllm.config_text import describe_allowed
 from flashmemory_vllm.errors import ConfigError
@@ -54,7 +55,7 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "results/real.md": loss_tables,
     "results/reference.md": measured_tables.equal_bytes_tables,
     "results/soak.md": measured_tables.soak_tables,
-    "results/speed.md": measured_tables.speed_tables,
+    "results/speed.md": speed_page,
 }
 
 

@@ -15,9 +15,9 @@ Row = Mapping[str, Any]
 
 BENCHMARKS = "benchmarks"
 EXACTNESS, TRANSFERS, KERNELS, CEILINGS, SELECTIONS = "exactness", "transfer", "kernels", "p7", "selection"
-HOST = "host-step"
+HOST, SERVING = "host-step", "serving"
 # Files that are no rows of `flashmemory bench`; every other one is.
-OTHER_FILES = frozenset({EXACTNESS, TRANSFERS, KERNELS, CEILINGS, SELECTIONS, HOST})
+OTHER_FILES = frozenset({EXACTNESS, TRANSFERS, KERNELS, CEILINGS, SELECTIONS, HOST, SERVING})
 # Transfers are measured in several numbers of pages, and kernels in many launch settings, which only the rows list.
 SHOWN_PAGES = 512
 TUNING_MARK = " | "

@@ -101,6 +101,19 @@ class Server:
         name = "vllm:cache_config_info"
         return next(int(sample.labels["block_size"]) for sample in self._samples() if sample.name == name)
 
+    def call_workers(self, method: str) -> list[str]:
+        """Call a method of vLLM's workers; the server needs `VLLM_SERVER_DEV_MODE` in its environment.
+
+        Returns:
+            What it returned on each rank, as text.
+        """
+        answer = json.loads(self._request("POST", "/collective_rpc", json.dumps({"method": method})))
+        return [str(result) for result in answer["results"]]
+
+    def has_ended(self) -> bool:
+        """Whether none of its processes runs any more."""
+        return self._process.poll() is not None
+
     def _samples(self) -> list[Sample]:
         families = text_string_to_metric_families(self._request("GET", "/metrics").decode())
         return [sample for family in families for sample in family.samples]

@@ -1,8 +1,10 @@
 """Configurations of well-known models, to plan with or to serve with random weights where none is at hand."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashmemory_vllm.errors import ConfigError
+from flashmemory_vllm.files import write_json
 
 # What a configuration needs beside the sizes that differ
 _REST: dict[str, Any] = {"hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -172,3 +174,35 @@ def shape_label(name: str, num_layers: int | None = None) -> str:
     layers = f"{num_layers} of {most} layers" if num_layers not in {None, most} else ""
     differs = ", ".join(filter(None, (layers, SHAPES[name].differs)))
     return f"{name} ({differs})" if differs else name
+
+
+def write_shape_tokenizer(folder: Path, name: str) -> None:
+    """Write a tokenizer beside a shape's configuration: each token is a word, so that any ids survive being text.
+
+    Args:
+        folder: of the configuration.
+        name: of the shape.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    fields = SHAPES[name].fields
+    special = {role: f"<{role}>" for role in ("bos", "eos", "pad")}
+    vocabulary = {f"w{index}": index for index in range(fields["vocab_size"])}
+    for role, word in special.items():
+        del vocabulary[f"w{fields[f'{role}_token_id']}"]
+        vocabulary[word] = fields[f"{role}_token_id"]
+    # A word that it does not know is padding: WordLevel wants one, and the vocabulary has no room for more
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["pad"]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special.values()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": word for role, word in special.items()},
+        "unk_token": special["pad"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": fields["max_position_embeddings"],
+    }
+    write_json(folder / "tokenizer_config.json", settings)

@@ -11,7 +11,9 @@ from flashmemory_vllm.benchmark.scenario import EngineOptions, load_scenario
 from flashmemory_vllm.config import SECTION, FlashMemoryConfig
 from flashmemory_vllm.errors import ConfigError
 
-FILES = sorted((Path(__file__).parents[3] / "configs" / "bench").glob("*.yaml"))
+FOLDER = Path(__file__).parents[3] / "configs" / "bench"
+# Scenarios of the kind `serving` are read in test_serving_scenario.py
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("serving"))
 MEASUREMENT = {"name": "m", "batch": 2, "prompt_tokens": 100, "output_tokens": 20}
 
 

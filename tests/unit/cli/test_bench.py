@@ -9,7 +9,8 @@ from flashmemory_vllm.benchmark.cells import make_cells
 from flashmemory_vllm.benchmark.rows import save_rows
 from flashmemory_vllm.benchmark.scenario import load_scenario
 from flashmemory_vllm.cli import app
-from flashmemory_vllm.cli.bench import choose_cells, model_arguments, read_engines
+from flashmemory_vllm.cli.bench import choose_cells, read_engines
+from flashmemory_vllm.cli.bench_choices import model_arguments
 from flashmemory_vllm.cli.shapes import SHAPES
 from flashmemory_vllm.errors import ConfigError
 from flashmemory_vllm.reference import reference_model_path

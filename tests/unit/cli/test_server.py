@@ -22,6 +22,10 @@ SERVING = """
             }[self.path]
             self.send_response(200); self.end_headers(); self.wfile.write(body)
         def do_POST(self):
+            if self.path == "/collective_rpc":
+                asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                self.send_response(200); self.end_headers()
+                return self.wfile.write(b'{"results": ["' + str(len(asked)).encode() + b'", "5"]}')
             self.send_response(500); self.end_headers(); self.wfile.write(b"too long")
         def log_message(self, *args): pass
     port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -63,6 +67,8 @@ def test_the_block_starts_when_the_server_is_healthy_and_stops_it(
     with make_server(SERVING) as server:
         assert server.read_metrics()["x_total"] == 7
         assert server.read_block_size() == 32
+        assert server.call_workers("count") == [str(len('{"method": "count"}')), "5"]
+        assert not server.has_ended()
         assert _is_running(tmp_path)
     assert not _is_running(tmp_path)
 

@@ -1,9 +1,10 @@
 """Configurations of well-known models: Transformers reads them, and what they leave out is said in rows."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from flashmemory_vllm.cli.plan_layers import layer_kinds
 from flashmemory_vllm.cli.shapes import (
@@ -14,6 +15,7 @@ from flashmemory_vllm.cli.shapes import (
     SHAPES,
     shape_fields,
     shape_label,
+    write_shape_tokenizer,
 )
 from flashmemory_vllm.errors import ConfigError
 from tests.helpers.published import published_fields
@@ -70,3 +72,15 @@ def test_the_first_layers_of_a_shape_are_its_own() -> None:
 def test_a_shape_has_so_many_layers(given: int) -> None:
     with pytest.raises(ConfigError, match=f"--layers is {given}: allowed for deepseek-v3 is 1 to 61"):
         shape_fields("deepseek-v3", given)
+
+
+def test_any_ids_of_a_shape_survive_being_text(tmp_path: Path) -> None:
+    """The load generator draws ids, sends them as text, and counts on as many tokens as it drew."""
+    write_shape_tokenizer(tmp_path, "llama-8b")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [3, 128255, 99_999, 3, 17]
+    assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
+    assert tokenizer.vocab_size == len(tokenizer) == LLAMA_8B["vocab_size"]
+    assert sorted(tokenizer.all_special_ids) == [0, 1, 2]
+    assert tokenizer.num_special_tokens_to_add() == 0
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (LLAMA_8B["bos_token_id"], LLAMA_8B["eos_token_id"])
