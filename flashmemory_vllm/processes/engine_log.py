@@ -5,7 +5,8 @@ from itertools import pairwise
 
 # How each process that vLLM starts prints: (name pid=1) LEVEL month-day time [file:line] text
 _PREFIX = re.compile(r"^\((?P<process>\S+ pid=\d+)\) (?P<level>[A-Z]+) [\d-]+ [\d:]+ \[[^\]]+\] ?")
-_ERROR = re.compile(r"(?:^|[\s\])])((?:\w+\.)*\w+(?:Error|Exception|Interrupt|Exit): .+)$")
+# A bare `Exception` only at the beginning of a line: within sentences it is a word
+_ERROR = re.compile(r"((?:^|(?<=[\s\])]))(?:\w+\.)*\w+(?:Error|Exception|Interrupt|Exit): .+|^Exception: .+)$")
 # What a process says that fails because another one has failed before
 _ECHOES = (
     "Engine core initialization failed",

@@ -17,6 +17,7 @@ SERVING = Path(__file__).parents[3] / "configs" / "bench" / "serving.yaml"
 CELLS = {
     cell.engine: cell
     for cell in make_serving_cells(check_fields(ServingScenario, SERVING, read_fields(SERVING)), None, MODEL)
+    if cell.load.name == "16x32k"
 }
 GIB = 1 << 30
 

@@ -26,6 +26,8 @@ INVALID_CAUSE = "core.ValidationError: 1 validation error for VllmConfig: Value 
         (WARNED, None),
         (f"{ECHOED}{WARNED}", "ValueError: too long"),
         (INVALID, INVALID_CAUSE),
+        ("(Worker pid=8) ERROR 11-30 19:35:40 [executor.py:1063] Exception: only on GPUs", "Exception: only on GPUs"),
+        ("INFO an Exception: none", None),
         ("torch.OutOfMemoryError: CUDA out of memory.", "torch.OutOfMemoryError: CUDA out of memory."),
     ],
 )
