@@ -46,7 +46,7 @@ class RunningServer(Protocol):
         """Ask for a completion."""
 
     def end_reason(self) -> str | None:
-        """Why it has ended or failed, in one line; None while it serves."""
+        """Why it has ended or failed, in one line; None while it serves. Asked when something went wrong."""
 
 
 ServerMaker = Callable[[ServingCell], AbstractContextManager[RunningServer]]
@@ -142,6 +142,8 @@ class ServingRun:
             _warm_up(server, cell)
             before = server.read_metrics()[PREEMPTIONS]
             figures = dict(self._send(cell, server.url))
+            if figures["failed"] and (reason := server.end_reason()) is not None:
+                return {"error": reason}
             preemptions = int(server.read_metrics()[PREEMPTIONS] - before)
         except (FlashMemoryError, HTTPException, OSError) as error:
             return {"error": server.end_reason() or _first_line(error)}

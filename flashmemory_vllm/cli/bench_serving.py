@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,9 @@ from flashmemory_vllm.files import append_text, write_text
 from flashmemory_vllm.processes.engine_log import find_error, has_failed
 
 SERVED_NAME = "model"
+# Whoever talks to a server sees its end before its processes are gone
+ENDING_SECONDS = 5.0
+POLL_SECONDS = 0.1
 
 
 def is_asked_for(args: argparse.Namespace) -> bool:
@@ -156,11 +160,13 @@ class BenchServer:
         return self._server.complete(prompt_ids, max_tokens)
 
     def end_reason(self) -> str | None:
-        """Why it has ended or failed, in one line; None while it serves."""
-        printed = self._printed()
-        if not self._server.has_ended() and not has_failed(printed):
-            return None
-        return find_error(printed) or "the server has ended"
+        """Why it has ended or failed, in one line; None if it still serves some seconds from now."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while not self._server.has_ended() and not has_failed(self._printed()):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+        return find_error(self._printed()) or "the server has ended"
 
     def _make_server(self, config: Path) -> Server:
         folder = Path(self._cell.model)

@@ -18,13 +18,13 @@ PROVENANCE = Provenance("flashmemory bench", "abc", "GPU", {})
 
 
 class ServerTwin:
-    """Preempts 3 requests a load; breaks at the load `breaks`, and does not start as `fp8`."""
+    """Preempts 3 requests a load; breaks at the loads `breaks` and `half`, and does not start as `fp8`."""
 
     url = "here"
 
     def __init__(self, cell: ServingCell, started: list[str]) -> None:
         self._cell = cell
-        self._is_broken = False
+        self._is_broken = self._is_silent = False
         self._preempted = 10.0
         self.warm: list[int] = []
         started.append(cell.engine)
@@ -38,7 +38,7 @@ class ServerTwin:
         pass
 
     def read_metrics(self) -> dict[str, float]:
-        if self._is_broken:
+        if self._is_silent:
             raise ConnectionRefusedError
         return {PREEMPTIONS: self._preempted}
 
@@ -57,10 +57,11 @@ class ServerTwin:
         assert self.warm.count(100) == 2
         self.warm.clear()
         self._preempted += 3
-        self._is_broken = name == "breaks"
+        self._is_broken = name in {"breaks", "half"}
+        self._is_silent = name == "breaks"
         if name == "refused":
             raise FlashMemoryError("ValueError: no such dataset")
-        return figures_of(make_result())
+        return figures_of(make_result(failed=1 if name in {"half", "some"} else 0))
 
 
 def run(path: Path, cells: Sequence[ServingCell], started: list[str], **options: Any) -> list[ServingRow]:
@@ -101,13 +102,23 @@ def test_a_server_that_does_not_start_is_not_tried_again(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("load", "said"), [("breaks", "RuntimeError: out of memory"), ("refused", "ValueError: no such dataset")]
+    ("load", "said"),
+    [
+        ("breaks", "RuntimeError: out of memory"),
+        ("half", "RuntimeError: out of memory"),
+        ("refused", "ValueError: no such dataset"),
+    ],
 )
 def test_after_a_load_that_failed_the_others_get_a_server_of_their_own(load: str, said: str, tmp_path: Path) -> None:
     started: list[str] = []
     rows = run(tmp_path / "rows.json", make_cells(["a", load, "b"], ["stock"]), started)
     assert started == ["stock", "stock"]
     assert [row.error for row in rows] == [None, said, None]
+
+
+def test_a_request_that_failed_alone_is_counted(tmp_path: Path) -> None:
+    (row,) = run(tmp_path / "rows.json", make_cells(["some"], ["stock"]), [])
+    assert (row.error, row.failed) == (None, 1)
 
 
 def test_what_has_a_row_is_not_measured_again(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ CONFIGS = Path(__file__).parents[3] / "configs" / "bench"
 SMOKE, OTHER = str(CONFIGS / "serving-smoke.yaml"), str(CONFIGS / "smoke.yaml")
 DOCS = Path(__file__).parents[3] / "docs"
 
-# `vllm serve` refuses fp8 and answers everything else; `vllm bench serve` saves a result
+# `vllm serve` refuses fp8, ends at the first prompt where it offloads, and answers everything else;
+# `vllm bench serve` saves a result
 VLLM = f"""
-    import http.server, json, os, sys
+    import http.server, json, os, socket, sys, time
     def value(name): return sys.argv[sys.argv.index(name) + 1]
     if sys.argv[1] == "bench":
         with open(value("--result-dir") + "/" + value("--result-filename"), "w") as file:
@@ -35,6 +36,9 @@ VLLM = f"""
             self.answer(b"vllm:num_preemptions_total 2.0\\n" if self.path == "/metrics" else b"")
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path != "/collective_rpc" and "kv-offloading-size" in config:
+                print("RuntimeError: out of memory", flush=True)
+                self.connection.shutdown(socket.SHUT_RDWR); time.sleep(0.5); os._exit(1)
             rpc, text = b'{{"results": ["4096"]}}', b'{{"choices": [{{"text": "x"}}]}}'
             self.answer(rpc if self.path == "/collective_rpc" else text)
         def log_message(self, *args): pass
@@ -55,16 +59,20 @@ def _vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_vllm")
-def test_a_row_for_each_server_and_the_reason_of_one_that_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bench", SMOKE, "--engines", "fp8,stock,flashmemory", "--out", "rows.json", "--log", "log"]
+def test_a_row_for_each_server_and_the_reason_where_one_refuses_or_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", SMOKE, "--engines", "fp8,offload,stock,flashmemory", "--out", "rows.json", "--log", "log"]
     assert app.main([*command, "--commit", "c"]) == 0
     rows = {row.engine: row for row in load_serving_rows(Path("rows.json"))}
-    assert list(rows) == ["fp8", "stock", "flashmemory"]
+    assert list(rows) == ["fp8", "offload", "stock", "flashmemory"]
     assert rows["fp8"].error == "ValueError: fp8 is not for this device"
+    assert rows["offload"].error == "RuntimeError: out of memory"
     for name in ("stock", "flashmemory"):
         assert (rows[name].error, rows[name].goodput_per_s, rows[name].device_kv_bytes) == (None, 1.5, 4096)
     log = Path("log").read_text().splitlines()
-    assert [line for line in log if line.startswith("plugins")] == ["plugins  False", "plugins flashmemory True"]
+    assert [line for line in log if line.startswith("plugins")] == [
+        *(["plugins  False"] * 2),
+        "plugins flashmemory True",
+    ]
     assert "### serving-smoke (model, 0.125 GiB for KV), goodput at 500 ms a token" in capsys.readouterr().out
 
 
