@@ -75,7 +75,7 @@ def judge(
     table: TableArrays,
     counts: LongArray,
 ) -> int:
-    """As `ListNotes.judge` and `Came.add`, for one layer group.
+    """As `ListNotes.changes` and `Came.add`, for one layer group.
 
     Args:
         came: int32 `[3, m]` places, positions and tenants of what came, with room for as many as are added.
